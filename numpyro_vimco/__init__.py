@@ -1,0 +1,10 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""VIMCO-⋆ and its relatives for NumPyro: stochastic variational inference where latents cannot be reparameterised."""
+
+from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
+
+__version__ = "0.1.0"
+
+__all__ = ["REINFORCE", "VIMCO", "ImportanceWeightedELBO", "ReweightedWakeSleep", "VIMCOStar"]

@@ -1,0 +1,166 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Estimators of importance-weighted bounds, as pure functions of the log-weights.
+
+Every function here takes ``log_weights`` of shape ``(num_particles, *plates)``, in nats, and reduces or
+normalises over the first axis only: each plate element is a bound of its own. ``alpha`` is a Python float.
+None of them is meant to be differentiated; the gradient is assembled in :mod:`numpyro_vimco.objectives`.
+
+With :math:`w_j = p(x, z_j) / q(z_j)`, the VR-IWAE bound [1] and its score-function gradient are
+
+.. math::
+
+    L = \tfrac{1}{1-\alpha} E \Big[\log \tfrac1N \sum_j w_j^{1-\alpha}\Big], \qquad
+    \nabla_\phi L = E \sum_j (\hat L - f_{-j} - W_j) \nabla_\phi \log q(z_j),
+
+where :math:`\hat L` is the quantity inside the expectation, :math:`W_j` the normalized weight of particle j and
+:math:`f_{-j}` any function of the other particles. An estimator is a choice of :math:`f_{-j}`; its *score
+signal* is :math:`s_j = \hat L - f_{-j} - W_j`.
+
+Conventions on degenerate weights, for every function:
+
+- A particle of weight zero (``-inf``) has :math:`W_j = 0`. Its signal is the limit of the formula as
+  :math:`w_j \to 0`; at α = 1, where there is none, it is 0 and the others are centred among themselves.
+- Where all other particles have weight zero, :math:`1 - W_j` is taken as the dtype's smallest normal number,
+  so that the signal is finite (about 87 in float32, 708 in float64).
+- NaN in gives NaN out.
+
+**References**
+
+1. Daudel et al. 2023, *Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders*,
+   arXiv 2210.06226
+2. Mnih & Rezende 2016, *Variational Inference for Monte Carlo Objectives*, arXiv 1602.06725
+3. Daudel et al. 2026, arXiv 2602.01412 (VIMCO-⋆)
+"""
+
+import jax
+from jax.nn import logsumexp
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+LogWeights = Float[Array, "particles *plates"]
+PerParticle = Float[Array, "particles *plates"]
+
+
+def vr_iwae_bound(log_weights: LogWeights, alpha: float) -> Float[Array, "*plates"]:
+    r"""Estimate :math:`\hat L` of the VR-IWAE bound [1], in nats: the IWAE bound at α = 0, the ELBO at α = 1."""
+    if alpha == 1:
+        return jnp.mean(log_weights, axis=0)
+    log_mean = logsumexp((1 - alpha) * log_weights, axis=0) - jnp.log(log_weights.shape[0])
+    return log_mean / (1 - alpha)
+
+
+def normalized_weights(log_weights: LogWeights, alpha: float) -> PerParticle:
+    r""":math:`W_j = w_j^{1-\alpha} / \sum_i w_i^{1-\alpha}`; all zero where every weight is zero."""
+    if alpha == 1:
+        return jnp.where(jnp.isneginf(log_weights), 0, 1 / log_weights.shape[0]).astype(log_weights.dtype)
+    weights = jnp.exp(_shifted(log_weights, alpha))
+    total = jnp.sum(weights, axis=0)
+    return weights / jnp.where(total == 0, 1, total)
+
+
+def reinforce_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
+    r"""No baseline: :math:`s_j = \hat L - W_j`; 0 where the bound is ``-inf``."""
+    bound = vr_iwae_bound(log_weights, alpha)
+    return jnp.where(jnp.isneginf(bound), 0, bound - normalized_weights(log_weights, alpha))
+
+
+def vimco_arithmetic_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
+    r"""VIMCO [2] with the arithmetic mean: :math:`w_j^{1-\alpha}` is replaced by the mean of the others',
+
+    .. math:: s_j = -\frac{\log(1 - W_j) + \log(1 + 1/(N-1))}{1-\alpha} - W_j.
+    """
+    if alpha == 1:
+        return _centred(log_weights) - normalized_weights(log_weights, alpha)
+    return _leave_one_out_signal(log_weights, alpha, constant=1.0)
+
+
+def vimco_geometric_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
+    r"""VIMCO [2] with the geometric mean: :math:`w_j^{1-\alpha}` is replaced by :math:`g_j`, the geometric mean
+    of the others',
+
+    .. math:: s_j = -\frac{1}{1-\alpha} \log\Big(1 - W_j + \frac{g_j}{\sum_i w_i^{1-\alpha}}\Big) - W_j.
+    """
+    if alpha == 1:
+        return vimco_arithmetic_signal(log_weights, alpha)
+    shares = normalized_weights(log_weights, alpha)
+    shifted = _shifted(log_weights, alpha)
+    log_total = logsumexp(shifted, axis=0)
+    log_mean_share = _mean_of_others(shifted) - jnp.where(jnp.isneginf(log_total), 0, log_total)
+    difference = shares - jnp.exp(log_mean_share)
+    log_ratio = jnp.where(
+        difference <= 0.5,
+        jnp.log1p(-difference),
+        jnp.logaddexp(_log_one_minus_share(log_weights, alpha), log_mean_share),
+    )
+    return -log_ratio / (1 - alpha) - shares
+
+
+def vimco_star_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
+    r"""VIMCO-⋆ [3]: the other particles' bound with a constant that cancels the signal's 1/N term,
+
+    .. math::
+
+        f_{-j} &= \tfrac{1}{1-\alpha} \log \tfrac1N \big(1 + \tfrac{\alpha}{N-1}\big) \sum_{i \ne j} w_i^{1-\alpha} \\
+        s_j &= -\frac{\log(1 - W_j) + \log(1 + \alpha/(N-1))}{1-\alpha} - W_j.
+
+    At α = 0 this is the paper's :math:`-\log(1 - W_j) - W_j = W_j^2/2 + W_j^3/3 + \dots`. The constant for
+    0 < α < 1 is derived in this project: it is the simple choice near the variance-minimising one, which is
+    :math:`E[\bar w s^2] / E[s^2]` of α. As α → 1, :math:`s_j \to (\log w_j - \mathrm{mean}_{i \ne j} \log w_i) / N`,
+    the leave-one-out estimator of the ELBO.
+    """
+    if alpha == 1:
+        return _centred(log_weights)
+    return _leave_one_out_signal(log_weights, alpha, constant=alpha)
+
+
+def _leave_one_out_signal(log_weights: LogWeights, alpha: float, constant: float) -> PerParticle:
+    """``-[log(1 - W) + log(1 + constant / (N - 1))] / (1 - alpha) - W``, without cancellation for small W."""
+    shares = normalized_weights(log_weights, alpha)
+    # h = -log(1 - W) - W = W²/2 + W³/3 + …, whose two terms cancel in floating point when W is small.
+    series = jnp.polyval(jnp.array([1 / 8, 1 / 7, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2], shares.dtype), shares)
+    h = jnp.where(
+        shares < 0.01,
+        shares**2 * series,
+        -_log_one_minus_share(log_weights, alpha) - shares,
+    )
+    return (h + alpha * shares - jnp.log1p(constant / (log_weights.shape[0] - 1))) / (1 - alpha)
+
+
+def _shifted(log_weights: LogWeights, alpha: float) -> PerParticle:
+    """``(1 - alpha) * log_weights`` less its maximum over the particles; ``-inf`` where all weights are zero."""
+    powers = (1 - alpha) * log_weights
+    largest = jnp.max(powers, axis=0)
+    return powers - jnp.where(jnp.isneginf(largest), 0, largest)
+
+
+def _log_one_minus_share(log_weights: LogWeights, alpha: float) -> PerParticle:
+    """``log(1 - W_j)``: a leave-one-out logsumexp in O(N), accurate where W_j rounds to 1.
+
+    At most one share exceeds 1/2. That one sums the others in log space; clipping it instead would bias the
+    gradient by an unbounded amount.
+    """
+    shares = normalized_weights(log_weights, alpha)
+    shifted = _shifted(log_weights, alpha)
+    # By position: the compiler may fuse the shift so that the largest is not exactly zero.
+    largest = jax.nn.one_hot(jnp.argmax(log_weights, axis=0), log_weights.shape[0], axis=0, dtype=bool)
+    log_others = logsumexp(jnp.where(largest, -jnp.inf, shifted), axis=0)
+    log_others = jnp.where(jnp.isneginf(log_others), jnp.log(jnp.finfo(shifted.dtype).tiny), log_others)
+    return jnp.where(shares <= 0.5, jnp.log1p(-shares), log_others - logsumexp(shifted, axis=0))
+
+
+def _mean_of_others(x: PerParticle) -> PerParticle:
+    """Mean over the other particles. Sums from both ends: subtracting from the total would cancel."""
+    zero = jnp.zeros_like(x[:1])
+    before = jnp.concatenate([zero, jax.lax.cumsum(x[:-1])])
+    after = jnp.concatenate([jax.lax.cumsum(x[1:], reverse=True), zero])
+    return (before + after) / (x.shape[0] - 1)
+
+
+def _centred(log_weights: LogWeights) -> PerParticle:
+    r""":math:`(\log w_j - \mathrm{mean}_{i \ne j} \log w_i) / N`, which is (log w_j - mean) / (N - 1)."""
+    shifted = _shifted(log_weights, alpha=0.0)
+    zero = jnp.isneginf(shifted)
+    mean = jnp.sum(jnp.where(zero, 0, shifted), axis=0) / jnp.maximum(jnp.sum(~zero, axis=0), 1)
+    return jnp.where(zero, 0, shifted - mean) / (log_weights.shape[0] - 1)

@@ -1,0 +1,116 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks of a guide trace against a model trace: what NumPyro would pass over silently becomes an error.
+
+Every message names the site or the plate, says what is wrong, and what to do instead.
+"""
+
+import warnings
+
+import jax.numpy as jnp
+from numpyro.util import check_model_guide_match
+
+Trace = dict[str, dict]
+
+
+def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
+    """Raise unless the guide proposes exactly the latent sites of the model.
+
+    :raises NotImplementedError: for a ``mutable`` site.
+    :raises ValueError: for a latent model site that the guide lacks or observes, a guide site that the model
+        observes, a guide site that the model lacks and that is not auxiliary, a plate of two sizes, or sites
+        whose shapes disagree.
+    """
+    for name, site in {**guide_trace, **model_trace}.items():
+        if site["type"] == "mutable":
+            raise NotImplementedError(
+                f"Mutable state (site '{name}') is not supported: each particle would update it differently. "
+                "Pass the state as an argument of model and guide, or freeze it before the fit."
+            )
+    _check_sites(model_trace, guide_trace)
+    for name, site in guide_trace.items():
+        if site["type"] == "plate" and name in model_trace and site["args"][0] != model_trace[name]["args"][0]:
+            raise ValueError(
+                f"Plate '{name}' has size {site['args'][0]} in the guide and {model_trace[name]['args'][0]} in the "
+                "model. Give both the same size (and the same subsample_size)."
+            )
+    check_model_guide_match(model_trace, guide_trace)  # what is left: shapes of sites
+    if not any(site["type"] == "param" for site in guide_trace.values()):
+        warnings.warn(
+            "The guide has no parameters, so that SVI cannot improve it. Declare them with `numpyro.param`, "
+            "`numpyro.contrib.module.flax_module` or an automatic guide.",
+            stacklevel=2,
+        )
+
+
+def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
+    for name, site in guide_trace.items():
+        if site["type"] != "sample" or site["is_observed"]:
+            continue
+        other = model_trace.get(name)
+        if other is None or other["type"] != "sample":
+            if not site["infer"].get("is_auxiliary"):
+                raise ValueError(
+                    f"Site '{name}' is sampled in the guide, but the model has no such site. Add it to the model, "
+                    "remove it from the guide, or mark it with infer={'is_auxiliary': True}."
+                )
+        elif other["is_observed"]:
+            raise ValueError(
+                f"Site '{name}' is sampled in the guide and observed in the model. Remove it from the guide, or "
+                "remove `obs` from the model's site."
+            )
+    for name, site in model_trace.items():
+        if site["type"] != "sample" or site["is_observed"]:
+            continue
+        other = guide_trace.get(name)
+        if other is None or other["type"] != "sample":
+            raise ValueError(
+                f"Latent site '{name}' of the model is missing from the guide, so that it would be sampled from "
+                "its prior. Add it to the guide, observe it, or marginalize it (TraceEnum_ELBO)."
+            )
+        if other["is_observed"]:
+            raise ValueError(
+                f"Site '{name}' is latent in the model and observed in the guide. Sample it in the guide, or pass "
+                "`obs` to the model's site."
+            )
+
+
+def check_shape(site: dict, shape: tuple[int, ...]) -> None:
+    """Raise unless ``shape``, that of the site's log-density, is explained by the site's plates.
+
+    A site in plates may have their dimensions only. A site outside of plates may be a batch, as NumPyro
+    allows, but not an outer product of a distribution's batch with a value's.
+
+    :raises ValueError: otherwise.
+    """
+    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
+    if sizes:
+        # The leading dimension of a site in `scan` is time.
+        in_scan = site.get("_control_flow_done", False)
+        unexplained = [
+            dim
+            for dim in range(-len(shape), 0)
+            if shape[dim] != sizes.get(dim, 1) and not (in_scan and dim == -len(shape))
+        ]
+        explained = not unexplained and len(shape) >= -min(sizes)
+    else:
+        batch = tuple(site["fn"].batch_shape)
+        value = jnp.shape(site["value"])
+        value = value[: len(value) - len(site["fn"].event_shape)]
+        explained = _squeeze(shape) in (_squeeze(batch), _squeeze(value))
+    if not explained:
+        plates = ", ".join(f"'{f.name}' (dim {f.dim}, size {f.size})" for f in site["cond_indep_stack"])
+        raise ValueError(
+            f"The log-density of site '{site['name']}' has shape {shape}, which its plates do not explain "
+            f"({plates or 'it is in none'}): the distribution has batch shape {tuple(site['fn'].batch_shape)}, the "
+            f"value has shape {jnp.shape(site['value'])}. Add the missing plate, declare event dimensions with "
+            "`.to_event()`, or reshape the data; `numpyro.util.format_shapes` shows the shapes of all sites."
+        )
+
+
+def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Drop leading dimensions of size 1, which broadcasting adds or removes at will."""
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape

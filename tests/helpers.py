@@ -1,0 +1,101 @@
+"""Models, distributions and references that several test files share."""
+
+from collections.abc import Callable
+import itertools
+from typing import NamedTuple
+
+import jax
+from jax.nn import logsumexp
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.util import log_density
+
+from numpyro_vimco import REINFORCE, VIMCO, VIMCOStar
+
+
+class ScoreNormal(dist.Normal):
+    """A Normal that claims to have no reparameterised sampler."""
+
+    reparametrized_params = []
+
+
+class Program(NamedTuple):
+    """A model, its guide, and what an enumeration of the guide needs.
+
+    :ivar outcomes: all joint outcomes of one particle, a dict of arrays with a leading axis.
+    :ivar sampler: what the guide draws from, where that is not its log-density (scaled sites, factors).
+    """
+
+    model: Callable
+    guide: Callable
+    outcomes: dict
+    sampler: Callable | None = None
+
+
+UNBIASED = {
+    "VIMCOStar": VIMCOStar,
+    "VIMCO geometric": VIMCO,
+    "VIMCO arithmetic": lambda *args: VIMCO(*args, baseline="arithmetic"),
+    "REINFORCE": REINFORCE,
+}
+
+
+def product_of(**supports):
+    """All joint outcomes of discrete sites, given the values of each."""
+    outcomes = list(itertools.product(*supports.values()))
+    return {name: jnp.array([outcome[i] for outcome in outcomes]) for i, name in enumerate(supports)}
+
+
+def initial_params(*programs):
+    """The parameters of some programs at their initial values."""
+    params = {}
+    for program in programs:
+        sites = trace(seed(program, 0)).get_trace().values()
+        params.update({site["name"]: jnp.asarray(site["value"], float) for site in sites if site["type"] == "param"})
+    return params
+
+
+def log_densities(program, params, outcomes):
+    """Log-density of a program at each outcome, by NumPyro."""
+    return jax.vmap(lambda outcome: log_density(program, (), {}, {**params, **outcome})[0])(outcomes)
+
+
+def all_particles(program, params, num_particles):
+    """Every outcome of all particles: indices into ``program.outcomes`` (outcomes, N), and probabilities."""
+    log_q = log_densities(program.sampler or program.guide, params, program.outcomes)
+    indices = jnp.array(list(itertools.product(range(len(log_q)), repeat=num_particles)))
+    return indices, jnp.exp(log_q[indices].sum(1))
+
+
+def exact_bound(program, params, alpha, num_particles):
+    """The VR-IWAE bound as a finite sum; differentiable."""
+    log_p = log_densities(program.model, params, program.outcomes)
+    log_w = log_p - log_densities(program.guide, params, program.outcomes)
+    indices, probability = all_particles(program, params, num_particles)
+    log_w = log_w[indices]
+    if alpha == 1:
+        return probability @ log_w.mean(1)
+    return probability @ (logsumexp((1 - alpha) * log_w, axis=1) - np.log(num_particles)) / (1 - alpha)
+
+
+def expected_estimate(make_objective, program, params, num_particles):
+    """Probability-weighted sum of an estimator's bound and gradient, over every outcome of all particles.
+
+    :param make_objective: from ``vectorize_particles`` to an objective.
+    """
+
+    def estimate(indices):
+        def vectorize(fn, keys):
+            def run(key, outcome):
+                with substitute(data=outcome):
+                    return fn(key)
+
+            return jax.vmap(run)(keys, {name: values[indices] for name, values in program.outcomes.items()})
+
+        loss = make_objective(vectorize).loss
+        return jax.value_and_grad(lambda params: -loss(jax.random.key(0), params, program.model, program.guide))(params)
+
+    indices, probability = all_particles(program, params, num_particles)
+    return jax.tree.map(lambda x: jnp.tensordot(probability, x, axes=1), jax.vmap(estimate)(indices))

@@ -1,0 +1,165 @@
+"""Bad input is met with a sentence that names the culprit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+
+from numpyro_vimco import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
+
+X = np.arange(4.0)
+
+
+def latent(name="z", **kwargs):
+    return numpyro.sample(name, dist.Bernoulli(0.5), **kwargs)
+
+
+def proposal(name="z", **kwargs):
+    return numpyro.sample(name, dist.Bernoulli(logits=numpyro.param(f"{name}_logits", 0.1)), **kwargs)
+
+
+def loss(model, guide, *args):
+    return VIMCOStar(num_particles=2).loss(jax.random.key(0), {}, model, guide, *args)
+
+
+@pytest.mark.parametrize("objective", [VIMCOStar, VIMCO, REINFORCE, ReweightedWakeSleep])
+@pytest.mark.parametrize("num_particles", [1, 0, -3, 2.5, "many"])
+def test_fewer_than_two_particles(objective, num_particles):
+    with pytest.raises(ValueError, match="num_particles"):
+        objective(num_particles=num_particles)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "0", None])
+def test_alpha_outside_of_its_range(alpha):
+    with pytest.raises(ValueError, match=r"`alpha` .* \[0, 1\]"):
+        VIMCOStar(alpha)
+
+
+def test_unknown_baseline():
+    with pytest.raises(ValueError, match="`baseline` is 'harmonic', but must be one of 'geometric', 'arithmetic'"):
+        VIMCO(baseline="harmonic")
+
+
+def test_vectorize_particles_of_the_wrong_type():
+    with pytest.raises(ValueError, match="vectorize_particles"):
+        VIMCOStar(vectorize_particles="vmap")
+
+
+def test_base_class_has_no_signal():
+    with pytest.raises(NotImplementedError, match="score_signal"):
+        ImportanceWeightedELBO().loss(jax.random.key(0), {}, latent, proposal)
+
+
+def test_latent_site_that_the_guide_lacks():
+    def model():
+        latent("z"), latent("y")
+
+    with pytest.raises(ValueError, match="Latent site 'y' of the model is missing from the guide"):
+        loss(model, proposal)
+
+
+def test_guide_site_that_the_model_lacks():
+    def guide():
+        proposal("z"), proposal("u")
+
+    with pytest.raises(ValueError, match=r"Site 'u' is sampled in the guide, but the model has no such site.*auxiliary"):
+        loss(latent, guide)
+
+
+def test_site_observed_in_the_model_and_sampled_in_the_guide():
+    with pytest.raises(ValueError, match="Site 'z' is sampled in the guide and observed in the model"):
+        loss(lambda: latent("z", obs=1), proposal)
+
+
+def test_site_latent_in_the_model_and_observed_in_the_guide():
+    with pytest.raises(ValueError, match="Site 'z' is latent in the model and observed in the guide"):
+        loss(latent, lambda: proposal("z", obs=1))
+
+
+def test_sites_of_different_shapes():
+    def guide():
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(3))))
+
+    with pytest.raises(ValueError, match="shapes disagree at site 'z'"):
+        loss(latent, guide)
+
+
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_subsampled_plate_that_is_not_common_to_all_sites(where):
+    def model():
+        latent("g")
+        with numpyro.plate("data", 4, subsample_size=2):
+            latent("z")
+
+    def everything_in_plate():
+        with numpyro.plate("data", 4, subsample_size=2):
+            latent("z")
+
+    def guide():
+        proposal("g", infer={"is_auxiliary": where == "guide"})
+        with numpyro.plate("data", 4, subsample_size=2):
+            proposal("z")
+
+    with pytest.raises(ValueError, match=r"Plate 'data' is subsampled \(2 of 4\), but site 'g' is outside of it"):
+        loss(model if where == "model" else everything_in_plate, guide)
+
+
+def test_plate_of_two_sizes():
+    def program(size, sample):
+        with numpyro.plate("data", size):
+            sample("z")
+
+    with pytest.raises(ValueError, match="Plate 'data' has size 3 in the guide and 4 in the model"):
+        loss(lambda: program(4, latent), lambda: program(3, proposal))
+
+
+def test_density_with_a_dimension_that_no_plate_explains():
+    def model():
+        z = latent()
+        with numpyro.plate("data", 4):
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=X[:, None])
+
+    with pytest.raises(ValueError, match=r"site 'x' has shape \(4, 4\), which its plates do not explain \('data'"):
+        loss(model, proposal)
+
+
+def test_density_that_is_an_outer_product_outside_of_plates():
+    def model():
+        latent()
+        numpyro.sample("x", dist.Normal(jnp.zeros(3), 1.0), obs=X[:, None])
+
+    with pytest.raises(ValueError, match=r"site 'x' has shape \(4, 3\), which its plates do not explain"):
+        loss(model, proposal)
+
+
+def test_batch_outside_of_plates_is_summed_as_numpyro_does():
+    def model():
+        z = numpyro.sample("z", dist.Normal(jnp.zeros(3), 1.0))
+        numpyro.sample("x", dist.Normal(z.sum(), 1.0), obs=X)
+
+    def guide():
+        numpyro.sample("z", dist.Normal(numpyro.param("loc", jnp.zeros(3)), 1.0))
+
+    key = jax.random.key(0)
+    expected = numpyro.infer.RenyiELBO(0, 2).loss(key, {}, model, guide)
+    np.testing.assert_allclose(VIMCOStar(num_particles=2).loss(key, {}, model, guide), expected, rtol=1e-6)
+
+
+def test_guide_without_parameters_is_a_warning():
+    with pytest.warns(UserWarning, match="guide has no parameters"):
+        loss(latent, latent)
+
+
+def test_mutable_state_is_not_supported():
+    def model():
+        latent()
+        numpyro.primitives.mutable("state", {"count": 0.0})
+
+    svi = numpyro.infer.SVI(model, proposal, optax.sgd(0.1), VIMCOStar(num_particles=2))
+    state = svi.init(jax.random.key(0))
+    for call in (svi.update, svi.evaluate):
+        with pytest.raises(NotImplementedError, match="site 'state'"):
+            call(state)
