@@ -12,7 +12,6 @@ from functools import partial
 import math
 from typing import Any, NamedTuple
 
-import jax
 from jax import random
 from jax.lax import stop_gradient
 import jax.numpy as jnp
@@ -41,7 +40,7 @@ class Densities(NamedTuple):
 
     @property
     def log_weight(self) -> Density:
-        """log w = log p(x, z) - log q(z)."""
+        """Log w = log p(x, z) - log q(z)."""
         return self.model - self.guide_path - self.guide_score
 
 

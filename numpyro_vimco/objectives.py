@@ -66,6 +66,7 @@ class ImportanceWeightedELBO(ELBO):
     """
 
     can_infer_discrete = True
+    alpha: float
 
     def __init__(
         self,

@@ -2,6 +2,16 @@
 
 from functools import partial
 
+from helpers import (
+    UNBIASED,
+    Program,
+    all_particles,
+    exact_bound,
+    expected_estimate,
+    initial_params,
+    log_densities,
+    product_of,
+)
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +20,6 @@ import numpyro.distributions as dist
 from numpyro.handlers import mask, scale
 import pytest
 
-from helpers import UNBIASED, Program, all_particles, exact_bound, expected_estimate, initial_params, log_densities, product_of
 from numpyro_vimco import ReweightedWakeSleep, VIMCOStar
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -201,7 +210,9 @@ def test_reweighted_wake_sleep_has_its_two_updates(case):
     params = initial_params(program.model, program.guide)
     _, estimate = jax.jit(lambda params: expected_estimate(partial(ReweightedWakeSleep, 3), program, params, 3))(params)
 
-    log_w = log_densities(program.model, params, program.outcomes) - log_densities(program.guide, params, program.outcomes)
+    log_w = log_densities(program.model, params, program.outcomes) - log_densities(
+        program.guide, params, program.outcomes
+    )
     indices, probability = all_particles(program, params, 3)
     shares = jax.nn.softmax(log_w[indices], axis=1)
 

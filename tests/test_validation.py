@@ -65,7 +65,9 @@ def test_guide_site_that_the_model_lacks():
     def guide():
         proposal("z"), proposal("u")
 
-    with pytest.raises(ValueError, match=r"Site 'u' is sampled in the guide, but the model has no such site.*auxiliary"):
+    with pytest.raises(
+        ValueError, match=r"Site 'u' is sampled in the guide, but the model has no such site.*auxiliary"
+    ):
         loss(latent, guide)
 
 

@@ -1,0 +1,50 @@
+# make demo       variable selection on real data: prints, and saves, what it finds
+# make test       lint, type check and all tests
+# make test-all   the tests on every Python from 3.11 to 3.13 that is found
+# make benchmark  the tables of benchmarks/
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all pytest lint benchmark clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/variable_selection.py
+
+test: lint pytest
+
+pytest: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One virtual environment for each Python found, on the PATH or under pyenv.
+test-all:
+	@found=; \
+	for version in 3.11 3.12 3.13; do \
+	  for python in python$$version $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python; do \
+	    if $$python -c 'import venv' 2>/dev/null; then \
+	      echo "== $$($$python --version)"; found=1; \
+	      $(MAKE) --no-print-directory pytest PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	      break; \
+	    fi; \
+	  done; \
+	done; \
+	test -n "$$found" || { echo "no Python from 3.11 to 3.13 found"; exit 1; }
+
+benchmark: $(INSTALLED)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples,test]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,175 @@
+"""Bayesian variable selection with a spike and a slab, where the truth is known.
+
+    python examples/variable_selection.py
+
+Ten predictors of diabetes progression (442 patients, scikit-learn's copy, standardised). Each has an inclusion
+indicator, which is discrete, and a coefficient. With Gaussian noise and slab, the evidence of each of the 1,024
+models has a closed form: exact inclusion probabilities and evidence, against which three objectives are held that
+differ in nothing but the gradient estimator (and the bound) for the same guide, particles and steps.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import arviz as az
+import jax
+from jax import random
+from jax.nn import softmax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.handlers import substitute
+from numpyro.infer import SVI, Predictive, TraceGraph_ELBO
+from numpyro.infer.util import log_density
+import optax
+from sklearn.datasets import load_diabetes
+
+from numpyro_vimco import VIMCO, VIMCOStar
+
+INCLUSION, SLAB_VARIANCE, NOISE_VARIANCE = 0.3, 0.1, 0.5
+
+
+def model(predictors, response):
+    with numpyro.plate("predictor", predictors.shape[1]):
+        included = numpyro.sample("included", dist.Bernoulli(INCLUSION))
+        coefficient = numpyro.sample("coefficient", dist.Normal(0, SLAB_VARIANCE**0.5))
+    mean = predictors @ (included * coefficient)
+    with numpyro.plate("patient", len(response)):
+        numpyro.sample("response", dist.Normal(mean, NOISE_VARIANCE**0.5), obs=response)
+
+
+def guide(predictors, response):
+    """Indicators, then coefficients given indicators: from the prior where a predictor is excluded."""
+    size = predictors.shape[1]
+    logits = numpyro.param("logits", jnp.zeros(size))
+    loc = numpyro.param("loc", jnp.zeros(size))
+    width = numpyro.param("width", jnp.full(size, 0.1), constraint=dist.constraints.positive)
+    with numpyro.plate("predictor", size):
+        included = numpyro.sample("included", dist.Bernoulli(logits=logits))
+        loc, width = jnp.where(included, loc, 0), jnp.where(included, width, SLAB_VARIANCE**0.5)
+        numpyro.sample("coefficient", dist.Normal(loc, width))
+
+
+def exact_posterior(predictors, response):
+    """Log evidence and inclusion probabilities, by summing over all models in closed form (float64)."""
+    predictors, response = np.asarray(predictors, float), np.asarray(response, float)
+    models = np.array(list(itertools.product([0, 1], repeat=predictors.shape[1])), float)
+    log_joint = np.empty(len(models))
+    for i, included in enumerate(models):
+        # response ~ Normal(0, noise + slab X Xᵀ): determinant and quadratic form by the matrix of the predictors.
+        design = predictors * included
+        precision = np.eye(len(included)) / SLAB_VARIANCE + design.T @ design / NOISE_VARIANCE
+        log_determinant = (
+            np.linalg.slogdet(precision)[1]
+            + len(included) * np.log(SLAB_VARIANCE)
+            + len(response) * np.log(NOISE_VARIANCE)
+        )
+        projection = design.T @ response / NOISE_VARIANCE
+        quadratic = response @ response / NOISE_VARIANCE - projection @ np.linalg.solve(precision, projection)
+        log_likelihood = -0.5 * (len(response) * np.log(2 * np.pi) + log_determinant + quadratic)
+        prior = np.where(included, INCLUSION, 1 - INCLUSION)
+        log_joint[i] = log_likelihood + np.log(prior).sum()
+    log_evidence = np.logaddexp.reduce(log_joint)
+    return log_evidence, np.exp(log_joint - log_evidence) @ models
+
+
+def fit(objective, num_steps, *data):
+    """Parameters, losses, and mean and standard error of the final bound in nats."""
+    svi = SVI(model, guide, optax.adam(0.01), objective)
+    result = svi.run(random.key(0), num_steps, *data)
+    keys = random.split(random.key(1), 200)
+    losses = jax.jit(jax.vmap(lambda key: objective.loss(key, result.params, model, guide, *data)))(keys)
+    return result.params, result.losses, -losses.mean(), losses.std() / len(keys) ** 0.5
+
+
+def weighted_draws(params, num_samples, *data):
+    """Draws from the fitted guide, and their normalized importance weights."""
+    draws = Predictive(guide, params=params, num_samples=num_samples, parallel=True)(random.key(2), *data)
+
+    def log_weight(draw):
+        log_p, _ = log_density(substitute(model, params), data, {}, draw)
+        log_q, _ = log_density(substitute(guide, params), data, {}, draw)
+        return log_p - log_q
+
+    return draws, softmax(jax.lax.map(log_weight, draws, batch_size=10_000))
+
+
+def to_arviz(draws, weights, num_samples, predictors):
+    """Draws resampled by their weights, as ArviZ's container: InferenceData (0.2x) or DataTree (1.x)."""
+    chosen = random.choice(random.key(3), len(weights), (num_samples,), p=weights)
+    posterior = {name: np.asarray(values[chosen])[None] for name, values in draws.items()}
+    names = {"dims": {name: ["predictor"] for name in posterior}, "coords": {"predictor": predictors}}
+    if az.__version__.startswith("0."):
+        return az.from_dict(posterior=posterior, **names)
+    return az.from_dict({"posterior": posterior}, **names)
+
+
+def plot(fits, log_evidence, predictors, inclusion, exact_inclusion, path):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    window = max(len(next(iter(fits.values()))[1]) // 100, 1)
+    for (name, (_, losses, *_)), color in zip(fits.items(), ("C0", "C1", "C2")):
+        smooth = np.convolve(-np.asarray(losses), np.ones(window) / window, "valid")
+        left.plot(np.arange(len(smooth)) + window, smooth, color=color, label=name, lw=1.2)
+    left.axhline(log_evidence, color="black", lw=1, ls="--", label="exact log evidence")
+    left.set(xlabel="step", ylabel="bound (nats)", ylim=(log_evidence - 20, log_evidence + 2))
+    left.legend(loc="lower right")
+    position = np.arange(len(predictors))
+    right.bar(position - 0.2, exact_inclusion, 0.4, color="0.6", label="exact (1,024 models)")
+    right.bar(position + 0.2, inclusion, 0.4, color="C0", label="VIMCOStar, importance-weighted")
+    right.set(xticks=position, xticklabels=predictors, ylabel="inclusion probability", ylim=(0, 1.05))
+    right.legend(loc="upper right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args):
+    data = load_diabetes(scaled=False)
+    standardize = lambda x: jnp.asarray((x - x.mean(0)) / x.std(0), jnp.float32)  # noqa: E731
+    predictors, response = standardize(data.data), standardize(data.target)
+    log_evidence, exact_inclusion = exact_posterior(predictors, response)
+
+    objectives = {
+        "VIMCOStar": VIMCOStar(num_particles=args.num_particles),
+        "VIMCO": VIMCO(num_particles=args.num_particles),
+        "TraceGraph_ELBO": TraceGraph_ELBO(num_particles=args.num_particles),
+    }
+    fits = {}
+    for name, objective in objectives.items():
+        print(f"{name}, {args.num_particles} particles")
+        fits[name] = fit(objective, args.num_steps, predictors, response)
+
+    print(f"\n{'objective':>16} {'bound (nats)':>20} {'below the evidence':>20}")
+    for name, (_, _, bound, error) in fits.items():
+        print(f"{name:>16} {bound:12.3f} ± {error:5.3f} {log_evidence - bound:20.3f}")
+    print(f"{'exact':>16} {log_evidence:12.3f}")
+
+    draws, weights = weighted_draws(fits["VIMCOStar"][0], args.num_draws, predictors, response)
+    inclusion = np.asarray(weights @ draws["included"])
+    print(f"\nInclusion probabilities, by {len(weights):,} importance-weighted draws of VIMCOStar's guide")
+    print(f"(effective sample size {1 / jnp.sum(weights**2):,.0f})")
+    print(f"{'':>8} {'weighted':>9} {'exact':>7}")
+    for name, weighted, exact in zip(data.feature_names, inclusion, exact_inclusion):
+        print(f"{name:>8} {weighted:9.3f} {exact:7.3f}")
+    print(f"largest error {np.abs(inclusion - exact_inclusion).max():.3f}\n")
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    posterior = to_arviz(draws, weights, 4000, data.feature_names)
+    posterior.to_netcdf(str(args.output / "variable_selection.nc"))
+    print(az.summary(posterior, kind="stats"))
+    plot(fits, log_evidence, data.feature_names, inclusion, exact_inclusion, args.output / "variable_selection.png")
+    print(f"\nSaved variable_selection.nc and variable_selection.png in {args.output}/")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-steps", type=int, default=4000)
+    parser.add_argument("--num-particles", type=int, default=128)
+    parser.add_argument("--num-draws", type=int, default=500_000, help="importance-weighted draws")
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    main(parser.parse_args())
