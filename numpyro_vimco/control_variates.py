@@ -6,6 +6,7 @@ r"""Estimators of importance-weighted bounds, as pure functions of the log-weigh
 Every function here takes ``log_weights`` of shape ``(num_particles, *plates)``, in nats, and reduces or
 normalises over the first axis only: each plate element is a bound of its own. ``alpha`` is a Python float.
 None of them is meant to be differentiated; the gradient is assembled in :mod:`numpyro_vimco.objectives`.
+What concerns local particles takes the log-weights of one plate's M local particles in place of the N.
 
 With :math:`w_j = p(x, z_j) / q(z_j)`, the VR-IWAE bound [1] and its score-function gradient are
 
@@ -32,7 +33,11 @@ Conventions on degenerate weights, for every function:
    arXiv 2210.06226
 2. Mnih & Rezende 2016, *Variational Inference for Monte Carlo Objectives*, arXiv 1602.06725
 3. Daudel et al. 2026, arXiv 2602.01412 (VIMCO-⋆)
+4. Tucker et al. 2019, *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, arXiv 1810.04152
 """
+
+from collections.abc import Sequence
+import math
 
 import jax
 from jax.nn import logsumexp
@@ -58,6 +63,21 @@ def normalized_weights(log_weights: LogWeights, alpha: float) -> PerParticle:
     weights = jnp.exp(_shifted(log_weights, alpha))
     total = jnp.sum(weights, axis=0)
     return weights / jnp.where(total == 0, 1, total)
+
+
+def log_one_minus_share(log_weights: LogWeights, alpha: float) -> PerParticle:
+    r""":math:`\log(1 - W_j)`: a leave-one-out logsumexp in O(N), accurate where W_j rounds to 1.
+
+    At most one share exceeds 1/2. That one sums the others in log space; clipping it instead would bias the
+    gradient by an unbounded amount.
+    """
+    shares = normalized_weights(log_weights, alpha)
+    shifted = _shifted(log_weights, alpha)
+    # By position: the compiler may fuse the shift so that the largest is not exactly zero.
+    largest = jax.nn.one_hot(jnp.argmax(log_weights, axis=0), log_weights.shape[0], axis=0, dtype=bool)
+    log_others = logsumexp(jnp.where(largest, -jnp.inf, shifted), axis=0)
+    log_others = jnp.where(jnp.isneginf(log_others), jnp.log(jnp.finfo(shifted.dtype).tiny), log_others)
+    return jnp.where(shares <= 0.5, jnp.log1p(-shares), log_others - logsumexp(shifted, axis=0))
 
 
 def reinforce_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
@@ -92,7 +112,7 @@ def vimco_geometric_signal(log_weights: LogWeights, alpha: float) -> PerParticle
     log_ratio = jnp.where(
         difference <= 0.5,
         jnp.log1p(-difference),
-        jnp.logaddexp(_log_one_minus_share(log_weights, alpha), log_mean_share),
+        jnp.logaddexp(log_one_minus_share(log_weights, alpha), log_mean_share),
     )
     return -log_ratio / (1 - alpha) - shares
 
@@ -115,17 +135,63 @@ def vimco_star_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
     return _leave_one_out_signal(log_weights, alpha, constant=alpha)
 
 
+def path_factor(log_weights: LogWeights, alpha: float) -> PerParticle:
+    r""":math:`r_j = \alpha + (1-\alpha) W_j`, a factor of :math:`W_j` in doubly reparameterised gradients [4, 1]."""
+    return alpha + (1 - alpha) * normalized_weights(log_weights, alpha)
+
+
+def log_mean_weight(local_log_weights: LogWeights) -> Float[Array, "*plates"]:
+    r""":math:`\log \tfrac1M \sum_m v_m`, the log-weight of a plate element with M local particles."""
+    return logsumexp(local_log_weights, axis=0) - jnp.log(local_log_weights.shape[0])
+
+
+def local_vimco_star_signal(
+    log_one_minus_w: Float[Array, "*plates"],
+    share: Float[Array, "*plates"],
+    local_log_weights: LogWeights,
+    alpha: float,
+) -> PerParticle:
+    r"""VIMCO-⋆ of the local particles of one global particle, derived in this project.
+
+    With :math:`W` the normalized weight of the global particle and :math:`V_m = v_m / \sum_{m'} v_{m'}`,
+
+    .. math:: s_m = -\tfrac{1}{1-\alpha} \log\big(1 - W [1 - (1 - V_m)^{1-\alpha}]\big) - W V_m,
+
+    which is :math:`-\log(1 - u) - u` with :math:`u = W V_m` at α = 0, and :math:`(-\log(1 - V_m) - V_m)/N` at α = 1.
+
+    :param log_one_minus_w: log(1 - W), of :func:`log_one_minus_share`.
+    :param share: W. Both broadcast to an element of ``local_log_weights``.
+    :param local_log_weights: log v_m in nats, of shape ``(local_particles, *plates)``.
+    """
+    local = normalized_weights(local_log_weights, 0.0)
+    log_others = (1 - alpha) * log_one_minus_share(local_log_weights, 0.0)  # log of (1 - V)^(1 - α)
+    # s = h(x) / (1 - α) + W k with x = W [1 - (1 - V)^(1 - α)] and k = [1 - (1 - V)^(1 - α)] / (1 - α) - V,
+    # each of second order in V: the difference of first-order terms would cancel.
+    if alpha == 1:
+        return share * _h(local, log_one_minus_share(local_log_weights, 0.0))
+    x = -share * jnp.expm1(log_others)
+    log_rest = jnp.where(x <= 0.5, jnp.log1p(-x), jnp.logaddexp(log_one_minus_w, jnp.log(share) + log_others))
+    # k = α V²/2! + α (α+1) V³/3! + …
+    rising = [math.prod((alpha + i) / (i + 2) for i in range(k)) for k in range(1, 8)]
+    k = jnp.where(local < 0.01, _series(rising, local), -jnp.expm1(log_others) / (1 - alpha) - local)
+    return _h(x, log_rest) / (1 - alpha) + share * k
+
+
 def _leave_one_out_signal(log_weights: LogWeights, alpha: float, constant: float) -> PerParticle:
     """``-[log(1 - W) + log(1 + constant / (N - 1))] / (1 - alpha) - W``, without cancellation for small W."""
     shares = normalized_weights(log_weights, alpha)
-    # h = -log(1 - W) - W = W²/2 + W³/3 + …, whose two terms cancel in floating point when W is small.
-    series = jnp.polyval(jnp.array([1 / 8, 1 / 7, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2], shares.dtype), shares)
-    h = jnp.where(
-        shares < 0.01,
-        shares**2 * series,
-        -_log_one_minus_share(log_weights, alpha) - shares,
-    )
+    h = _h(shares, log_one_minus_share(log_weights, alpha))
     return (h + alpha * shares - jnp.log1p(constant / (log_weights.shape[0] - 1))) / (1 - alpha)
+
+
+def _h(x: Array, log_one_minus_x: Array) -> Array:
+    """``-log(1 - x) - x = x²/2 + x³/3 + …``, whose two terms cancel in floating point when x is small."""
+    return jnp.where(x < 0.01, _series([1 / k for k in range(2, 9)], x), -log_one_minus_x - x)
+
+
+def _series(coefficients: Sequence[float], x: Array) -> Array:
+    """``x² (c₀ + c₁ x + …)``."""
+    return x**2 * jnp.polyval(jnp.array(coefficients[::-1], x.dtype), x)
 
 
 def _shifted(log_weights: LogWeights, alpha: float) -> PerParticle:
@@ -133,21 +199,6 @@ def _shifted(log_weights: LogWeights, alpha: float) -> PerParticle:
     powers = (1 - alpha) * log_weights
     largest = jnp.max(powers, axis=0)
     return powers - jnp.where(jnp.isneginf(largest), 0, largest)
-
-
-def _log_one_minus_share(log_weights: LogWeights, alpha: float) -> PerParticle:
-    """``log(1 - W_j)``: a leave-one-out logsumexp in O(N), accurate where W_j rounds to 1.
-
-    At most one share exceeds 1/2. That one sums the others in log space; clipping it instead would bias the
-    gradient by an unbounded amount.
-    """
-    shares = normalized_weights(log_weights, alpha)
-    shifted = _shifted(log_weights, alpha)
-    # By position: the compiler may fuse the shift so that the largest is not exactly zero.
-    largest = jax.nn.one_hot(jnp.argmax(log_weights, axis=0), log_weights.shape[0], axis=0, dtype=bool)
-    log_others = logsumexp(jnp.where(largest, -jnp.inf, shifted), axis=0)
-    log_others = jnp.where(jnp.isneginf(log_others), jnp.log(jnp.finfo(shifted.dtype).tiny), log_others)
-    return jnp.where(shares <= 0.5, jnp.log1p(-shares), log_others - logsumexp(shifted, axis=0))
 
 
 def _mean_of_others(x: PerParticle) -> PerParticle:

@@ -6,6 +6,7 @@
 Every message names the site or the plate, says what is wrong, and what to do instead.
 """
 
+from collections.abc import Mapping
 import warnings
 
 import jax.numpy as jnp
@@ -74,6 +75,60 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
                 f"Site '{name}' is latent in the model and observed in the guide. Sample it in the guide, or pass "
                 "`obs` to the model's site."
             )
+
+
+def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace, guide_trace: Trace) -> None:
+    """Raise unless each named plate can have particles of its own.
+
+    :raises ValueError: for a plate that does not exist, one nested in another named one, one inside of `scan`, or
+        one that no latent site of the guide is in.
+    """
+    sites = [site for tr in (model_trace, guide_trace) for site in tr.values() if site["type"] == "sample"]
+    stacks = {site["name"]: [frame.name for frame in site["cond_indep_stack"]] for site in sites}
+    latent = [name for name, site in guide_trace.items() if site["type"] == "sample" and not site["is_observed"]]
+    for plate in plate_particles:
+        if not any(plate in stack for stack in stacks.values()):
+            known = sorted({name for stack in stacks.values() for name in stack})
+            raise ValueError(
+                f"`plate_particles` names the plate '{plate}', which no site is in. "
+                f"The plates are: {', '.join(map(repr, known)) or 'none'}."
+            )
+        if not any(plate in stacks[name] for name in latent):
+            raise ValueError(
+                f"`plate_particles` names the plate '{plate}', which has no latents of its own: there is nothing to "
+                "draw more often. Remove it from `plate_particles`."
+            )
+        for site in sites:
+            others = [name for name in stacks[site["name"]] if name in plate_particles and name != plate]
+            if plate in stacks[site["name"]] and others:
+                raise ValueError(
+                    f"`plate_particles` names the plates '{plate}' and '{others[0]}', but site '{site['name']}' is in "
+                    "both: one is nested in the other. Name the outer one only."
+                )
+            if plate in stacks[site["name"]] and site.get("_control_flow_done"):
+                raise ValueError(
+                    f"`plate_particles` names the plate '{plate}', which is inside of `scan` (site '{site['name']}'). "
+                    "Only plates outside of control flow can have particles of their own."
+                )
+
+
+def dependence_error(site: str, plate: str) -> ValueError:
+    """A site that depends on the latents of a named plate without being in it."""
+    return ValueError(
+        f"Site '{site}' is outside of the plate '{plate}', but depends on its latents. With `plate_particles` these "
+        "have particles of their own, which are averaged inside of the plate. Move the site into the plate, or "
+        "remove the plate from `plate_particles`."
+    )
+
+
+def subsample_error(frame, size: int, outside: list[str]) -> ValueError:
+    """A subsampled plate whose scale would be a power inside of a logarithm."""
+    return ValueError(
+        f"Plate '{frame.name}' is subsampled ({frame.size} of {size}), but site '{outside[0]}' is outside of it. A "
+        "subsample can be scaled where the plate is common to all sample sites of model and guide, so that each of "
+        "its elements has a bound of its own, or where alpha=1, if the plate is common to all sites with which it "
+        "shares a plate of `plate_particles`. Use alpha=1, the full plate, or make the sites outside of it parameters."
+    )
 
 
 def check_shape(site: dict, shape: tuple[int, ...]) -> None:

@@ -1,0 +1,168 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Particles in, a bound with its gradient attached out.
+
+Both estimators here weigh the particles, and then pull weights back through what the particles were computed from:
+:func:`one_pass` through their log-densities, :func:`doubly_reparameterized` through their samples as well.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.lax import stop_gradient
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from numpyro_vimco import control_variates as cv
+from numpyro_vimco.densities import Draws, Levels, Program, Structure, map_levels
+
+
+class Weights(NamedTuple):
+    """What the gradients of one level are weighted with; of shape (N, *plates), or (N, M, *plates) if local.
+
+    :ivar share: W_j, or u_jim = W_j V_jim.
+    :ivar signal: s_j, or s_jim.
+    :ivar path_factor: r_j = α + (1-α) W_j, or r_jim = V_jim r_j.
+    """
+
+    share: Array
+    signal: Array
+    path_factor: Array
+
+
+def weigh(
+    log_weights: Levels[Array], structure: Structure, alpha: float, score_signal: Callable
+) -> tuple[Float[Array, ""], Levels[Weights]]:
+    """The bound in nats, and the weights of each level. Scales of subsampled plates are in shares and signals."""
+    total = log_weights.shared  # the logarithm of the design's Ẑ_j
+    for name, local in log_weights.local.items():
+        elements = jax.vmap(cv.log_mean_weight)(local)
+        total = total + structure.local_scale[name] * structure.sum_to_shared(elements)
+    # Where all weights are zero there is no direction to go: no gradient.
+    scale = jnp.where(jnp.all(jnp.isneginf(total), axis=0), 0, structure.scale)
+
+    share, path_factor = cv.normalized_weights(total, alpha), cv.path_factor(total, alpha)
+    weights = Levels(Weights(scale * share, scale * score_signal(total), path_factor), {})
+    for name, local in log_weights.local.items():
+        local_share = jax.vmap(partial(cv.normalized_weights, alpha=0.0))(local)
+        signal = jax.vmap(partial(cv.local_vimco_star_signal, alpha=alpha))
+        local_scale = scale * structure.local_scale[name]
+        weights.local[name] = Weights(
+            share=local_scale * share[:, None] * local_share,
+            signal=local_scale * signal(cv.log_one_minus_share(total, alpha), share, local),
+            path_factor=path_factor[:, None] * local_share,
+        )
+    return structure.scale * jnp.sum(cv.vr_iwae_bound(total, alpha)), weights
+
+
+def one_pass(
+    program: Program, params: dict[str, Any], keys: Array, vectorize: Callable, weigh: Callable, cotangents: Callable
+) -> Float[Array, ""]:
+    """The bound with plain pathwise gradients: each log-density takes a cotangent of its own.
+
+    :param cotangents: from the weights of a level to its densities' cotangents.
+    """
+    densities, structure = vectorize(partial(program.evaluate, params), keys)
+    log_weights = map_levels(lambda level: stop_gradient(level.log_weight), densities)
+    bound, weights = weigh(log_weights, structure)
+    return with_gradient(bound, densities, map_levels(cotangents, weights))
+
+
+def doubly_reparameterized(
+    program: Program, params: dict[str, Any], keys: Array, vectorize: Callable, weigh: Callable
+) -> Float[Array, ""]:
+    """The bound with doubly reparameterised gradients of path sites [1], for local particles derived in this project.
+
+    A derivative takes the weights of the level of the sample that it flows into, not of the density that it comes
+    from. So the shared samples are drawn first, and the local samples as a function of them; what flows through
+    the local sampler into the shared samples is pulled back here, with the weights of these.
+
+    1. Tucker et al. 2019, arXiv 1810.04152
+    """
+    shared = vectorize(lambda key: program.draw(params, key).shared, keys)
+    shared_values = {name: stop_gradient(draw.value) for name, draw in shared.items()}
+
+    def draw_local(shared_path):
+        if not program.plate_particles:
+            return {}, {}
+        given = {**shared_values, **shared_path}
+        local = vectorize(lambda particle: program.draw_local(params, *particle), (keys, given))
+        return {plate: _differentiable(draws) for plate, draws in local.items()}, local
+
+    shared_path = {name: shared_values[name] for name, draw in shared.items() if draw.is_path}
+    local_differentiable, pull_into_shared, local = jax.vjp(draw_local, shared_path, has_aux=True)
+
+    values = map_levels(lambda draws: {name: draw.value for name, draw in draws.items()}, Levels(shared, local))
+    path = map_levels(
+        lambda draws: {name: draw.value for name, draw in draws.items() if draw.is_path}, Levels(shared, local)
+    )
+    constants = stop_gradient((params, values, path))
+
+    def log_weights(params, path):
+        merged = map_levels(lambda values, path: {**values, **path}, constants[1], path)
+        return vectorize(lambda particle: program.log_weights(params, *particle), (keys, merged))
+
+    densities, pull, structure = jax.vjp(log_weights, constants[0], constants[2], has_aux=True)
+    bound, weights = weigh(densities, structure)
+    params_cotangent, path_cotangent = pull(map_levels(lambda level: level.share, weights))
+
+    shared_cotangent = _cotangents(shared, path_cotangent.shared, weights.shared, lead=1)
+    local_cotangent, into_shared = {}, {}
+    for plate, draws in local.items():
+        of_shared = Weights(weights.local[plate].share, *(w[:, None] for w in weights.shared[1:]))
+        local_cotangent[plate] = _cotangents(draws, path_cotangent.local[plate], weights.local[plate], lead=2)
+        into_shared[plate] = _cotangents(draws, path_cotangent.local[plate], of_shared, lead=2)
+    for name, cotangent in pull_into_shared(into_shared)[0].items():
+        shared_cotangent[name] += cotangent
+    return with_gradient(
+        bound,
+        (params, _differentiable(shared), local_differentiable),
+        (params_cotangent, shared_cotangent, local_cotangent),
+    )
+
+
+def _differentiable(draws: Draws) -> dict[str, Array]:
+    return {name: draw.differentiable for name, draw in draws.items()}
+
+
+def _cotangents(draws: Draws, path_cotangents: dict[str, Array], weights: Weights, lead: int) -> dict[str, Array]:
+    """Of each path sample, its cotangent times the path factor; of each score-function density, the signal."""
+
+    def aligned(weight: Array, like: Array, event_dim: int) -> Array:
+        # From (*lead, *plates) to (*lead, *batch, *event): plates and batch are aligned on the right.
+        plates, batch_dim = weight.shape[lead:], like.ndim - lead - event_dim
+        batch = (1,) * (batch_dim - len(plates)) + plates[max(len(plates) - batch_dim, 0) :]
+        return jnp.broadcast_to(weight.reshape(weight.shape[:lead] + batch + (1,) * event_dim), like.shape)
+
+    cotangents = {}
+    for name, draw in draws.items():
+        if draw.is_path:
+            cotangent = path_cotangents[name]
+            factor = aligned(weights.path_factor, cotangent, draw.event_dim)
+            share = aligned(weights.share, cotangent, draw.event_dim)
+            # The derivative at a sample of weight zero may be infinite.
+            cotangents[name] = jnp.where(share == 0, 0, factor * cotangent)
+        else:
+            cotangents[name] = aligned(weights.signal, draw.differentiable, 0)
+    return cotangents
+
+
+@jax.custom_jvp
+def with_gradient(value: Array, tensors: Any, cotangents: Any) -> Array:
+    """``value``, with derivative Σ cotangents · d tensors.
+
+    The cotangents are handed to the tensors' derivative and never multiplied with the tensors themselves, so that a
+    particle of weight zero (0 · -inf) is harmless. A JVP serves reverse and forward mode.
+    """
+    return value
+
+
+@with_gradient.defjvp
+def _with_gradient_jvp(primals, tangents):
+    value, _, cotangents = primals
+    _, dots, _ = tangents
+    products = jax.tree.map(lambda cotangent, dot: jnp.sum(cotangent * dot), cotangents, dots)
+    return value, sum(jax.tree.leaves(products)).astype(value.dtype)
