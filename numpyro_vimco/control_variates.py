@@ -146,8 +146,8 @@ def log_mean_weight(local_log_weights: LogWeights) -> Float[Array, "*plates"]:
 
 
 def local_vimco_star_signal(
-    log_one_minus_w: Float[Array, "*plates"],
-    share: Float[Array, "*plates"],
+    log_one_minus_w: Float[Array, "*#plates"],
+    share: Float[Array, "*#plates"],
     local_log_weights: LogWeights,
     alpha: float,
 ) -> PerParticle:

@@ -308,7 +308,7 @@ class Program:
 
         for name in local:
             axes = {other: 0 if other == name else None for other in local}
-            mapped = jax.vmap(mapped, in_axes=(axes,), out_axes=(Levels(None, axes), None))
+            mapped = jax.vmap(mapped, in_axes=(axes,), out_axes=(Levels(None, axes), None), axis_name=name)
         try:
             return mapped(local)
         except ValueError as error:
