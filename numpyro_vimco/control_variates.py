@@ -171,6 +171,8 @@ def local_vimco_star_signal(
         return share * _h(local, log_one_minus_share(local_log_weights, 0.0))
     x = -share * jnp.expm1(log_others)
     log_rest = jnp.where(x <= 0.5, jnp.log1p(-x), jnp.logaddexp(log_one_minus_w, jnp.log(share) + log_others))
+    if alpha == 0:
+        return _h(x, log_rest)
     # k = α V²/2! + α (α+1) V³/3! + …
     rising = [math.prod((alpha + i) / (i + 2) for i in range(k)) for k in range(1, 8)]
     k = jnp.where(local < 0.01, _series(rising, local), -jnp.expm1(log_others) / (1 - alpha) - local)

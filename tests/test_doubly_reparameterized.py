@@ -246,7 +246,9 @@ def test_vectorizations_agree_with_local_particles():
     gradients = []
     for vectorize_particles in (True, False, lambda fn, keys: jax.lax.map(fn, keys, batch_size=2)):
         objective = VIMCOStar(0.3, 4, vectorize_particles, plate_particles={"data": 3})
-        gradient = jax.grad(lambda params, loss=objective.loss: loss(random.key(0), params, both_levels, both_levels_guide))
+        gradient = jax.grad(
+            lambda params, loss=objective.loss: loss(random.key(0), params, both_levels, both_levels_guide)
+        )
         gradients.append(jax.jit(gradient)(params))
     for other in gradients[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other, gradients[0])

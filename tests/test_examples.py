@@ -1,0 +1,38 @@
+"""The examples run, in a quick mode, and what they print holds."""
+
+import importlib.util
+from pathlib import Path
+
+import arviz as az
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name, *argv):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(module.parse(argv))
+
+
+@pytest.mark.filterwarnings("ignore")  # matplotlib's, scikit-learn's and ArviZ's own
+def test_variable_selection(tmp_path):
+    gaps, error = run(
+        "variable_selection", "--num-steps=800", "--num-particles=64", "--num-draws=20000", f"--output={tmp_path}"
+    )
+    assert -0.2 < gaps["VIMCOStar"] < 1.5 < gaps["TraceGraph_ELBO"] - 5
+    assert error < 0.2
+    assert (tmp_path / "variable_selection.png").stat().st_size > 10_000
+    posterior = az.from_netcdf(str(tmp_path / "variable_selection.nc"))["posterior"]
+    assert posterior["included"].shape == (1, 4000, 10)
+
+
+def test_gaussian_mixture():
+    joint, local, truth = run("gaussian_mixture", "--num-steps=300")
+    assert joint + 10 < local < truth
+
+
+def test_n_mixture():
+    log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=600", "--grid=40")
+    assert joint < local < log_evidence
