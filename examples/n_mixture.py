@@ -101,9 +101,8 @@ def main(args):
         bound, error, means = fit(objective, args.num_steps, seen)
         errors = [mean - truth for mean, truth in zip(means, exact)]
         results.append((float(bound), *errors))
-        print(
-            f"{name:>24} {bound:14.2f} ± {error:5.2f} {means[0]:10.3f} {errors[0]:+7.3f} {means[1]:10.4f} {errors[1]:+7.4f}"
-        )
+        columns = f"{means[0]:10.3f} {errors[0]:+7.3f} {means[1]:10.4f} {errors[1]:+7.4f}"
+        print(f"{name:>24} {bound:14.2f} ± {error:5.2f} {columns}")
     print(f"{'exact':>24} {log_evidence:14.2f} {'':7} {exact[0]:10.3f} {'':7} {exact[1]:10.4f}")
     print("Abundance and detection are posterior means; those of the fits are the guide's, not importance-weighted.")
     return float(log_evidence), results

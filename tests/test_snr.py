@@ -1,11 +1,12 @@
 """Signal-to-noise ratio of score-function gradients against the number of particles."""
 
-from helpers import UNBIASED, ScoreNormal
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
+
+from helpers import UNBIASED, ScoreNormal
 
 DIMENSIONS, OFFSET, DRAWS = 5, 0.2, 3000
 NUM_PARTICLES = np.array([16, 64, 256, 1024])

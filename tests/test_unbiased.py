@@ -2,6 +2,14 @@
 
 from functools import partial
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.handlers import mask, scale
+import pytest
+
 from helpers import (
     UNBIASED,
     Program,
@@ -12,14 +20,6 @@ from helpers import (
     log_densities,
     product_of,
 )
-import jax
-import jax.numpy as jnp
-import numpy as np
-import numpyro
-import numpyro.distributions as dist
-from numpyro.handlers import mask, scale
-import pytest
-
 from numpyro_vimco import ReweightedWakeSleep, VIMCOStar
 
 pytestmark = pytest.mark.usefixtures("x64")
