@@ -174,7 +174,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--num-particles", type=int, default=128)
-    parser.add_argument("--num-draws", type=int, default=200_000, help="importance-weighted draws")
+    parser.add_argument("--num-draws", type=int, default=500_000, help="importance-weighted draws")
     parser.add_argument("--output", type=Path, default=Path("output"))
     return parser.parse_args(argv)
 

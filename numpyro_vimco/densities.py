@@ -7,53 +7,26 @@ A *score-function site* is a latent guide site whose distribution has no reparam
 (``has_rsample`` is False): no gradient flows through its sample. All other latent guide sites are *path sites*;
 those that are ``Delta`` are no random choice, but a deterministic function of the parameters and other sites.
 
-A *level* is a set of sites that are drawn together: a plate that has particles of its own, with all that is inside
-of it, or what is *shared* by all of these, which is everything where no plate is named. The arrays of a named plate
-have an axis for its particles before those of the plates.
-
-Plate dimensions are kept: a density of one particle has as many dimensions as the deepest plate, of size 1 where
-the plate is summed over, so that arrays of all levels broadcast.
+What plates do to densities is in :mod:`numpyro_vimco.plates`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 import math
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jax import random
 from jax.lax import stop_gradient
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from numpyro import distributions as dist
 from numpyro.handlers import replay, substitute, trace
 from numpyro.primitives import Messenger
 
-from numpyro_vimco.validation import (
-    Trace,
-    check_plate_particles,
-    check_shape,
-    check_traces,
-    dependence_error,
-    subsample_error,
-)
-
-T = TypeVar("T")
-Density = Float[Array, "*plates"]
-
-
-class Levels(NamedTuple, Generic[T]):
-    """One thing for what all local particles share, and one for each named plate."""
-
-    shared: T
-    local: dict[str, T]
-
-
-def map_levels(fn: Callable, *levels: Levels) -> Levels:
-    """Apply a function to each level."""
-    shared = fn(*(level.shared for level in levels))
-    return Levels(shared, {name: fn(*(level.local[name] for level in levels)) for name in levels[0].local})
+from numpyro_vimco.plates import Density, Levels, Structure, level_of, map_levels, plate_structure, sample_sites
+from numpyro_vimco.validation import Trace, check_plate_particles, check_shape, check_traces, dependence_error
 
 
 class Densities(NamedTuple):
@@ -73,42 +46,6 @@ class Densities(NamedTuple):
     def log_weight(self) -> Density:
         """The log-weight, log p(x, z) - log q(z)."""
         return self.model - self.guide_path - self.guide_score
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Structure:
-    """How the plates combine densities; static.
-
-    :ivar ndim: number of plate dimensions.
-    :ivar dims: the dimensions that each level keeps: the plates common to all of its sites.
-    :ivar scale: factor of the bound, from subsampled plates that are common to all sites.
-    :ivar local_scale: factor of each named plate's sum of log-weights, from its own subsampling.
-    """
-
-    ndim: int
-    dims: Levels[frozenset[int]]
-    scale: float
-    local_scale: dict[str, float]
-
-    def __hash__(self) -> int:
-        return hash((self.ndim, self.dims.shared, self.scale))
-
-    def level_scale(self, level: str | None) -> float:
-        """The factor by which the subsampling of its plates scales each density of a level."""
-        return self.scale if level is None else self.scale * self.local_scale[level]
-
-    def sum_to_level(self, log_prob: Array, level: str | None) -> Density:
-        """Sum a log-density over all dimensions but those of its level, which are kept."""
-        keep = self.dims.shared if level is None else self.dims.local[level]
-        ndim = jnp.ndim(log_prob)
-        summed = jnp.sum(log_prob, axis=[i for i in range(ndim) if i - ndim not in keep], keepdims=True)
-        return summed.reshape((1,) * (self.ndim - ndim) + summed.shape[max(ndim - self.ndim, 0) :])
-
-    def sum_to_shared(self, local: Array) -> Array:
-        """Sum what is per element of a named plate to the plates of the shared level; leading axes are free."""
-        axes = [dim for dim in range(-self.ndim, 0) if dim not in self.dims.shared]
-        return jnp.sum(local, axis=axes, keepdims=True)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["value", "log_prob"], meta_fields=["event_dim"])
@@ -148,7 +85,7 @@ def is_score_function_site(site: dict) -> bool:
     if not is_latent_site(site):
         return False
     fn = site["fn"]
-    if not fn.has_rsample or fn.support.is_discrete:
+    if not fn.has_rsample or getattr(fn.support, "is_discrete", False):
         return True
     return any(isinstance(base, (dist.MixtureSameFamily, dist.MixtureGeneral)) for base in _base_distributions(fn))
 
@@ -187,7 +124,7 @@ class Program:
             return self._trace_model(params, model_key, guide_trace), guide_trace
 
         def densities(model_trace, guide_trace):
-            structure = self._structure(model_trace, guide_trace)
+            structure = plate_structure(model_trace, guide_trace, self.plate_particles, self.linear)
             model = self._sum_sites(model_trace, structure, _scaled)
             score = self._sum_sites(guide_trace, structure, lambda site, _: self.by_score(site) and _log_prob(site))
             path = self._sum_sites(guide_trace, structure, partial(_scaled, beside=self.by_score))
@@ -235,12 +172,12 @@ class Program:
                 given.update(plate_values)
             frozen = self._trace_guide(stop_gradient(params), guide_key, keys, given)
             live = frozen
-            if any(not is_drawn(site) or site["scale"] is not None for site in _sample_sites(frozen)):
+            if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
                 live = self._trace_guide(params, guide_key, keys, given)
             return self._trace_model(params, model_key, live), frozen, live
 
         def log_weights(model_trace, frozen, live):
-            structure = self._structure(model_trace, frozen)
+            structure = plate_structure(model_trace, frozen, self.plate_particles, self.linear)
             model = self._sum_sites(model_trace, structure, _scaled)
             sampling = self._sum_sites(frozen, structure, lambda site, _: is_drawn(site) and _log_prob(site))
             beside = self._sum_sites(live, structure, partial(_scaled, beside=is_drawn))
@@ -283,17 +220,13 @@ class Program:
         levels: Levels[Draws] = Levels({}, {name: {} for name in self.plate_particles})
         for name, site in guide_trace.items():
             if is_drawn(site):
-                level = self._level(site)
+                level = level_of(site, self.plate_particles)
                 log_prob = _log_prob(site) if self.by_score(site) else None
                 draws = levels.shared if level is None else levels.local[level]
                 draws[name] = Draw(site["value"], log_prob, site["fn"].event_dim)
         return levels
 
     # Levels.
-
-    def _level(self, site: dict) -> str | None:
-        """The named plate that a site is in, or None."""
-        return next((frame.name for frame in site["cond_indep_stack"] if frame.name in self.plate_particles), None)
 
     def _over_local(self, run: Callable, combine: Callable, local: dict) -> tuple:
         """Map ``combine(*run(local))`` over the local particles of each plate in turn.
@@ -308,6 +241,7 @@ class Program:
 
         for name in local:
             axes = {other: 0 if other == name else None for other in local}
+            # The axis is named, so that a handler around the program can tell the particles apart.
             mapped = jax.vmap(mapped, in_axes=(axes,), out_axes=(Levels(None, axes), None), axis_name=name)
         try:
             return mapped(local)
@@ -323,8 +257,8 @@ class Program:
             names: list[str] = []
 
             def log_probs(particle, plate=plate, names=names):
-                sites = [site for tr in run({**first, plate: particle}) for site in _sample_sites(tr)]
-                outside = [site for site in sites if plate != self._level(site)]
+                sites = [site for tr in run({**first, plate: particle}) for site in sample_sites(tr)]
+                outside = [site for site in sites if plate != level_of(site, self.plate_particles)]
                 names[:] = [site["name"] for site in outside]
                 return [_log_prob(site) for site in outside]
 
@@ -336,38 +270,13 @@ class Program:
                     return dependence_error(name, plate)
         return AssertionError("no site outside of a named plate depends on it, but a density does")
 
-    def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
-        sites = _sample_sites(model_trace) + _sample_sites(guide_trace)
-        plate_sites = {**guide_trace, **model_trace}
-        common = _common_plates(sites)
-        units = {
-            name: _common_plates([site for site in sites if self._level(site) == name]) for name in self.plate_particles
-        }
-        scale, local_scale = 1.0, dict.fromkeys(units, 1.0)
-        for frame in {frame for site in sites for frame in site["cond_indep_stack"]}:
-            # A plate inside of `scan` is not recorded in the trace, and cannot be subsampled there.
-            size = plate_sites[frame.name]["args"][0] if frame.name in plate_sites else frame.size
-            if size == frame.size:
-                continue
-            inside = {self._level(site) for site in sites if frame in site["cond_indep_stack"]} - {None}
-            level = next((name for name in units if frame in units[name]), None)
-            if frame in common:
-                scale *= size / frame.size
-            elif self.linear and level is not None:
-                local_scale[level] *= size / frame.size
-            elif not self.linear or inside:
-                raise subsample_error(frame, size, [s["name"] for s in sites if frame not in s["cond_indep_stack"]])
-        deepest = min((frame.dim for site in sites for frame in site["cond_indep_stack"]), default=0)
-        dims = Levels(_dims(common), {name: _dims(plates) for name, plates in units.items()})
-        return Structure(-deepest, dims, scale, local_scale)
-
     def _sum_sites(self, tr: Trace, structure: Structure, density: Callable) -> Levels[Density]:
         """Sum ``density(site, plate_scale)`` over the sites of each level; None or False stands for nothing."""
         totals: dict[str | None, Density] = dict.fromkeys(
             [None, *self.plate_particles], jnp.zeros((1,) * structure.ndim)
         )
-        for site in _sample_sites(tr):
-            level = self._level(site)
+        for site in sample_sites(tr):
+            level = level_of(site, self.plate_particles)
             log_prob = density(site, structure.level_scale(level))
             if log_prob is not None and log_prob is not False:
                 totals[level] = totals[level] + structure.sum_to_level(log_prob, level)
@@ -390,18 +299,6 @@ class _SeedLevels(Messenger):
         plates = (frame.name for frame in msg.get("cond_indep_stack", ()))
         level = next((name for name in plates if name in self.keys), None)
         self.keys[level], msg["kwargs"]["rng_key"] = random.split(self.keys[level])
-
-
-def _sample_sites(tr: Trace) -> list[dict]:
-    return [site for site in tr.values() if site["type"] == "sample"]
-
-
-def _common_plates(sites: list[dict]) -> set:
-    return set.intersection(*(set(site["cond_indep_stack"]) for site in sites)) if sites else set()
-
-
-def _dims(plates: set) -> frozenset[int]:
-    return frozenset(frame.dim for frame in plates)
 
 
 def _base_distributions(fn: dist.Distribution) -> list[dist.Distribution]:
