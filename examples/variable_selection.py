@@ -114,9 +114,9 @@ def to_arviz(draws, weights, num_samples, predictors):
 def plot(fits, log_evidence, predictors, inclusion, exact_inclusion, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     window = max(len(next(iter(fits.values()))[1]) // 100, 1)
-    for (name, (_, losses, *_)), color in zip(fits.items(), ("C0", "C4", "C1", "C2")):
+    for (name, (_, losses, *_)), style in zip(fits.items(), ("C0-", "C4-", "C1:", "C2-")):
         smooth = np.convolve(-np.asarray(losses), np.ones(window) / window, "valid")
-        left.plot(np.arange(len(smooth)) + window, smooth, color=color, label=name, lw=1.2)
+        left.plot(np.arange(len(smooth)) + window, smooth, style, label=name, lw=1.4)
     left.axhline(log_evidence, color="black", lw=1, ls="--", label="exact log evidence")
     left.set(xlabel="step", ylabel="bound (nats)", ylim=(log_evidence - 12, log_evidence + 1))
     left.legend(loc="lower right")

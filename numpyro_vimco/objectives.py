@@ -59,10 +59,10 @@ class ImportanceWeightedELBO(ELBO):
         function and an array of keys, as in NumPyro. Defaults to True.
     :param bool doubly_reparameterized: how gradients flow through path sites. True (default) is the doubly
         reparameterised form [2], whose signal-to-noise ratio grows with N where the plain pathwise gradient's falls.
-        It traces the guide three times (four with Delta sites or factors, or with `plate_particles`) and evaluates
-        its density at given values, for which a flow needs its inverse. False is the plain gradient, one pass of guide
-        and model: for flows whose inverse is slow, and for `forward_mode_differentiation` of a model with a
-        `while_loop`. Without path sites both are the same.
+        It traces the model once, the guide three times (once more each for Delta sites or factors and for
+        `plate_particles`), and evaluates the guide's density at given values, for which a flow needs its inverse.
+        False is the plain gradient, one pass of guide and model: for flows whose inverse is slow, and for
+        `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are the same.
     :raises ValueError: if ``alpha`` or ``num_particles`` is out of range.
 
     **References**
