@@ -140,6 +140,9 @@ CASES = {
     "local, path and score on both levels": (both_levels, both_levels_guide, {"data": 2}),
 }
 
+# What these add does not depend on α: one that has all terms of the formulas is enough.
+ONE_ALPHA = ("scale and factor", "event dimensions in plates", "local, event dimensions")
+
 
 def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles, num_particles=3):
     """Mean gradient over DRAWS draws, and its standard error, for all parameters in one vector."""
@@ -166,8 +169,10 @@ def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles,
 
 # 100,000 draws of each estimator, with different keys. With the fixed keys the outcome is fixed; over keys, 4 standard
 # errors are passed once in 16,000 means. Weights of the wrong level or factor are seen at 10 to 100 standard errors.
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "alpha"),
+    [(name, alpha) for name in CASES for alpha in (0.0, 0.5, 1.0) if name not in ONE_ALPHA or alpha == 0.5],
+)
 def test_mean_is_that_of_the_plain_estimator(name, alpha):
     model, guide, plate_particles = CASES[name]
     plain, plain_error = mean_and_error(model, guide, alpha, False, plate_particles)
@@ -190,7 +195,7 @@ def test_snr_grows_for_every_parameter_and_falls_for_the_continuous_ones_without
         normal("c", numpyro.param("loc", 0.3) + numpyro.param("coupling", 0.3) * b, width)
 
     params = initial_params(model, guide)
-    num_particles = np.array([32, 64, 128, 256, 512, 1024])
+    num_particles = np.array([32, 102, 323, 1024])
 
     def slopes(doubly_reparameterized):
         snr = []
