@@ -144,7 +144,7 @@ CASES = {
 ONE_ALPHA = ("scale and factor", "event dimensions in plates", "local, event dimensions")
 
 
-def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles, num_particles=3):
+def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles, num_particles=2):
     """Mean gradient over DRAWS draws, and its standard error, for all parameters in one vector."""
     params = initial_params(model, guide)
     objective = VIMCOStar(

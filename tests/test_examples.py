@@ -18,7 +18,7 @@ def run(name, *argv):
 
 @pytest.mark.filterwarnings("ignore")  # matplotlib's, scikit-learn's and ArviZ's own
 def test_variable_selection(tmp_path):
-    gaps, error = run("variable_selection", "--num-steps=1500", f"--output={tmp_path}")
+    gaps, error = run("variable_selection", "--num-steps=1000", f"--output={tmp_path}")
     assert -0.1 < gaps["VIMCOStar"] < 0.5 < gaps["TraceGraph_ELBO"] - 5
     assert error < 0.1  # the full run: below 0.05
     assert (tmp_path / "variable_selection.png").stat().st_size > 10_000
@@ -27,10 +27,10 @@ def test_variable_selection(tmp_path):
 
 
 def test_gaussian_mixture():
-    joint, local, truth = run("gaussian_mixture", "--num-steps=300")
+    joint, local, truth = run("gaussian_mixture", "--num-steps=200")
     assert joint + 10 < local < truth
 
 
 def test_n_mixture():
-    log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=600", "--grid=40")
+    log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=400", "--grid=40")
     assert joint < local < log_evidence
