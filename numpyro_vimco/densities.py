@@ -22,6 +22,7 @@ from jax.lax import stop_gradient
 import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro import distributions as dist
+from numpyro.distributions import constraints
 from numpyro.handlers import replay, substitute, trace
 from numpyro.primitives import Messenger
 
@@ -91,8 +92,27 @@ def is_score_function_site(site: dict) -> bool:
 
 
 def is_drawn(site: dict) -> bool:
-    """Whether ``site`` is latent and a random choice: a Delta is a function of parameters and other sites."""
-    return is_latent_site(site) and not isinstance(_base_distributions(site["fn"])[-1], dist.Delta)
+    """Whether ``site`` is latent, and has a density that a doubly reparameterised gradient may hold fixed.
+
+    The others are functions of the parameters and of noise, with plain gradients: Delta; distributions whose support
+    may move with a parameter, for which the score does not have mean zero; masked ones, which have no score.
+    """
+    if not is_latent_site(site):
+        return False
+    if is_score_function_site(site):
+        return True
+    bases = _base_distributions(site["fn"])
+    transformed = any(isinstance(base, dist.TransformedDistribution) for base in bases)
+    return not (
+        isinstance(bases[-1], dist.Delta)
+        or any(isinstance(base, dist.MaskedDistribution) for base in bases)
+        or any(isinstance(leaf, jax.Array) for base in bases for leaf in jax.tree.leaves(base.support))
+        or (transformed and not _is_real(bases[-1].support))
+    )
+
+
+def _is_real(support: constraints.Constraint) -> bool:
+    return getattr(support, "base_constraint", support) in (constraints.real, constraints.real_vector)
 
 
 @dataclass(frozen=True)
@@ -160,8 +180,8 @@ class Program:
         """Log-weights of one particle as a function of its values, for doubly reparameterised gradients.
 
         Its derivative with respect to ``params`` leaves out the densities that the values were drawn from: these
-        are evaluated at parameters with gradients stopped. Delta sites, scales and factors of the guide are
-        functions of the parameters like any other part of the model.
+        are evaluated at parameters with gradients stopped. What is not :func:`is_drawn`, and scales and factors of
+        the guide, are functions of the parameters like any other part of the model.
         """
         model_key, guide_key, local_keys = self._split(rng_key)
 
@@ -248,11 +268,14 @@ class Program:
         except ValueError as error:
             if "out_axes" not in str(error):
                 raise
-            first = jax.tree.map(lambda x: x[0], local)
-            raise self._dependence_error(run, local, first) from None
+            dependence = self._find_dependence(run, local)
+            if dependence is None:
+                raise
+            raise dependence_error(*dependence) from None
 
-    def _dependence_error(self, run: Callable, local: dict, first: dict) -> Exception:
-        """Name the site that is outside of a named plate and depends on its latents."""
+    def _find_dependence(self, run: Callable, local: dict) -> tuple[str, str] | None:
+        """The site that is outside of a named plate and depends on its latents, and the plate."""
+        first = jax.tree.map(lambda x: x[0], local)
         for plate in local:
             names: list[str] = []
 
@@ -267,8 +290,8 @@ class Program:
                 try:
                     jax.eval_shape(jax.vmap(lambda particle, i=i: log_probs(particle)[i], out_axes=None), local[plate])
                 except ValueError:
-                    return dependence_error(name, plate)
-        return AssertionError("no site outside of a named plate depends on it, but a density does")
+                    return name, plate
+        return None
 
     def _sum_sites(self, tr: Trace, structure: Structure, density: Callable) -> Levels[Density]:
         """Sum ``density(site, plate_scale)`` over the sites of each level; None or False stands for nothing."""

@@ -41,18 +41,21 @@ def weigh(
     for name, local in log_weights.local.items():
         elements = jax.vmap(cv.log_mean_weight)(local)
         total = total + structure.local_scale[name] * structure.sum_to_shared(elements)
-    # Where all weights are zero there is no direction to go: no gradient.
-    scale = jnp.where(jnp.all(jnp.isneginf(total), axis=0), 0, structure.scale)
+    nothing = jnp.all(jnp.isneginf(total), axis=0)
+
+    def scaled(weight: Array, scale: float = structure.scale) -> Array:
+        # Where all weights are zero there is no direction to go: no gradient.
+        return jnp.where(nothing, 0, scale * weight)
 
     share, path_factor = cv.normalized_weights(total, alpha), cv.path_factor(total, alpha)
-    weights = Levels(Weights(scale * share, scale * score_signal(total), path_factor), {})
+    weights = Levels(Weights(scaled(share), scaled(score_signal(total)), path_factor), {})
     for name, local in log_weights.local.items():
         local_share = jax.vmap(partial(cv.normalized_weights, alpha=0.0))(local)
         signal = jax.vmap(partial(cv.local_vimco_star_signal, alpha=alpha))
-        local_scale = scale * structure.local_scale[name]
+        local_scale = structure.level_scale(name)
         weights.local[name] = Weights(
-            share=local_scale * share[:, None] * local_share,
-            signal=local_scale * signal(cv.log_one_minus_share(total, alpha), share, local),
+            share=scaled(share[:, None] * local_share, local_scale),
+            signal=scaled(signal(cv.log_one_minus_share(total, alpha), share, local), local_scale),
             path_factor=path_factor[:, None] * local_share,
         )
     return structure.scale * jnp.sum(cv.vr_iwae_bound(total, alpha)), weights

@@ -42,11 +42,12 @@ class ImportanceWeightedELBO(ELBO):
 
     **Plates.** If plates are common to all sample sites of model and guide, each of their elements has a bound
     of its own, with its own weights, and the objective is their sum; if they are subsampled, it is scaled.
-    Other plates are summed into one weight, and cannot be subsampled.
+    Other plates are summed into one weight, and can be subsampled only where α = 1.
 
     **Scale and mask.** `handlers.scale` multiplies a site's log-density in the weight; the gradient is that of
     this scaled objective, with the score of the density that the sample was drawn from. `handlers.mask`
-    takes elements of a site out of the program: they have neither a density nor a score.
+    takes elements of a site out of the program: they have neither a density nor a score, and
+    nothing that is not masked should depend on them.
 
     **Zero weights.** Where all particles of an element have weight zero, the loss is ``inf`` and the gradient 0.
     NaN log-weights give a NaN loss.
@@ -56,13 +57,17 @@ class ImportanceWeightedELBO(ELBO):
     :param int num_particles: number N of particles, at least 2. Defaults to 16: the estimators use the other
         particles as a baseline, and the bound tightens with their number.
     :param vectorize_particles: True for `jax.vmap` over particles, False for `jax.lax.map`, or a callable of a
-        function and an array of keys, as in NumPyro. Defaults to True.
+        function and an array of keys, as in NumPyro; with doubly reparameterised gradients also of a function and a
+        pytree of arrays with a leading axis for the particles. Defaults to True.
     :param bool doubly_reparameterized: how gradients flow through path sites. True (default) is the doubly
         reparameterised form [2], whose signal-to-noise ratio grows with N where the plain pathwise gradient's falls.
         It traces the model once, the guide three times (once more each for Delta sites or factors and for
         `plate_particles`), and evaluates the guide's density at given values, for which a flow needs its inverse.
-        False is the plain gradient, one pass of guide and model: for flows whose inverse is slow, and for
-        `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are the same.
+        Delta sites, masked ones, and distributions whose support may depend on parameters (bounds that are arrays,
+        transforms of a base that is not on the real line) keep plain gradients. False is the plain gradient for all,
+        in one pass of guide and model: for flows whose inverse is slow or missing (`AutoBNAFNormal`), for nested
+        `scan`, and for `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are
+        the same.
     :raises ValueError: if ``alpha`` or ``num_particles`` is out of range.
 
     **References**
@@ -186,7 +191,7 @@ class VIMCOStar(ImportanceWeightedELBO):
             numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
 
         def guide(x):
-            logits = numpyro.param("logits", 0.0)
+            logits = numpyro.param("logits", 0.1)
             numpyro.sample("z", dist.Bernoulli(logits=logits))
 
         svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(num_particles=16))

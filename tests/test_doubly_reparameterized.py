@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.handlers import scale
+from numpyro.handlers import mask, scale
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal
 import optax
@@ -93,6 +93,34 @@ def scaled_guide():
     numpyro.factor("tilt_site", 0.1 * numpyro.param("tilt", 0.5) * b)
 
 
+def moving_support():
+    """Two sites whose support moves with a parameter, one of them only by its transform."""
+    b = bernoulli("b", numpyro.param("logits", 0.2))
+    u = numpyro.sample("u", dist.Uniform(-1.5, numpyro.param("high", 2.0)), infer={"is_auxiliary": True})
+    base = dist.Beta(numpyro.param("a", 1.3), 1.0)
+    shift = dist.transforms.AffineTransform(0.2 * u - 1.0 + 0.3 * b, numpyro.param("range", 3.0))
+    numpyro.sample("c", dist.TransformedDistribution(base, shift))
+
+
+def bounded_latents():
+    b = bernoulli("b", numpyro.param("prior", -0.3))
+    observe(normal("c", 1.5 * b, 1.0) + 0.5 * b)
+
+
+def masked_model():
+    mu = normal("mu", 0.3, 1.0)
+    with numpyro.plate("data", 2):
+        with mask(mask=X > 0):
+            z = normal("z", mu, 1.0)
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+
+def masked_guide():
+    mu = normal("mu", numpyro.param("mu_loc", 0.1), 1.0)
+    with numpyro.plate("data", 2), mask(mask=X > 0):
+        normal("z", mu * numpyro.param("slope", 0.8), numpyro.param("width", 1.1))
+
+
 def events_in_plates():
     g = numpyro.sample("g", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
     with numpyro.plate("data", 2):
@@ -135,13 +163,23 @@ CASES = {
     "TransformedDistribution": (positive_latent, transformed, None),
     "Delta": (two_latents, delta_with_jacobian, None),
     "scale and factor": (scaled_model, scaled_guide, None),
+    "moving support": (bounded_latents, moving_support, None),
+    "mask": (masked_model, masked_guide, None),
+    "local, mask": (masked_model, masked_guide, {"data": 2}),
     "event dimensions in plates": (events_in_plates, events_in_plates_guide, None),
     "local, event dimensions": (events_in_plates, events_in_plates_guide, {"data": 2}),
     "local, path and score on both levels": (both_levels, both_levels_guide, {"data": 2}),
 }
 
 # What these add does not depend on α: one that has all terms of the formulas is enough.
-ONE_ALPHA = ("scale and factor", "event dimensions in plates", "local, event dimensions")
+ONE_ALPHA = (
+    "mask",
+    "local, mask",
+    "moving support",
+    "scale and factor",
+    "event dimensions in plates",
+    "local, event dimensions",
+)
 
 
 def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles, num_particles=2):
