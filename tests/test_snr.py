@@ -36,13 +36,13 @@ def slope(make_objective):
     return np.polyfit(np.log(NUM_PARTICLES), np.log(snr), 1)[0]
 
 
-# The standard error of a mean SNR of 1 over 2,000 draws and 5 coordinates is 1 %, that of the slope 0.005: over 6
+# The standard error of a mean SNR of 1 over 2,000 draws and 5 coordinates is 1.2 %, that of the slope 0.006: over 6
 # standard errors separate 0.5 ± 0.03, and the bounds are further. A lost 1/N term gives -0.5.
 def test_snr_of_vimco_star_grows_like_the_square_root_of_n():
     assert 0.4 < slope(UNBIASED["VIMCOStar"]) < 0.6
 
 
-# With VIMCO the SNR falls from 0.2 to the noise floor of its own estimate, 0.8 / sqrt(2,000) = 0.015: the slope is
+# With VIMCO the SNR falls from 0.2 to the noise floor of its own estimate, 0.8 / sqrt(2,000) = 0.018: the slope is
 # about -0.5, with a standard error of 0.1.
 @pytest.mark.parametrize("name", ["VIMCO geometric", "VIMCO arithmetic"])
 def test_snr_of_vimco_falls(name):
