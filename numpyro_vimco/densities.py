@@ -5,7 +5,7 @@
 
 A *score-function site* is a latent guide site whose distribution has no reparameterised sampler
 (``has_rsample`` is False): no gradient flows through its sample. All other latent guide sites are *path sites*;
-those that are ``Delta`` are no random choice, but a deterministic function of the parameters and other sites.
+:func:`is_drawn` tells which of them a doubly reparameterised gradient may treat as draws from a fixed density.
 
 What plates do to densities is in :mod:`numpyro_vimco.plates`.
 """

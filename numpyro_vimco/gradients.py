@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_vimco import control_variates as cv
-from numpyro_vimco.densities import Draws, Levels, Program, Structure, map_levels
+from numpyro_vimco.densities import Draws, Program
+from numpyro_vimco.plates import Levels, Structure, map_levels
 
 
 class Weights(NamedTuple):
@@ -98,18 +99,16 @@ def doubly_reparameterized(
     shared_path = {name: shared_values[name] for name, draw in shared.items() if draw.is_path}
     local_differentiable, pull_into_shared, local = jax.vjp(draw_local, shared_path, has_aux=True)
 
-    values = map_levels(lambda draws: {name: draw.value for name, draw in draws.items()}, Levels(shared, local))
-    path = map_levels(
-        lambda draws: {name: draw.value for name, draw in draws.items() if draw.is_path}, Levels(shared, local)
-    )
-    constants = stop_gradient((params, values, path))
+    draws = stop_gradient(Levels(shared, local))
+    values = map_levels(lambda level: {name: draw.value for name, draw in level.items()}, draws)
+    path = map_levels(lambda level: {name: draw.value for name, draw in level.items() if draw.is_path}, draws)
 
     def log_weights(params, path):
-        merged = map_levels(lambda values, path: {**values, **path}, constants[1], path)
+        merged = map_levels(lambda values, path: {**values, **path}, values, path)
         return vectorize(lambda particle: program.log_weights(params, *particle), (keys, merged))
 
-    densities, pull, structure = jax.vjp(log_weights, constants[0], constants[2], has_aux=True)
-    bound, weights = weigh(densities, structure)
+    level_weights, pull, structure = jax.vjp(log_weights, stop_gradient(params), path, has_aux=True)
+    bound, weights = weigh(level_weights, structure)
     params_cotangent, path_cotangent = pull(map_levels(lambda level: level.share, weights))
 
     shared_cotangent = _cotangents(shared, path_cotangent.shared, weights.shared, lead=1)

@@ -322,7 +322,7 @@ def test_subsampled_likelihood_of_global_latents_is_allowed_at_alpha_one():
 # Errors.
 
 
-def simple(plate="data"):
+def simple():
     model, guide, *_ = one_plate()
     return model, guide
 
