@@ -3,8 +3,17 @@
 
 """VIMCO-⋆ and its relatives for NumPyro: stochastic variational inference where latents cannot be reparameterised."""
 
+from numpyro_vimco.guides import AutoDiscrete, AutoMixed
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
 
 __version__ = "0.1.0"
 
-__all__ = ["REINFORCE", "VIMCO", "ImportanceWeightedELBO", "ReweightedWakeSleep", "VIMCOStar"]
+__all__ = [
+    "REINFORCE",
+    "VIMCO",
+    "AutoDiscrete",
+    "AutoMixed",
+    "ImportanceWeightedELBO",
+    "ReweightedWakeSleep",
+    "VIMCOStar",
+]

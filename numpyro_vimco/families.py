@@ -1,0 +1,187 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""From the support of a discrete site to a family of distributions for its guide, and to the parameters to begin with.
+
+A fit begins near the prior, given what the site depends on, and slightly off: 1% of the probability is spread evenly
+over finite supports, so that every value is proposed, and all parameters are moved by 0.1 standard normals in
+unconstrained space, so that symmetric models (mixtures) can leave the symmetric point.
+"""
+
+from dataclasses import dataclass
+import math
+from typing import Any, ClassVar
+
+import jax
+from jax import random
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.distributions import biject_to, constraints
+from numpyro.util import not_jax_tracer
+
+from numpyro_vimco.distributions import DiscretizedLogistic, IntervalCategorical, unwrapped
+from numpyro_vimco.validation import bounds_error, no_automatic_guide_error
+
+SPREAD, JITTER, GIVEN = 0.01, 0.1, 0.9
+
+
+@dataclass(frozen=True)
+class Boolean:
+    """Bernoulli."""
+
+    constraints: ClassVar = {"logits": constraints.real}
+    event_dim: ClassVar = 0
+
+    def start(self, site: dict, given: Array | None) -> dict[str, Array]:
+        """Parameters to begin with, one for each element of the site's value."""
+        log_probs = _start_log_probs(site, 0, 1, given)
+        return {"logits": log_probs[..., 1] - log_probs[..., 0]}
+
+    def distribution(self, logits: Array) -> dist.Distribution:
+        """The family's member."""
+        return dist.BernoulliLogits(logits)
+
+    def quantile(self, q: Array, logits: Array) -> Array:
+        """The smallest value whose cumulative probability is at least ``q``."""
+        return (q > jax.nn.sigmoid(-logits)).astype(int)
+
+    def features(self, value: Array) -> Array:
+        """What other sites may depend on, in a new axis at the end."""
+        return value[..., None].astype(float)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A categorical distribution over an interval of integers: as flexible as can be.
+
+    :ivar low: smallest value.
+    :ivar high: largest value; both are an integer, or one for each element.
+    """
+
+    low: Any
+    high: Any
+    constraints: ClassVar = {"logits": constraints.real_vector}
+    event_dim: ClassVar = 1
+
+    def start(self, site, given):
+        return {"logits": _start_log_probs(site, self.low, self.high, given)}
+
+    def distribution(self, logits):
+        return IntervalCategorical(logits, self.low, self.high)
+
+    def quantile(self, q, logits):
+        return self.distribution(logits).icdf(q)
+
+    def features(self, value):
+        return jax.nn.one_hot(value - self.low, np.max(self.high - self.low) + 1)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A discretised logistic distribution, above or below Poisson dispersion.
+
+    Location and scale are positive, so that a step of an optimiser changes them by a fraction of what they are.
+
+    :ivar low: smallest value.
+    :ivar loc: median of the prior above ``low``, for each element.
+    :ivar scale: scale of the prior, for each element.
+    """
+
+    low: Any
+    loc: Array
+    scale: Array
+    constraints: ClassVar = {"loc": constraints.positive, "scale": constraints.positive}
+    event_dim: ClassVar = 0
+
+    @classmethod
+    def of_prior(cls, low: Any, fn: dist.Distribution, rng_key: Array) -> "Count":
+        """The family for a prior, of which draws are taken: not all have moments."""
+        draws = (fn.sample(rng_key, (200,)) - low).astype(float)
+        lower, median, upper = jnp.quantile(draws, jnp.array([0.16, 0.5, 0.84]), axis=0)
+        # Half of the central 68% is about a standard deviation.
+        return cls(low, jnp.maximum(median, 0.5), jnp.maximum((upper - lower) / 2 * math.sqrt(3) / math.pi, 0.5))
+
+    def start(self, site, given):
+        return {"loc": self.loc if given is None else jnp.maximum(given - self.low, 0.5), "scale": self.scale}
+
+    def distribution(self, loc, scale):
+        return DiscretizedLogistic(self.low + loc, scale, self.low)
+
+    def quantile(self, q, loc, scale):
+        return self.distribution(loc, scale).icdf(q)
+
+    def features(self, value):
+        return ((value - jnp.mean(self.low + self.loc)) / jnp.mean(self.scale))[..., None]
+
+
+Family = Boolean | Interval | Count
+
+
+def has_common_bounds(family: Family) -> bool:
+    """Whether all elements of a site have the same bounds."""
+    return not any(isinstance(getattr(family, bound, None), np.ndarray) for bound in ("low", "high"))
+
+
+def family_of(site: dict, rng_key: Array) -> Family:
+    """The family for a discrete site.
+
+    :raises NotImplementedError: for a support that there is no family for.
+    :raises ValueError: for bounds that are traced.
+    """
+    try:
+        support = site["fn"].support
+    except NotImplementedError:
+        raise no_automatic_guide_error(site) from None
+    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+        support = support.base_constraint
+    if isinstance(support, type(constraints.boolean)):
+        return Boolean()
+    if isinstance(support, constraints.integer_interval):
+        return Interval(_bound(site, support.lower_bound), _bound(site, support.upper_bound))
+    if isinstance(support, constraints.integer_greater_than):
+        return Count.of_prior(_bound(site, support.lower_bound), site["fn"], rng_key)
+    raise no_automatic_guide_error(site)
+
+
+def is_discrete(site: dict) -> bool:
+    """Whether a site is discrete; one that does not know is."""
+    try:
+        return site["fn"].support.is_discrete
+    except NotImplementedError:
+        return True
+
+
+def jitter(family: Family, params: dict[str, Array], rng_key: Array) -> dict[str, Array]:
+    """Move parameters slightly, in unconstrained space."""
+    moved = {}
+    for name, value in params.items():
+        transform = biject_to(family.constraints[name])
+        rng_key, key = random.split(rng_key)
+        moved[name] = transform(transform.inv(value) + JITTER * random.normal(key, jnp.shape(value)))
+    return moved
+
+
+def _bound(site: dict, bound) -> Any:
+    """A bound as an integer, or as an array of one for each element of the site's value."""
+    if not not_jax_tracer(bound):
+        raise bounds_error(site, "are traced by JAX when the guide is first called; call `svi.init` outside of `jit`")
+    bound = np.asarray(bound)
+    return int(bound.min()) if (bound == bound.min()).all() else np.broadcast_to(bound, jnp.shape(site["value"]))
+
+
+def _start_log_probs(site: dict, low, high, given: Array | None) -> Array:
+    """Log-probabilities to begin with, of shape (*elements, K); 0 where an element has no such value."""
+    shape, last = jnp.shape(site["value"]), np.max(high - low)
+    index = np.arange(last + 1).reshape(-1, *(1,) * len(shape))
+    exists = np.broadcast_to(index <= high - low, (last + 1, *shape))
+    probs = uniform = exists / exists.sum(0)
+    prior = unwrapped(site["fn"])
+    if not prior.event_dim:  # else its elements are not independent, and have no density of their own
+        values = np.broadcast_to(np.minimum(low + index, high), exists.shape)
+        probs = jax.nn.softmax(jnp.where(exists, prior.log_prob(values), -jnp.inf), axis=0)
+    probs = (1 - SPREAD) * probs + SPREAD * uniform
+    if given is not None:
+        probs = (1 - GIVEN) * probs + GIVEN * (low + index == given)
+    return jnp.moveaxis(jnp.where(exists, jnp.log(jnp.where(exists, probs, 1)), 0), 0, -1)
