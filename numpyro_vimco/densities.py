@@ -137,20 +137,39 @@ class Program:
 
     def evaluate(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[Densities], Structure]:
         """Draw one particle and evaluate it, in one pass of guide and model."""
+        return self._run(params, rng_key, self._densities)
+
+    def propose(
+        self, params: dict[str, Any], rng_key: Array
+    ) -> tuple[Levels[tuple[dict[str, Array], Densities]], Structure]:
+        """:meth:`evaluate`, with the values of all latents."""
+
+        def propose(model_trace, guide_trace):
+            densities, structure = self._densities(model_trace, guide_trace)
+            values: Levels[dict[str, Array]] = Levels({}, {name: {} for name in self.plate_particles})
+            for name, site in guide_trace.items():
+                if is_latent_site(site) and name in model_trace:
+                    level = level_of(site, self.plate_particles)
+                    (values.shared if level is None else values.local[level])[name] = site["value"]
+            return map_levels(lambda *parts: parts, values, densities), structure
+
+        return self._run(params, rng_key, propose)
+
+    def _run(self, params: dict[str, Any], rng_key: Array, combine: Callable) -> tuple:
         model_key, guide_key, local_keys = self._split(rng_key)
 
         def run(local_keys):
             guide_trace = self._trace_guide(params, guide_key, local_keys)
             return self._trace_model(params, model_key, guide_trace), guide_trace
 
-        def densities(model_trace, guide_trace):
-            structure = plate_structure(model_trace, guide_trace, self.plate_particles, self.linear)
-            model = self._sum_sites(model_trace, structure, _scaled)
-            score = self._sum_sites(guide_trace, structure, lambda site, _: self.by_score(site) and _log_prob(site))
-            path = self._sum_sites(guide_trace, structure, partial(_scaled, beside=self.by_score))
-            return map_levels(Densities, model, path, score), structure
+        return self._over_local(run, combine, local_keys)
 
-        return self._over_local(run, densities, local_keys)
+    def _densities(self, model_trace: Trace, guide_trace: Trace) -> tuple[Levels[Densities], Structure]:
+        structure = plate_structure(model_trace, guide_trace, self.plate_particles, self.linear)
+        model = self._sum_sites(model_trace, structure, _scaled)
+        score = self._sum_sites(guide_trace, structure, lambda site, _: self.by_score(site) and _log_prob(site))
+        path = self._sum_sites(guide_trace, structure, partial(_scaled, beside=self.by_score))
+        return map_levels(Densities, model, path, score), structure
 
     def draw(self, params: dict[str, Any], rng_key: Array) -> Levels[Draws]:
         """Draw one particle, with the first local particle of each named plate."""

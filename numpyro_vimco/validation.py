@@ -9,6 +9,7 @@ Every message names the site or the plate, says what is wrong, and what to do in
 from collections.abc import Mapping
 import warnings
 
+import jax
 import jax.numpy as jnp
 from numpyro.util import check_model_guide_match
 
@@ -209,3 +210,57 @@ def bounds_error(site: dict, why: str) -> ValueError:
         f"numpyro_vimco.distributions.IntervalCategorical(logits, low, high), say; "
         f"AutoMixed(numpyro.handlers.block(model, hide=['{site['name']}'])) can guide the others."
     )
+
+
+def model_arguments_error(fn, error: TypeError) -> ValueError:
+    """Arguments that a model or a guide cannot be called with."""
+    name = getattr(fn, "__name__", type(fn).__name__)
+    return ValueError(
+        f"`model_args` and `model_kwargs` do not fit `{name}`: {error}. Pass what `svi.run` was given after the number "
+        "of steps."
+    )
+
+
+def check_fit(guide_trace: Trace, params: Mapping) -> None:
+    """Raise unless the parameters are those of the guide.
+
+    :raises ValueError: for a parameter that is missing or has another shape.
+    """
+    for name, site in guide_trace.items():
+        if site["type"] != "param":
+            continue
+        if name not in params:
+            raise ValueError(
+                f"The guide has a parameter '{name}', which the result lacks; it has {', '.join(map(repr, params))}. "
+                "Pass the result of this guide's own fit."
+            )
+        expected, given = (jax.tree.map(jnp.shape, value) for value in (site["value"], params[name]))
+        if expected != given:
+            raise ValueError(
+                f"The guide's parameter '{name}' has shape {expected}, but {given} in the result. Pass the result of "
+                "this guide's own fit, and the model arguments that it was fitted with."
+            )
+
+
+def check_not_subsampled(model_trace: Trace, guide_trace: Trace) -> None:
+    """Raise for a subsampled plate: weights would be those of the subsample's posterior.
+
+    :raises ValueError: naming the plate; and for a model without latents.
+    """
+    for name, site in {**guide_trace, **model_trace}.items():
+        if site["type"] == "plate" and len(site["value"]) != site["args"][0]:
+            raise ValueError(
+                f"Plate '{name}' is subsampled ({len(site['value'])} of {site['args'][0]}). The posterior is that of "
+                "all data: call with model arguments for which the plate is whole."
+            )
+    if not any(site["type"] == "sample" and not site["is_observed"] for site in model_trace.values()):
+        raise ValueError("The model has no latent site: there is no posterior to describe.")
+
+
+def check_number(argument: str, number: int, least: int, why: str) -> None:
+    """Raise unless an argument is an integer that is large enough.
+
+    :raises ValueError: otherwise.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ValueError(f"`{argument}` is {number!r}, but must be an integer of at least {least}: {why}.")

@@ -1,0 +1,300 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Can a fit be trusted, and is its gradient good enough?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import jax
+from jax import random
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
+from numpyro.infer.svi import SVIRunResult
+from scipy.special import logsumexp
+import xarray as xr
+
+from numpyro_vimco.densities import is_latent_site
+from numpyro_vimco.proposals import Fit, log_evidence, pareto_smooth, propose
+from numpyro_vimco.validation import check_number
+
+
+@dataclass(frozen=True)
+class ImportanceDiagnostics:
+    """How well the guide's draws, with their importance weights, stand for the posterior. Printed, it explains itself.
+
+    Where plates are common to all sites, weights are per element: ``ess`` and ``pareto_k`` have their shape, and the
+    evidence is a sum over them.
+
+    :ivar log_evidence: estimate of log p(x) in nats: the logarithm of the mean weight.
+    :ivar log_evidence_std_error: its standard error in nats, by the delta method.
+    :ivar bounds: the importance-weighted bound (α = 0) in nats by number of particles N, from 1 (the ELBO) upwards, each
+        a mean over the draws in groups of N.
+    :ivar ess: effective sample size, 1 / Σ W² with Pareto-smoothed weights.
+    :ivar pareto_k: shape of the weights' tail, by ArviZ; -inf where they do not vary.
+    :ivar reading: ``"good"``: k < 0.5, finite variance; ``"usable"``: k below min(1 - 1 / log10(draws), 0.7), Vehtari
+        et al. 2024; else ``"bad"``. Of the worst element.
+    :ivar advice: one sentence.
+    :ivar log_weight: log-weights, of shape ``(num_samples, *plates)``, in nats.
+    """
+
+    log_evidence: float
+    log_evidence_std_error: float
+    bounds: dict[int, float]
+    ess: np.ndarray
+    pareto_k: np.ndarray
+    reading: str
+    advice: str
+    log_weight: np.ndarray = field(repr=False)
+
+    def __str__(self) -> str:
+        worst = "" if self.pareto_k.size == 1 else f" (worst of {self.pareto_k.size} elements)"
+        bounds = ", ".join(f"{bound:.3f} (N = {n})" for n, bound in self.bounds.items())
+        return (
+            f"log evidence  {self.log_evidence:.3f} ± {self.log_evidence_std_error:.3f} nats\n"
+            f"bounds        {bounds}\n"
+            f"ESS           {self.ess.min():,.1f} of {len(self.log_weight):,} draws{worst}\n"
+            f"Pareto k      {self.pareto_k.max():.2f}, {self.reading}{worst}\n"
+            f"{self.advice}"
+        )
+
+
+def importance_diagnostics(
+    svi: SVI,
+    svi_result: SVIRunResult,
+    *,
+    model_args: tuple = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    rng_key: Array,
+    num_samples: int = 10_000,
+) -> ImportanceDiagnostics:
+    """
+    Draw from the fitted guide, and see what its importance weights say.
+
+    :param SVI svi: the inference object of the fit; with any objective.
+    :param SVIRunResult svi_result: what ``svi.run`` returned.
+    :param tuple model_args: the model's arguments, as in the fit; with all data, not a subsample.
+    :param dict model_kwargs: the model's keyword arguments.
+    :param jax.random.key rng_key: random number generator key.
+    :param int num_samples: number of draws, at least 100. Defaults to 10,000: a tail is fitted to them.
+    :raises ValueError: as :func:`~numpyro_vimco.to_arviz`.
+    """
+    check_number("num_samples", num_samples, 100, "the tail of the weights is fitted to them")
+    fit = Fit.of(svi, svi_result.params, model_args, model_kwargs)
+    log_weight = propose(fit, rng_key, num_samples).log_weight
+    smoothed, k = pareto_smooth(log_weight)
+    ess = 1 / np.exp(2 * smoothed).sum(0)
+    relative = np.exp(log_weight - log_weight.max(0))
+    std_error = np.sqrt(np.sum(relative.var(0, ddof=1) / num_samples / relative.mean(0) ** 2))
+    sizes = [4**i for i in range(10) if 4**i <= num_samples // 10]
+    reading = _reading(float(k.max()), num_samples)
+    return ImportanceDiagnostics(
+        log_evidence=float(log_evidence(log_weight).sum()),
+        log_evidence_std_error=float(std_error),
+        bounds={n: _bound(log_weight, n) for n in sizes},
+        ess=ess,
+        pareto_k=k,
+        reading=reading,
+        advice=_advice(fit, reading, float(ess.min()) / num_samples),
+        log_weight=log_weight,
+    )
+
+
+def _bound(log_weight: np.ndarray, num_particles: int) -> float:
+    groups = len(log_weight) // num_particles
+    grouped = log_weight[: groups * num_particles].reshape(groups, num_particles, *log_weight.shape[1:])
+    return float((logsumexp(grouped, axis=1) - np.log(num_particles)).mean(0).sum())
+
+
+def _reading(k: float, num_samples: int) -> str:
+    if k < 0.5:
+        return "good"
+    return "usable" if k < min(1 - 1 / np.log10(num_samples), 0.7) else "bad"
+
+
+def _advice(fit: Fit, reading: str, efficiency: float) -> str:
+    plate = _joint_plate(fit)
+    if reading == "good" and efficiency > 0.01:
+        return "Importance-weighted estimates can be trusted."
+    if plate and (reading == "bad" or efficiency <= 0.01):
+        return (
+            f"One weight is a product over all elements of the plate '{plate}', and few draws hold all of it: give its "
+            f"elements particles of their own, VIMCOStar(plate_particles={{'{plate}': 8}})."
+        )
+    if reading == "bad":
+        return (
+            "The guide hardly proposes a part of the posterior, so that estimates may be far off: train for longer or "
+            "with more particles, or use a richer guide (AutoMixed(model, conditional=True), or one by hand)."
+        )
+    return (
+        "Estimates are usable, but few draws hold much of the weight: take more of them, train for longer, or use a "
+        "richer guide."
+    )
+
+
+def _joint_plate(fit: Fit) -> str | None:
+    """A plate with latents of its own beside others, whose elements share a weight."""
+    latents = [site for site in fit.model_trace.values() if is_latent_site(site)]
+    sites = [site for site in fit.model_trace.values() if site["type"] == "sample"]
+    for site in latents:
+        names = [frame.name for frame in site["cond_indep_stack"]]
+        if any(name in fit.plate_particles for name in names):
+            continue
+        for frame in sorted(site["cond_indep_stack"], key=lambda frame: frame.dim):
+            if frame.size > 1 and any(frame not in other["cond_indep_stack"] for other in sites):
+                return frame.name
+    return None
+
+
+class GradientStatistics(NamedTuple):
+    """Of the gradient of one parameter over repeated draws; arrays of its shape.
+
+    :ivar mean: of the gradient of the loss.
+    :ivar std: its standard deviation.
+    :ivar snr: \\|mean\\| / std, elementwise; the same in unconstrained space wherever the constraint is elementwise.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    snr: np.ndarray
+
+
+def gradient_snr(
+    svi: SVI,
+    params: dict[str, Any],
+    *,
+    model_args: tuple = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    rng_key: Array,
+    num_draws: int = 1000,
+) -> dict[str, GradientStatistics]:
+    """
+    Signal-to-noise ratio of the gradient that ``svi`` takes, at given parameters.
+
+    :param SVI svi: the inference object, with any objective.
+    :param dict params: parameters (``svi.get_params(state)``, or ``svi_result.params``).
+    :param tuple model_args: the model's arguments.
+    :param dict model_kwargs: the model's keyword arguments.
+    :param jax.random.key rng_key: random number generator key.
+    :param int num_draws: number of gradients, at least 2. Defaults to 1,000: the ratio is then known to about 3% of
+        its noise.
+    :return: for each parameter its statistics. A parameter that is a pytree (of a neural network) has one of them.
+    :raises ValueError: for too few draws.
+    """
+    check_number("num_draws", num_draws, 2, "a standard deviation needs as many")
+    gradient = _gradient(svi, svi.loss, params, model_args, model_kwargs)
+    mean, std = _moments(gradient, random.split(rng_key, num_draws), params)
+    statistics = {}
+    for name in params:
+        snr = jax.tree.map(_ratio, mean[name], std[name])
+        statistics[name] = GradientStatistics(mean[name], std[name], snr)
+    return statistics
+
+
+def compare_objectives(
+    svi: SVI,
+    params: dict[str, Any],
+    objectives: Mapping[str, Callable[..., ELBO]],
+    *,
+    num_particles: Sequence[int] = (4, 16, 64, 256),
+    model_args: tuple = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    rng_key: Array,
+    num_draws: int = 1000,
+) -> xr.Dataset:
+    """
+    Gradients of several objectives at the same parameters.
+
+    :param SVI svi: an inference object for model and guide; its own objective is not used.
+    :param dict params: parameters.
+    :param objectives: by name, a class, or a function of ``num_particles``: ``{"VIMCOStar": VIMCOStar, "α = 0.5":
+        partial(VIMCOStar, 0.5)}``.
+    :param num_particles: numbers of particles. Defaults to 4, 16, 64, 256.
+    :param tuple model_args: the model's arguments.
+    :param dict model_kwargs: the model's keyword arguments.
+    :param jax.random.key rng_key: random number generator key.
+    :param int num_draws: number of gradients for each, at least 2. Defaults to 1,000.
+    :return: ``snr`` and ``variance`` over dimensions ``objective``, ``num_particles`` and ``parameter`` (one for each
+        element, ``loc[0]``), and ``seconds`` per gradient over the first two, the best of five once compiled.
+    :raises ValueError: for too few draws.
+    """
+    check_number("num_draws", num_draws, 2, "a standard deviation needs as many")
+    keys = random.split(rng_key, num_draws)
+    snr, variance, seconds = [], [], []
+    for make in objectives.values():
+        for n in num_particles:
+            gradient = _gradient(svi, make(num_particles=n), params, model_args, model_kwargs)
+            mean, std = (_flat(moment) for moment in _moments(gradient, keys, params))
+            snr.append(_ratio(mean, std))
+            variance.append(std**2)
+            seconds.append(_seconds(gradient, keys[0], params))
+    shape = (len(objectives), len(num_particles))
+    dims = ("objective", "num_particles", "parameter")
+    return xr.Dataset(
+        {
+            "snr": (dims, np.reshape(snr, (*shape, -1))),
+            "variance": (dims, np.reshape(variance, (*shape, -1))),
+            "seconds": (dims[:2], np.reshape(seconds, shape)),
+        },
+        coords={"objective": list(objectives), "num_particles": list(num_particles), "parameter": _names(params)},
+    )
+
+
+def _gradient(svi: SVI, objective: ELBO, params, model_args, model_kwargs) -> Callable:
+    args, kwargs = tuple(model_args), {**svi.static_kwargs, **(model_kwargs or {})}
+
+    def loss(params, rng_key):
+        return objective.loss(rng_key, params, svi.model, svi.guide, *args, **kwargs)
+
+    objective.loss(random.key(0), params, svi.model, svi.guide, *args, **kwargs)  # automatic guides look at the model
+    return jax.jit(jax.grad(loss))
+
+
+def _moments(gradient: Callable, keys: Array, params) -> tuple[Any, Any]:
+    """Mean and standard deviation over keys, in one pass and double precision on the host."""
+    total = jax.tree.map(lambda p: np.zeros(np.shape(p)), params)
+    mean, square = total, total
+    size = min(100, len(keys))
+    batched = jax.jit(lambda keys: jax.lax.map(lambda key: gradient(params, key), keys))
+    for begin in range(0, len(keys), size):
+        draws = jax.tree.map(lambda g: np.asarray(g, float), batched(keys[begin : begin + size]))
+        count = len(keys[begin : begin + size])
+        # Chan's update: no difference of large squares.
+        delta = jax.tree.map(lambda g, m: g.mean(0) - m, draws, mean)
+        square = jax.tree.map(
+            lambda s, g, d, n=begin, k=count: s + k * g.var(0) + d**2 * n * k / (n + k), square, draws, delta
+        )
+        mean = jax.tree.map(lambda m, d, n=begin, k=count: m + d * k / (n + k), mean, delta)
+    return mean, jax.tree.map(lambda s: np.sqrt(s / (len(keys) - 1)), square)
+
+
+def _ratio(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """|mean| / std; 0 where a parameter has no gradient, infinite where it has no noise."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(mean == 0, 0.0, np.abs(mean) / std)
+
+
+def _seconds(gradient: Callable, key: Array, params) -> float:
+    times = []
+    for _ in range(6):
+        begin = perf_counter()
+        jax.block_until_ready(gradient(params, key))
+        times.append(perf_counter() - begin)
+    return min(times[1:])
+
+
+def _flat(params) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+
+
+def _names(params) -> list[str]:
+    names = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = ".".join(str(getattr(part, "key", part)) for part in path)
+        names += [name + (f"[{','.join(map(str, i))}]" if i else "") for i in np.ndindex(jnp.shape(leaf))]
+    return names

@@ -1,0 +1,217 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws from a fitted guide with their importance weights: what is known of the posterior after a fit.
+
+Weights are as in the objective of the fit: one for each element of the plates that are common to all sites. Where a
+plate has particles of its own, one of them is drawn for each element by its local weight, and the weight left to the
+whole is the design's Ẑ: together they are properly weighted. Arrays are NumPy's, in double precision where they are
+weights.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+import inspect
+from typing import Any
+
+import arviz as az
+import jax
+from jax import random
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer import SVI
+from scipy.special import logsumexp
+
+from numpyro_vimco import control_variates as cv
+from numpyro_vimco.densities import Program, is_latent_site
+from numpyro_vimco.plates import Structure
+from numpyro_vimco.validation import Trace, check_fit, check_not_subsampled, model_arguments_error
+
+# Elements of the largest array of a chunk of particles: 64 MiB in single precision.
+CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model and guide with their arguments.
+
+    :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
+    :ivar guide_trace: the guide likewise.
+    """
+
+    svi: SVI
+    params: dict[str, Any]
+    args: tuple
+    kwargs: dict[str, Any]
+    model_trace: Trace
+    guide_trace: Trace
+
+    @classmethod
+    def of(cls, svi: SVI, params: dict[str, Any], model_args, model_kwargs) -> "Fit":
+        """Trace a fit.
+
+        :raises ValueError: for arguments that do not fit the model, or parameters that do not fit the guide.
+        """
+        args, kwargs = tuple(model_args), {**svi.static_kwargs, **(model_kwargs or {})}
+        for fn in (svi.model, svi.guide):
+            try:
+                inspect.signature(fn).bind(*args, **kwargs)
+            except TypeError as error:
+                raise model_arguments_error(fn, error) from None
+        declared = trace(seed(svi.guide, random.key(0))).get_trace(*args, **kwargs)
+        check_fit(declared, params)
+        guide_trace = trace(substitute(seed(svi.guide, random.key(0)), data=params)).get_trace(*args, **kwargs)
+        latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
+        model = substitute(seed(svi.model, random.key(1)), data={**params, **latents})
+        model_trace = trace(model).get_trace(*args, **kwargs)
+        check_not_subsampled(model_trace, guide_trace)
+        return cls(svi, params, args, kwargs, model_trace, guide_trace)
+
+    @property
+    def plate_particles(self) -> Mapping[str, int]:
+        """Particles of their own that plates have."""
+        return getattr(self.svi.loss, "plate_particles", {})
+
+    def chunk_size(self) -> int:
+        """How many particles to evaluate at a time."""
+        sizes = [np.size(site["value"]) for site in self.model_trace.values() if site["type"] == "sample"]
+        local = np.prod([1, *self.plate_particles.values()])
+        return int(np.clip(CHUNK_ELEMENTS // (max(sizes) * local), 1, 2**14))
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Draws from a guide.
+
+    :ivar values: of each latent, of shape ``(N, *batch, *event)``.
+    :ivar log_p: log p(x, z), of shape ``(N, *plates)``, in nats.
+    :ivar log_q: log q(z), likewise.
+    :ivar log_weight: log-weight, likewise; log_p - log_q but for local particles.
+    :ivar structure: what plates those are.
+    """
+
+    values: dict[str, np.ndarray]
+    log_p: np.ndarray
+    log_q: np.ndarray
+    log_weight: np.ndarray
+    structure: Structure
+
+
+def propose(fit: Fit, rng_key: Array, num_proposals: int) -> Proposals:
+    """Draw from the guide, chunk by chunk."""
+    program = Program(
+        model=fit.svi.model,
+        guide=fit.svi.guide,
+        args=fit.args,
+        kwargs=fit.kwargs,
+        by_score=lambda site: False,
+        plate_particles=fit.plate_particles,
+        linear=False,
+    )
+    structures: list[Structure] = []
+
+    def particle(rng_key):
+        rng_key, choice_key = random.split(rng_key)
+        levels, structure = program.propose(fit.params, rng_key)
+        structures.append(structure)
+        values, densities = levels.shared
+        log_p, log_q, log_weight = densities.model, densities.model - densities.log_weight, densities.log_weight
+        for i, (local_values, local) in enumerate(levels.local.values()):
+            log_weight = log_weight + structure.sum_to_shared(cv.log_mean_weight(local.log_weight))
+            chosen = random.categorical(random.fold_in(choice_key, i), local.log_weight, axis=0)[None]
+            for name, value in local_values.items():
+                values[name] = take(value, chosen, fit.model_trace[name]["fn"].event_dim)[0]
+            log_p = log_p + structure.sum_to_shared(take(local.model, chosen)[0])
+            log_q = log_q + structure.sum_to_shared(take(local.model - local.log_weight, chosen)[0])
+        return values, log_p, log_q, log_weight
+
+    keys = random.split(rng_key, num_proposals)
+    values, log_p, log_q, log_weight = in_chunks(particle, fit.chunk_size(), keys)
+    return Proposals(values, log_p.astype(float), log_q.astype(float), log_weight.astype(float), structures[0])
+
+
+def in_chunks(fn: Callable, chunk_size: int, *inputs: Any) -> Any:
+    """``jax.vmap(fn)(*inputs)``, so many elements at a time, with the results on the host."""
+    length = len(jax.tree.leaves(inputs)[0])
+    chunk_size = min(chunk_size, length)
+    compiled = jax.jit(jax.vmap(fn))
+    outputs = []
+    for begin in range(0, length, chunk_size):
+        # All chunks have one shape: the last begins earlier, and what it repeats is dropped.
+        start = min(begin, length - chunk_size)
+        chunk = compiled(*jax.tree.map(lambda x, start=start: x[start : start + chunk_size], inputs))
+        outputs.append(jax.tree.map(lambda x, skip=begin - start: np.asarray(x)[skip:], chunk))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+
+
+def take(values: Any, index: Any, event_dim: int = 0) -> Any:
+    """For each element of plates, the value at its own index.
+
+    :param values: of shape ``(N, *batch, *event)``, JAX's or NumPy's.
+    :param index: of shape ``(S, *plates)``, aligned with batch on the right; of size 1 where a plate is summed over.
+    :return: of shape ``(S, *batch, *event)``.
+    """
+    batch_ndim = values.ndim - 1 - event_dim
+    plates = index.shape[1:]
+    shape = (1,) * (batch_ndim - len(plates)) + plates[max(len(plates) - batch_ndim, 0) :] + (1,) * event_dim
+    index = index.reshape(index.shape[0], *shape)
+    if all(size == 1 for size in shape):
+        return values[index.reshape(-1)]
+    xp = np if isinstance(values, np.ndarray) else jnp
+    return xp.take_along_axis(values, index, axis=0)
+
+
+def log_evidence(log_weight: np.ndarray) -> np.ndarray:
+    """Estimate of the log evidence of each element, in nats: the logarithm of the mean weight.
+
+    :param log_weight: of shape ``(N, *plates)``, as everywhere here.
+    """
+    return logsumexp(log_weight, axis=0) - np.log(len(log_weight))
+
+
+def pareto_smooth(
+    log_weight: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed normalized log-weights, and the shape k of their tail, by ArviZ, for each element [1].
+
+    Where the weights do not vary, they are left as they are, and k is -inf.
+
+    1. Vehtari et al. 2024, *Pareto Smoothed Importance Sampling*, JMLR 25(72)
+    """
+    flat = log_weight.reshape(len(log_weight), -1)
+    smoothed, k = flat - logsumexp(flat, axis=0), np.full(flat.shape[1], -np.inf)
+    for i in np.flatnonzero(np.ptp(flat, axis=0) > 1e-3):
+        smoothed[:, i], k[i] = _psislw(smoothed[:, i])
+    return smoothed.reshape(log_weight.shape), k.reshape(log_weight.shape[1:])
+
+
+def _psislw(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
+    if az.__version__.startswith("0."):
+        smoothed, k = az.psislw(log_weight)
+    else:
+        from arviz_stats.base import array_stats
+
+        smoothed, k = array_stats.psislw(-log_weight)  # as of log-likelihoods
+    return smoothed - logsumexp(smoothed), float(k)
+
+
+def resample(rng_key: Array, log_weight: np.ndarray, num_samples: int) -> np.ndarray:
+    """Indices of draws, each in proportion to its weight, for each element of plates by itself.
+
+    Systematic resampling, in random order: how often a draw is taken differs from what its weight asks for by less than
+    one.
+
+    :return: integers of shape ``(num_samples, *plates)``.
+    """
+    flat = log_weight.reshape(len(log_weight), -1)
+    offset_key, order_key = random.split(rng_key)
+    offsets = np.asarray(random.uniform(offset_key, (flat.shape[1],)), float)
+    indices = np.empty((num_samples, flat.shape[1]), int)
+    for i in range(flat.shape[1]):
+        cumulative = np.cumsum(np.exp(flat[:, i] - flat[:, i].max()))
+        points = (np.arange(num_samples) + offsets[i]) / num_samples * cumulative[-1]
+        order = np.asarray(random.permutation(random.fold_in(order_key, i), num_samples))
+        indices[:, i] = np.minimum(np.searchsorted(cumulative, points), len(flat) - 1)[order]
+    return indices.reshape(num_samples, *log_weight.shape[1:])
