@@ -15,7 +15,6 @@ from pathlib import Path
 import arviz as az
 import jax
 from jax import random
-from jax.nn import softmax
 import jax.numpy as jnp
 import matplotlib
 
@@ -24,13 +23,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.handlers import substitute
-from numpyro.infer import SVI, Predictive, TraceGraph_ELBO
-from numpyro.infer.util import log_density
+from numpyro.infer import SVI, TraceGraph_ELBO
 import optax
 from sklearn.datasets import load_diabetes
 
-from numpyro_vimco import VIMCO, AutoMixed, VIMCOStar
+from numpyro_vimco import VIMCO, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
 
 INCLUSION, SLAB_VARIANCE, NOISE_VARIANCE = 0.3, 0.1, 0.5
 
@@ -72,41 +69,19 @@ def exact_posterior(predictors, response):
 
 
 def fit(objective, num_steps, *data):
-    """Parameters, losses, and mean and standard error of the final bound in nats."""
+    """The inference object, its result, and mean and standard error of the final bound in nats."""
     svi = SVI(model, guide, optax.adam(0.01), objective)
     result = svi.run(random.key(0), num_steps, *data)
     keys = random.split(random.key(1), 200)
     losses = jax.jit(jax.vmap(lambda key: objective.loss(key, result.params, model, guide, *data)))(keys)
-    return result.params, result.losses, -losses.mean(), losses.std() / len(keys) ** 0.5
-
-
-def weighted_draws(params, num_samples, *data):
-    """Draws from the fitted guide, and their normalized importance weights."""
-    draws = Predictive(guide, params=params, num_samples=num_samples, parallel=True)(random.key(2), *data)
-
-    def log_weight(draw):
-        log_p, _ = log_density(substitute(model, params), data, {}, draw)
-        log_q, _ = log_density(substitute(guide, params), data, {}, draw)
-        return log_p - log_q
-
-    return draws, softmax(jax.lax.map(log_weight, draws, batch_size=10_000))
-
-
-def to_arviz(draws, weights, num_samples, predictors):
-    """Draws resampled by their weights, as ArviZ's container: InferenceData (0.2x) or DataTree (1.x)."""
-    chosen = random.choice(random.key(3), len(weights), (num_samples,), p=weights)
-    posterior = {name: np.asarray(values[chosen])[None] for name, values in draws.items()}
-    names = {"dims": {name: ["predictor"] for name in posterior}, "coords": {"predictor": predictors}}
-    if az.__version__.startswith("0."):
-        return az.from_dict(posterior=posterior, **names)
-    return az.from_dict({"posterior": posterior}, **names)
+    return svi, result, -losses.mean(), losses.std() / len(keys) ** 0.5
 
 
 def plot(fits, log_evidence, predictors, inclusion, exact_inclusion, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    window = max(len(next(iter(fits.values()))[1]) // 100, 1)
-    for (name, (_, losses, *_)), style in zip(fits.items(), ("C0-", "C4-", "C1:", "C2-")):
-        smooth = np.convolve(-np.asarray(losses), np.ones(window) / window, "valid")
+    window = max(len(next(iter(fits.values()))[1].losses) // 100, 1)
+    for (name, (_, result, *_)), style in zip(fits.items(), ("C0-", "C4--", "C1:", "C2-.")):
+        smooth = np.convolve(-np.asarray(result.losses), np.ones(window) / window, "valid")
         left.plot(np.arange(len(smooth)) + window, smooth, style, label=name, lw=1.4)
     left.axhline(log_evidence, color="black", lw=1, ls="--", label="exact log evidence")
     left.set(xlabel="step", ylabel="bound (nats)", ylim=(log_evidence - 12, log_evidence + 1))
@@ -142,19 +117,28 @@ def main(args):
         print(f"{name:>16} {bound:12.3f} ± {error:5.3f} {log_evidence - bound:20.3f}")
     print(f"{'exact':>16} {log_evidence:12.3f}")
 
-    draws, weights = weighted_draws(fits["VIMCOStar"][0], args.num_draws, predictors, response)
-    inclusion = np.asarray(weights @ draws["included"])
-    print(f"\nInclusion probabilities, by {len(weights):,} importance-weighted draws of VIMCOStar's guide")
-    print(f"(effective sample size {1 / jnp.sum(weights**2):,.0f})")
+    svi, result, *_ = fits["VIMCOStar"]
+    arguments = {"model_args": (predictors, response), "rng_key": random.key(2)}
+    diagnostics = importance_diagnostics(svi, result, num_samples=args.num_proposals, **arguments)
+    print(f"\nVIMCOStar's guide, by importance sampling\n{diagnostics}")
+    posterior = to_arviz(
+        svi,
+        result,
+        num_samples=args.num_proposals // 20,
+        num_proposals=args.num_proposals,
+        coords={"predictor": data.feature_names},
+        **arguments,
+    )
+    inclusion = posterior["posterior"]["included"].mean(("chain", "draw")).values
+    print("\nInclusion probabilities")
     print(f"{'':>8} {'weighted':>9} {'exact':>7}")
     for name, weighted, exact in zip(data.feature_names, inclusion, exact_inclusion):
         print(f"{name:>8} {weighted:9.3f} {exact:7.3f}")
     print(f"largest error {np.abs(inclusion - exact_inclusion).max():.3f}\n")
 
     args.output.mkdir(parents=True, exist_ok=True)
-    posterior = to_arviz(draws, weights, 4000, data.feature_names)
     posterior.to_netcdf(str(args.output / "variable_selection.nc"))
-    print(az.summary(posterior, kind="stats"))
+    print(az.summary(posterior, kind="stats", var_names=["included", "coefficient"]))
     plot(fits, log_evidence, data.feature_names, inclusion, exact_inclusion, args.output / "variable_selection.png")
     print(f"\nSaved variable_selection.nc and variable_selection.png in {args.output}/")
     gaps = {name: float(log_evidence - bound) for name, (_, _, bound, _) in fits.items()}
@@ -165,7 +149,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--num-particles", type=int, default=128)
-    parser.add_argument("--num-draws", type=int, default=500_000, help="importance-weighted draws")
+    parser.add_argument("--num-proposals", type=int, default=400_000, help="draws of the guide to be weighted")
     parser.add_argument("--output", type=Path, default=Path("output"))
     return parser.parse_args(argv)
 

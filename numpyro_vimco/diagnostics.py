@@ -33,12 +33,13 @@ class ImportanceDiagnostics:
 
     :ivar log_evidence: estimate of log p(x) in nats: the logarithm of the mean weight.
     :ivar log_evidence_std_error: its standard error in nats, by the delta method.
-    :ivar bounds: the importance-weighted bound (α = 0) in nats by number of particles N, from 1 (the ELBO) upwards, each
-        a mean over the draws in groups of N.
+    :ivar bounds: the importance-weighted bound (α = 0) in nats by number of particles N, from 1 (the ELBO) upwards,
+        each a mean over the draws in groups of N.
     :ivar ess: effective sample size, 1 / Σ W² with Pareto-smoothed weights.
     :ivar pareto_k: shape of the weights' tail, by ArviZ; -inf where they do not vary.
-    :ivar reading: ``"good"``: k < 0.5, finite variance; ``"usable"``: k below min(1 - 1 / log10(draws), 0.7), Vehtari
-        et al. 2024; else ``"bad"``. Of the worst element.
+    :ivar reading: of the worst element. ``"bad"``: k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et al. 2024),
+        or an ESS below 100; ``"good"``: k < 0.5 (finite variance) and an ESS of a tenth of the draws or more;
+        ``"usable"`` between. A part of the posterior that was never proposed shows in none of these.
     :ivar advice: one sentence.
     :ivar log_weight: log-weights, of shape ``(num_samples, *plates)``, in nats.
     """
@@ -92,7 +93,7 @@ def importance_diagnostics(
     relative = np.exp(log_weight - log_weight.max(0))
     std_error = np.sqrt(np.sum(relative.var(0, ddof=1) / num_samples / relative.mean(0) ** 2))
     sizes = [4**i for i in range(10) if 4**i <= num_samples // 10]
-    reading = _reading(float(k.max()), num_samples)
+    reading = _reading(float(k.max()), float(ess.min()), num_samples)
     return ImportanceDiagnostics(
         log_evidence=float(log_evidence(log_weight).sum()),
         log_evidence_std_error=float(std_error),
@@ -100,7 +101,7 @@ def importance_diagnostics(
         ess=ess,
         pareto_k=k,
         reading=reading,
-        advice=_advice(fit, reading, float(ess.min()) / num_samples),
+        advice=_advice(fit, reading),
         log_weight=log_weight,
     )
 
@@ -111,29 +112,29 @@ def _bound(log_weight: np.ndarray, num_particles: int) -> float:
     return float((logsumexp(grouped, axis=1) - np.log(num_particles)).mean(0).sum())
 
 
-def _reading(k: float, num_samples: int) -> str:
-    if k < 0.5:
-        return "good"
-    return "usable" if k < min(1 - 1 / np.log10(num_samples), 0.7) else "bad"
+def _reading(k: float, ess: float, num_samples: int) -> str:
+    if k >= min(1 - 1 / np.log10(num_samples), 0.7) or ess < 100:
+        return "bad"
+    return "good" if k < 0.5 and ess >= num_samples / 10 else "usable"
 
 
-def _advice(fit: Fit, reading: str, efficiency: float) -> str:
-    plate = _joint_plate(fit)
-    if reading == "good" and efficiency > 0.01:
+def _advice(fit: Fit, reading: str) -> str:
+    if reading == "good":
         return "Importance-weighted estimates can be trusted."
-    if plate and (reading == "bad" or efficiency <= 0.01):
+    plate = _joint_plate(fit)
+    if reading == "usable":
         return (
-            f"One weight is a product over all elements of the plate '{plate}', and few draws hold all of it: give its "
-            f"elements particles of their own, VIMCOStar(plate_particles={{'{plate}': 8}})."
+            "Few draws hold much of the weight, as the guide proposes a part of the posterior too rarely: compare with "
+            "a second key and more draws, and see docs/checking_a_fit.md for what makes a guide better."
         )
-    if reading == "bad":
+    if plate:
         return (
-            "The guide hardly proposes a part of the posterior, so that estimates may be far off: train for longer or "
-            "with more particles, or use a richer guide (AutoMixed(model, conditional=True), or one by hand)."
+            f"One weight is a product over all elements of the plate '{plate}', and hardly a draw holds all of it: "
+            f"give its elements particles of their own, VIMCOStar(plate_particles={{'{plate}': 8}})."
         )
     return (
-        "Estimates are usable, but few draws hold much of the weight: take more of them, train for longer, or use a "
-        "richer guide."
+        "The guide misses a part of the posterior, so that estimates may be far off: train for longer or with more "
+        "particles, or use a richer guide (AutoMixed(model, conditional=True), or one by hand)."
     )
 
 
@@ -156,7 +157,8 @@ class GradientStatistics(NamedTuple):
 
     :ivar mean: of the gradient of the loss.
     :ivar std: its standard deviation.
-    :ivar snr: \\|mean\\| / std, elementwise; the same in unconstrained space wherever the constraint is elementwise.
+    :ivar snr: size of the mean over the standard deviation, elementwise; the same in
+        unconstrained space wherever the constraint is elementwise.
     """
 
     mean: np.ndarray

@@ -101,15 +101,13 @@ def to_arviz(
     if "prior" in groups:
         prior = in_chunks(_follow(fit, ["predictive"]), fit.chunk_size(), random.split(prior_key, num_samples), {})
         draws |= {"prior": prior["latent"], "prior_predictive": prior["predictive"]}
-    names = {name for values in draws.values() for name in values}
-    common = _common_dims(fit, drawn.structure, names)
     data = {group: {name: value[None] for name, value in values.items()} for group, values in draws.items() if values}
     data["observed_data"] = {name: np.asarray(site["value"]) for name, site in _observed(fit.model_trace).items()}
     data["constant_data"] = {name: np.asarray(value) for name, value in (constant_data or {}).items()}
     tree = _from_dict(
         {group: values for group, values in data.items() if values},
         coords,
-        {**_dims(fit, names), **dict.fromkeys(stats, common), **(dims or {})},
+        {**_dims(fit), **dict.fromkeys(stats, _common_dims(fit, drawn.structure)), **(dims or {})},
     )
     tree["posterior"].attrs.update(
         {
@@ -160,13 +158,13 @@ def _observed(model_trace: Trace) -> Trace:
     }
 
 
-def _dims(fit: Fit, names: Collection[str]) -> dict[str, list[str]]:
+def _dims(fit: Fit) -> dict[str, list[str]]:
     """Names of the dimensions of each site: its plates, then its ``event_dims``."""
     named = {}
     for name, site in fit.model_trace.items():
         if site["type"] not in ("sample", "deterministic"):
             continue
-        plates = {frame.dim: _dimension(frame.name, names) for frame in site["cond_indep_stack"]}
+        plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
         event_dim = site["fn"].event_dim if site["type"] == "sample" else 0
         batch = range(event_dim - np.ndim(site["value"]), 0)
         sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
@@ -179,19 +177,13 @@ def _dims(fit: Fit, names: Collection[str]) -> dict[str, list[str]]:
     return named
 
 
-def _dimension(plate: str, names: Collection[str]) -> str:
-    """A plate's name as a dimension's, which must not be a variable's."""
-    return f"{plate}_plate" if plate in names else plate
-
-
-def _common_dims(fit: Fit, structure: Structure, names: Collection[str]) -> list[str]:
+def _common_dims(fit: Fit, structure: Structure) -> list[str]:
     frames = {frame for site in fit.model_trace.values() for frame in site.get("cond_indep_stack", ())}
     common = sorted((frame for frame in frames if frame.dim in structure.dims.shared), key=lambda frame: frame.dim)
-    return [_dimension(frame.name, names) for frame in common]
+    return [frame.name for frame in common]
 
 
 def _from_dict(data: dict, coords, dims):
-    # Variables of a group have its own shapes only: a log-likelihood has no event dimensions.
     if az.__version__.startswith("0."):
         return az.from_dict(**data, coords=coords, dims=dims)
     return az.from_dict(data, coords=coords, dims=dims)

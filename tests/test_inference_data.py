@@ -1,0 +1,243 @@
+"""Posteriors in ArviZ: the right draws, with names, groups and attributes, on both generations."""
+
+import arviz as az
+import jax
+from jax import random
+from jax.nn import log_softmax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.svi import SVIRunResult
+import optax
+import pytest
+
+from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, to_arviz
+from numpyro_vimco.proposals import pareto_smooth, resample
+
+matplotlib.use("agg")
+X = jnp.array([0.3, 2.1, 1.7, -0.2])
+
+
+def hierarchical(x):
+    """A plate, an integer latent, a vector, and a deterministic site."""
+    count = numpyro.sample("count", dist.Poisson(2.0))
+    axis = numpyro.sample("axis", dist.Normal(jnp.zeros(3), 1.0).to_event(1), infer={"event_dims": ["direction"]})
+    with numpyro.plate("row", len(x)):
+        z = numpyro.sample("z", dist.Bernoulli(0.4))
+        mean = numpyro.deterministic("mean", 2.0 * z + 0.1 * count + axis.sum())
+        numpyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+@pytest.fixture(scope="module", params=[{}, {"row": 4}], ids=["joint weights", "local particles"])
+def fitted(request):
+    svi = SVI(hierarchical, AutoMixed(hierarchical), optax.adam(0.05), VIMCOStar(plate_particles=request.param))
+    return svi, svi.run(random.key(0), 400, X, progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def tree(fitted):
+    groups = ("posterior_predictive", "log_likelihood", "prior")
+    return to_arviz(
+        *fitted, model_args=(X,), rng_key=random.key(1), num_samples=4000, num_proposals=40_000, groups=groups,
+        coords={"direction": ["a", "b", "c"]}, constant_data={"size": 4},
+    )  # fmt: skip
+
+
+def exact_means():
+    """Posterior means by enumeration of the discrete latents; the rest is Gaussian."""
+    z = np.array(list(np.ndindex(2, 2, 2, 2)))
+    count = np.arange(15)
+    residual = np.asarray(X) - 2.0 * z[:, None] - 0.1 * count[None, :, None]
+    # x | z, count: Normal(·, I + 3 · ones), as three axes of variance 1 are added to every row.
+    precision, log_det = np.eye(4) - 3 / 13 * np.ones((4, 4)), np.log(13.0)
+    log_joint = (
+        -0.5 * np.einsum("zki,ij,zkj->zk", residual, precision, residual) - 0.5 * log_det - 2 * np.log(2 * np.pi)
+    )
+    log_joint += (z * np.log(0.4) + (1 - z) * np.log(0.6)).sum(1)[:, None]
+    log_joint += np.asarray(dist.Poisson(2.0).log_prob(count))
+    log_evidence = np.logaddexp.reduce(log_joint, axis=None)
+    weight = np.exp(log_joint - log_evidence)
+    axis = np.einsum("zk,zki,ij->", weight, residual, precision)
+    return log_evidence, {"z": weight.sum(1) @ z, "count": weight.sum(0) @ count, "axis": np.full(3, axis)}
+
+
+def test_posterior_means_are_exact(tree):
+    log_evidence, means = exact_means()
+    posterior = tree["posterior"]
+    # About 500 effective draws of a unit variance: 6 standard errors are 0.27; the guide's own means are off by more,
+    # and the unweighted draws fail this.
+    for name, mean in means.items():
+        sd = posterior[name].std(("chain", "draw")).values
+        error = np.abs(posterior[name].mean(("chain", "draw")).values - mean)
+        assert np.all(error < 6 * sd / min(posterior.attrs["ess"], 4000) ** 0.5)
+    assert posterior.attrs["ess"] > 300
+    assert abs(posterior.attrs["log_evidence"] - log_evidence) < 0.2
+
+
+def test_groups_dimensions_and_attributes(tree):
+    posterior = tree["posterior"]
+    assert posterior["z"].dims == posterior["mean"].dims == ("chain", "draw", "row")
+    assert posterior["axis"].dims == ("chain", "draw", "direction")
+    assert list(posterior["direction"].values) == ["a", "b", "c"]
+    assert posterior["count"].dims == tree["sample_stats"]["log_weight"].dims == ("chain", "draw")
+    for group in ("posterior_predictive", "log_likelihood", "prior_predictive"):
+        assert tree[group]["x"].dims == ("chain", "draw", "row")
+    np.testing.assert_array_equal(tree["observed_data"]["x"], X)
+    assert tree["constant_data"]["size"] == 4
+    assert set(tree["prior"].data_vars) == set(posterior.data_vars) == {"count", "axis", "z", "mean"}
+    attributes = posterior.attrs
+    assert attributes["inference_library"] == "numpyro_vimco" and attributes["objective"] == "VIMCOStar"
+    assert attributes["num_particles"] == 16 and attributes["num_steps"] == 400 and attributes["alpha"] == 0
+
+
+def test_deterministic_sites_and_likelihoods_are_those_of_the_draws(tree):
+    posterior = tree["posterior"]
+    mean = 2.0 * posterior["z"] + 0.1 * posterior["count"] + posterior["axis"].sum("direction")
+    np.testing.assert_allclose(posterior["mean"].transpose(*mean.dims), mean, atol=1e-5)
+    expected = dist.Normal(posterior["mean"].values, 1.0).log_prob(X)
+    np.testing.assert_allclose(tree["log_likelihood"]["x"], expected, atol=1e-5)
+    # 4,000 draws of variance at least 1 about each mean.
+    new = (tree["posterior_predictive"]["x"] - posterior["mean"]).values
+    assert abs(new.std() - 1) < 0.05 and np.all(np.abs(new.mean((0, 1))) < 0.1)
+
+
+def test_prior_is_the_prior(tree):
+    prior = tree["prior"]
+    # 4,000 draws: 6 standard errors.
+    assert abs(prior["count"].mean() - 2) < 6 * (2 / 4000) ** 0.5
+    assert abs(prior["z"].mean() - 0.4) < 6 * (0.24 / 16_000) ** 0.5
+
+
+def test_raw_draws_keep_their_weights(fitted):
+    svi, result = fitted
+    tree = to_arviz(svi, result, model_args=(X,), rng_key=random.key(1), num_samples=20_000, resample=False, groups=())
+    log_weight = tree["sample_stats"]["log_weight"].values[0]
+    log_evidence, means = exact_means()
+    weights = np.exp(log_softmax(log_weight))
+    assert abs(np.logaddexp.reduce(log_weight) - np.log(20_000) - log_evidence) < 0.3
+    np.testing.assert_allclose(weights @ tree["posterior"]["z"].values[0], means["z"], atol=0.25)
+    if not svi.loss.plate_particles:
+        difference = tree["sample_stats"]["log_p"] - tree["sample_stats"]["log_q"]
+        np.testing.assert_allclose(difference.values[0], log_weight, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # ArviZ's and matplotlib's own
+def test_arviz_can_use_it(tree, tmp_path):
+    tree.to_netcdf(str(tmp_path / "fit.nc"))
+    again = az.from_netcdf(str(tmp_path / "fit.nc"))
+    np.testing.assert_array_equal(again["posterior"]["z"], tree["posterior"]["z"])
+    assert again["posterior"].attrs["objective"] == "VIMCOStar"
+    assert az.summary(again, kind="stats").loc["count", "mean"] > 0
+    loo = az.loo(again)
+    assert az.compare({"a": loo, "b": loo}).shape[0] == 2
+    az.plot_forest(again, var_names=["z", "axis"])
+    plot_ppc = az.plot_ppc if hasattr(az, "plot_ppc") else az.plot_ppc_dist
+    plot_ppc(again)
+    matplotlib.pyplot.close("all")
+
+
+def test_elements_of_common_plates_are_resampled_by_themselves():
+    def model(x):
+        with numpyro.plate("data", 4):
+            z = numpyro.sample("z", dist.Categorical(jnp.array([0.2, 0.3, 0.5])))
+            numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    svi = SVI(model, AutoDiscrete(model), optax.adam(0.05), VIMCOStar())
+    result = svi.run(random.key(0), 2, X, progress_bar=False)  # a bad guide
+    tree = to_arviz(svi, result, model_args=(X,), rng_key=random.key(1), num_samples=4000, num_proposals=40_000)
+    log_joint = jnp.log(jnp.array([0.2, 0.3, 0.5])) + dist.Normal(jnp.arange(3), 0.5).log_prob(X[:, None])
+    exact = jax.nn.softmax(log_joint)
+    frequency = (tree["posterior"]["z"].values[0, :, :, None] == np.arange(3)).mean(0)
+    # The ESS of 40,000 proposals is above 2,000: 5.5 standard errors of a frequency are below 0.062.
+    np.testing.assert_allclose(frequency, exact, atol=0.062)
+    assert tree["sample_stats"]["log_weight"].dims == ("chain", "draw", "data")
+    assert abs(tree["posterior"].attrs["log_evidence"] - jax.nn.logsumexp(log_joint, axis=1).sum()) < 0.15
+
+
+def test_other_objectives():
+    def model(x):
+        loc = numpyro.sample("loc", dist.Normal(0, 1))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    svi = SVI(model, AutoNormal(model), optax.adam(0.05), Trace_ELBO())
+    result = svi.run(random.key(0), 300, X, progress_bar=False)
+    tree = to_arviz(svi, result, model_args=(X,), rng_key=random.key(1), num_samples=4000)
+    assert tree["observed_data"]["x"].dims == ("data",)
+    # The exact posterior is Normal(sum / 5, 1 / 5): 6 standard errors of 2,000 effective draws.
+    assert abs(tree["posterior"]["loc"].mean() - X.sum() / 5) < 6 * (0.2 / 2000) ** 0.5
+
+
+def test_resampling_takes_what_the_weight_asks_for():
+    log_weight = np.log(np.array([[0.1, 0.7], [0.2, 0.1], [0.7, 0.2]]))
+    counts = [np.bincount(column, minlength=3) for column in resample(random.key(0), log_weight, 1000).T]
+    assert np.all(np.abs(counts - 1000 * np.exp(log_weight.T)) <= 1)
+    assert np.any(np.diff(resample(random.key(0), log_weight, 1000)[:, 0]) < 0)  # not in order
+
+
+def test_smoothing_is_arviz_own():
+    log_weight = 1.5 * np.random.default_rng(0).normal(size=(5000, 2))
+    smoothed, k = pareto_smooth(log_weight)
+    if az.__version__.startswith("0."):
+        expected, expected_k = az.psislw(log_weight.T)
+    else:
+        from arviz_stats.base import array_stats
+
+        expected, expected_k = array_stats.psislw(-log_weight.T)
+    np.testing.assert_allclose(smoothed.T, expected, atol=1e-9)
+    np.testing.assert_allclose(k, expected_k)
+    assert pareto_smooth(np.zeros((1000, 1)))[1] == -np.inf
+
+
+# Errors.
+
+
+def test_errors(fitted):
+    svi, result = fitted
+    convert = lambda result=result, svi=svi, args=(X,), **kwargs: to_arviz(  # noqa: E731
+        svi, result, model_args=args, rng_key=random.key(0), **kwargs
+    )
+    with pytest.raises(ValueError, match="`num_samples` is 0, but must be an integer of at least 1"):
+        convert(num_samples=0)
+    with pytest.raises(ValueError, match="`num_proposals` is 10, but must be an integer of at least 100"):
+        convert(num_samples=100, num_proposals=10)
+    with pytest.raises(ValueError, match="`groups` has 'posterior'"):
+        convert(groups=("posterior",))
+    with pytest.raises(ValueError, match="do not fit `hierarchical`: missing a required argument: 'x'"):
+        convert(args=())
+    without = {name: value for name, value in result.params.items() if name != "z_auto_logits"}
+    with pytest.raises(ValueError, match="has a parameter 'z_auto_logits', which the result lacks"):
+        convert(SVIRunResult(without, result.state, result.losses))
+    wrong = {**result.params, "z_auto_logits": jnp.zeros(7)}
+    with pytest.raises(ValueError, match=r"'z_auto_logits' has shape \(4,\), but \(7,\) in the result"):
+        convert(SVIRunResult(wrong, result.state, result.losses))
+
+
+def test_error_without_latents():
+    def model(x):
+        numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1.0), obs=x)
+
+    svi = SVI(model, lambda x: None, optax.adam(0.1), Trace_ELBO())
+    result = svi.run(random.key(0), 2, 1.0, progress_bar=False)
+    with pytest.raises(ValueError, match="no latent site"):
+        to_arviz(svi, result, model_args=(1.0,), rng_key=random.key(0))
+
+
+def test_error_for_a_subsampled_plate():
+    def model(x):
+        with numpyro.plate("data", 4, subsample_size=2):
+            z = numpyro.sample("z", dist.Bernoulli(0.5))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=numpyro.subsample(x, event_dim=0))
+
+    def guide(x):
+        with numpyro.plate("data", 4, subsample_size=2):
+            numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1)))
+
+    svi = SVI(model, guide, optax.adam(0.1), VIMCOStar())
+    result = svi.run(random.key(0), 2, X, progress_bar=False)
+    with pytest.raises(ValueError, match=r"Plate 'data' is subsampled \(2 of 4\)"):
+        to_arviz(svi, result, model_args=(X,), rng_key=random.key(0))
