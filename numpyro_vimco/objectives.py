@@ -6,7 +6,6 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
-import operator
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +20,7 @@ from numpyro_vimco import control_variates, gradients
 from numpyro_vimco.control_variates import LogWeights, PerParticle
 from numpyro_vimco.densities import Densities, Program, is_latent_site, is_score_function_site
 from numpyro_vimco.gradients import Weights
+from numpyro_vimco.validation import check_chunk_size, check_particles, check_sharding
 
 
 class ImportanceWeightedELBO(ELBO):
@@ -75,9 +75,10 @@ class ImportanceWeightedELBO(ELBO):
         one more forward pass; results are the same but for the rounding of sums. A callable
         `vectorize_particles` is given ``chunk_size`` particles.
     :param jax.sharding.Sharding particle_sharding: how an axis of particles, or of the particles of a chunk, is spread
-        over devices, of this process or of several. Defaults to None, what the compiler makes of the model's arrays.
+        over devices, of this process or of several; on a mesh whose axes are of type Auto. Defaults to None: what the
+        compiler makes of the arrays of the model.
     :raises ValueError: if ``alpha`` or ``num_particles`` is out of range, ``chunk_size`` does not divide
-        ``num_particles``, or the devices of ``particle_sharding`` do not divide the particles evaluated at a time.
+        ``num_particles``, or ``particle_sharding`` does not divide the particles that are evaluated at a time.
 
     **References**
 
@@ -89,6 +90,8 @@ class ImportanceWeightedELBO(ELBO):
     can_infer_discrete = True
     alpha: float
     doubly_reparameterized: bool
+    chunk_size: int | None
+    particle_sharding: Sharding | None
     plate_particles: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
@@ -103,8 +106,11 @@ class ImportanceWeightedELBO(ELBO):
     ):
         if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` is {alpha!r}, but must be a number in [0, 1]: 0 is the IWAE bound, 1 the ELBO.")
-        _check_particles("`num_particles`", num_particles)
-        _check_chunks(num_particles, chunk_size, particle_sharding)
+        check_particles("`num_particles`", num_particles)
+        if chunk_size is not None:
+            check_chunk_size(chunk_size, num_particles)
+        if particle_sharding is not None:
+            check_sharding(particle_sharding, num_particles, chunk_size)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.alpha = float(alpha)
         self.doubly_reparameterized = doubly_reparameterized
@@ -245,7 +251,7 @@ class VIMCOStar(ImportanceWeightedELBO):
         )
         self.plate_particles = dict(plate_particles or {})
         for name, number in self.plate_particles.items():
-            _check_particles(f"`plate_particles['{name}']`", number)
+            check_particles(f"`plate_particles['{name}']`", number)
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
         return control_variates.vimco_star_signal(log_weights, self.alpha)
@@ -358,40 +364,3 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
 
     def _cotangents(self, weights: Weights) -> Densities:
         return Densities(model=weights.share, guide_path=weights.share, guide_score=weights.share)
-
-
-def _check_integer(argument: str, number: int) -> None:
-    try:
-        operator.index(number)
-    except TypeError:
-        raise ValueError(f"{argument} is {number!r}, but must be an integer.") from None
-
-
-def _check_particles(argument: str, number: int) -> None:
-    _check_integer(argument, number)
-    if number < 2:
-        raise ValueError(
-            f"{argument} is {number}, but must be at least 2: the bound and its gradient compare particles with each "
-            "other."
-        )
-
-
-def _check_chunks(num_particles: int, chunk_size: int | None, sharding: Sharding | None) -> None:
-    if chunk_size is not None:
-        _check_integer("`chunk_size`", chunk_size)
-        divisors = [i for i in range(1, num_particles + 1) if num_particles % i == 0]
-        if chunk_size not in divisors:
-            near = sorted(sorted(divisors, key=lambda divisor: abs(divisor - chunk_size))[:4])
-            raise ValueError(
-                f"`chunk_size` is {chunk_size}, but must be a divisor of `num_particles`, {num_particles}, such as "
-                f"{', '.join(map(str, near))}."
-            )
-    if sharding is not None:
-        together = num_particles if chunk_size is None else chunk_size
-        devices = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
-        if together % devices:
-            raise ValueError(
-                f"`particle_sharding` spreads particles over {devices} devices, of which "
-                f"{'`num_particles`' if chunk_size is None else '`chunk_size`'}, {together}, is not a multiple. "
-                f"{together // devices * devices or devices} or {-(-together // devices) * devices} would do."
-            )
