@@ -62,11 +62,15 @@ def temp_size(step):
 def interleaved(steps, rounds):
     """Seconds of each step, an array over rounds, each of which runs every step once; two rounds are not counted.
 
+    The order changes from round to round: a step that follows a large one finds the caches cold.
+
     :param steps: by name, a compiled function and its arguments.
     """
     times = {name: [] for name in steps}
+    order = np.random.default_rng(0)
     for _ in range(rounds + 2):
-        for name, (step, args) in steps.items():
+        for name in order.permutation(np.array(list(steps), object)):
+            step, args = steps[name]
             start = time.perf_counter()
             jax.block_until_ready(step(*args))
             times[name].append(time.perf_counter() - start)

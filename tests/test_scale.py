@@ -92,14 +92,16 @@ def local_particles(subsample_size=None):
     return model, guide
 
 
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+
+
 def gradient(objective, programs, forward_mode=False):
-    params = initial_params(*programs)
-    transform = jax.jacfwd if forward_mode else jax.grad
-
     def loss(params):
-        return objective.loss(random.key(3), params, *programs)
+        return (objective.loss(random.key(3), params, *programs),) * 2
 
-    return jax.jit(lambda params: (loss(params), transform(loss)(params)))(params)
+    transform = jax.jacfwd if forward_mode else jax.grad
+    compiled = jax.jit(transform(loss, has_aux=True), compiler_options=FAST_TO_COMPILE)
+    return compiled(initial_params(*programs))
 
 
 LOCAL = {"plate_particles": {"data": 2}}
