@@ -5,7 +5,7 @@
 
 :func:`estimate` weighs the particles, and then pulls the weights back through what the particles were computed from:
 their log-densities (:func:`one_pass`), or their samples as well (:func:`doubly_reparameterized`). Each of these two
-gives the log-weights, and a function from the particles' weights to tensors and the cotangents that they take.
+gives :class:`Particles`.
 """
 
 from collections.abc import Callable
@@ -63,10 +63,27 @@ def weigh(
     return structure.scale * jnp.sum(cv.vr_iwae_bound(total, alpha)), weights
 
 
+class Particles(NamedTuple):
+    """Some particles, evaluated.
+
+    :ivar log_weights: in nats, of shape (n, *plates), or (n, M, *plates) if local; without gradients.
+    :ivar structure: how their plates combine.
+    :ivar weighted: from weights of the same shape to tensors and cotangents, whose products with the tensors'
+        derivatives sum to the particles' part of the bound's derivative.
+    """
+
+    log_weights: Levels[Array]
+    structure: Structure
+    weighted: Callable[[Levels[Weights]], tuple[Any, Any]]
+
+
 def estimate(
     evaluate: Callable, params: dict[str, Any], keys: Array, weigh: Callable, chunk_size: int | None, shard: Callable
 ) -> Float[Array, ""]:
     """The bound in nats, with its gradient.
+
+    In chunks, a first pass computes log-weights only. The second evaluates each chunk once more, to pull its weights
+    back, and is a sum of zeros with gradients: without differentiation, the compiler drops it.
 
     :param evaluate: from parameters and the keys of some particles to :class:`Particles`.
     :param weigh: from log-weights and plates to the bound and weights.
@@ -97,20 +114,6 @@ def estimate(
     log_weights, structure = jax.lax.map(log_weights_of_chunk, chunks)
     bound, weights = weigh(jax.tree.map(join, log_weights), structure)
     return bound + jnp.sum(jax.lax.map(gradient_of_chunk, (chunks, jax.tree.map(split, weights))))
-
-
-class Particles(NamedTuple):
-    """Some particles, evaluated.
-
-    :ivar log_weights: in nats, of shape (n, *plates), or (n, M, *plates) if local; without gradients.
-    :ivar structure: how their plates combine.
-    :ivar weighted: from weights of the same shape to tensors and cotangents, whose products with the tensors'
-        derivatives sum to the particles' part of the bound's derivative.
-    """
-
-    log_weights: Levels[Array]
-    structure: Structure
-    weighted: Callable[[Levels[Weights]], tuple[Any, Any]]
 
 
 def one_pass(
