@@ -38,7 +38,7 @@ test-all:
 	test -n "$$found" || { echo "no Python from 3.11 to 3.13 found"; exit 1; }
 
 benchmark: $(INSTALLED)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'

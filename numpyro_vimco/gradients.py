@@ -3,8 +3,9 @@
 
 """Particles in, a bound with its gradient attached out.
 
-Both estimators here weigh the particles, and then pull weights back through what the particles were computed from:
-:func:`one_pass` through their log-densities, :func:`doubly_reparameterized` through their samples as well.
+:func:`estimate` weighs the particles, and then pulls the weights back through what the particles were computed from:
+their log-densities (:func:`one_pass`), or their samples as well (:func:`doubly_reparameterized`). Each of these two
+gives :class:`Particles`.
 """
 
 from collections.abc import Callable
@@ -62,23 +63,73 @@ def weigh(
     return structure.scale * jnp.sum(cv.vr_iwae_bound(total, alpha)), weights
 
 
-def one_pass(
-    program: Program, params: dict[str, Any], keys: Array, vectorize: Callable, weigh: Callable, cotangents: Callable
+class Particles(NamedTuple):
+    """Some particles, evaluated.
+
+    :ivar log_weights: in nats, of shape (n, *plates), or (n, M, *plates) if local; without gradients.
+    :ivar structure: how their plates combine.
+    :ivar weighted: from weights of the same shape to tensors and cotangents, whose products with the tensors'
+        derivatives sum to the particles' part of the bound's derivative.
+    """
+
+    log_weights: Levels[Array]
+    structure: Structure
+    weighted: Callable[[Levels[Weights]], tuple[Any, Any]]
+
+
+def estimate(
+    evaluate: Callable, params: dict[str, Any], keys: Array, weigh: Callable, chunk_size: int | None, shard: Callable
 ) -> Float[Array, ""]:
-    """The bound with plain pathwise gradients: each log-density takes a cotangent of its own.
+    """The bound in nats, with its gradient.
+
+    In chunks, a first pass computes log-weights only. The second evaluates each chunk once more, to pull its weights
+    back, and is a sum of zeros with gradients: without differentiation, the compiler drops it.
+
+    :param evaluate: from parameters and the keys of some particles to :class:`Particles`.
+    :param weigh: from log-weights and plates to the bound and weights.
+    :param chunk_size: number of particles evaluated at a time, or None for all.
+    :param shard: spreads keys of particles over devices.
+    """
+    if chunk_size is None:
+        particles = evaluate(params, shard(keys))
+        bound, weights = weigh(particles.log_weights, particles.structure)
+        return with_gradient(bound, *particles.weighted(weights))
+
+    # A chunk takes every n-th particle, so that devices that hold neighbours hold an equal part of each chunk.
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(chunk_size, -1, *x.shape[1:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(keys.shape[0], *x.shape[2:])
+
+    def log_weights_of_chunk(keys):
+        return evaluate(stop_gradient(params), shard(keys))[:2]
+
+    @partial(jax.checkpoint, prevent_cse=False)  # nothing is kept from the forward pass
+    def gradient_of_chunk(chunk):
+        keys, weights = chunk
+        return with_gradient(jnp.zeros_like(bound), *evaluate(params, shard(keys)).weighted(weights))
+
+    chunks = split(keys)
+    log_weights, structure = jax.lax.map(log_weights_of_chunk, chunks)
+    bound, weights = weigh(jax.tree.map(join, log_weights), structure)
+    return bound + jnp.sum(jax.lax.map(gradient_of_chunk, (chunks, jax.tree.map(split, weights))))
+
+
+def one_pass(
+    program: Program, vectorize: Callable, cotangents: Callable, params: dict[str, Any], keys: Array
+) -> Particles:
+    """Plain pathwise gradients: each log-density takes a cotangent of its own.
 
     :param cotangents: from the weights of a level to its densities' cotangents.
     """
     densities, structure = vectorize(partial(program.evaluate, params), keys)
     log_weights = map_levels(lambda level: stop_gradient(level.log_weight), densities)
-    bound, weights = weigh(log_weights, structure)
-    return with_gradient(bound, densities, map_levels(cotangents, weights))
+    return Particles(log_weights, structure, lambda weights: (densities, map_levels(cotangents, weights)))
 
 
-def doubly_reparameterized(
-    program: Program, params: dict[str, Any], keys: Array, vectorize: Callable, weigh: Callable
-) -> Float[Array, ""]:
-    """The bound with doubly reparameterised gradients of path sites [1], for local particles derived in this project.
+def doubly_reparameterized(program: Program, vectorize: Callable, params: dict[str, Any], keys: Array) -> Particles:
+    """Doubly reparameterised gradients of path sites [1], for local particles derived in this project.
 
     A derivative takes the weights of the level of the sample that it flows into, not of the density that it comes
     from. So the shared samples are drawn first, and the local samples as a function of them; what flows through
@@ -108,22 +159,21 @@ def doubly_reparameterized(
         return vectorize(lambda particle: program.log_weights(params, *particle), (keys, merged))
 
     level_weights, pull, structure = jax.vjp(log_weights, stop_gradient(params), path, has_aux=True)
-    bound, weights = weigh(level_weights, structure)
-    params_cotangent, path_cotangent = pull(map_levels(lambda level: level.share, weights))
 
-    shared_cotangent = _cotangents(shared, path_cotangent.shared, weights.shared, lead=1)
-    local_cotangent, into_shared = {}, {}
-    for plate, draws in local.items():
-        of_shared = Weights(weights.local[plate].share, *(w[:, None] for w in weights.shared[1:]))
-        local_cotangent[plate] = _cotangents(draws, path_cotangent.local[plate], weights.local[plate], lead=2)
-        into_shared[plate] = _cotangents(draws, path_cotangent.local[plate], of_shared, lead=2)
-    for name, cotangent in pull_into_shared(into_shared)[0].items():
-        shared_cotangent[name] += cotangent
-    return with_gradient(
-        bound,
-        (params, _differentiable(shared), local_differentiable),
-        (params_cotangent, shared_cotangent, local_cotangent),
-    )
+    def weighted(weights):
+        params_cotangent, path_cotangent = pull(map_levels(lambda level: level.share, weights))
+        shared_cotangent = _cotangents(shared, path_cotangent.shared, weights.shared, lead=1)
+        local_cotangent, into_shared = {}, {}
+        for plate, draws in local.items():
+            of_shared = Weights(weights.local[plate].share, *(w[:, None] for w in weights.shared[1:]))
+            local_cotangent[plate] = _cotangents(draws, path_cotangent.local[plate], weights.local[plate], lead=2)
+            into_shared[plate] = _cotangents(draws, path_cotangent.local[plate], of_shared, lead=2)
+        for name, cotangent in pull_into_shared(into_shared)[0].items():
+            shared_cotangent[name] += cotangent
+        tensors = params, _differentiable(shared), local_differentiable
+        return tensors, (params_cotangent, shared_cotangent, local_cotangent)
+
+    return Particles(level_weights, structure, weighted)
 
 
 def _differentiable(draws: Draws) -> dict[str, Array]:

@@ -6,11 +6,12 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
-import operator
 from types import MappingProxyType
 from typing import Any
 
+import jax
 from jax import random
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 from numpyro.handlers import seed
 from numpyro.infer.elbo import ELBO
@@ -19,6 +20,7 @@ from numpyro_vimco import control_variates, gradients
 from numpyro_vimco.control_variates import LogWeights, PerParticle
 from numpyro_vimco.densities import Densities, Program, is_latent_site, is_score_function_site
 from numpyro_vimco.gradients import Weights
+from numpyro_vimco.validation import check_chunk_size, check_particles, check_sharding
 
 
 class ImportanceWeightedELBO(ELBO):
@@ -68,7 +70,15 @@ class ImportanceWeightedELBO(ELBO):
         in one pass of guide and model: for flows whose inverse is slow or missing (`AutoBNAFNormal`), for nested
         `scan`, and for `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are
         the same.
-    :raises ValueError: if ``alpha`` or ``num_particles`` is out of range.
+    :param int chunk_size: number of particles to evaluate at a time, a divisor of `num_particles`. Defaults to None,
+        all of them. Memory is then that of ``chunk_size`` particles, beside the keys and the log-weights of all, for
+        one more forward pass; results are the same but for the rounding of sums. A callable
+        `vectorize_particles` is given ``chunk_size`` particles.
+    :param jax.sharding.Sharding particle_sharding: how an axis of particles, or of the particles of a chunk, is spread
+        over devices, of this process or of several; on a mesh whose axes are of type Auto. Defaults to None: what the
+        compiler makes of the arrays of the model.
+    :raises ValueError: if ``alpha`` or ``num_particles`` is out of range, ``chunk_size`` does not divide
+        ``num_particles``, or ``particle_sharding`` does not divide the particles that are evaluated at a time.
 
     **References**
 
@@ -80,6 +90,8 @@ class ImportanceWeightedELBO(ELBO):
     can_infer_discrete = True
     alpha: float
     doubly_reparameterized: bool
+    chunk_size: int | None
+    particle_sharding: Sharding | None
     plate_particles: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
@@ -89,13 +101,21 @@ class ImportanceWeightedELBO(ELBO):
         vectorize_particles: bool | Callable = True,
         *,
         doubly_reparameterized: bool = True,
+        chunk_size: int | None = None,
+        particle_sharding: Sharding | None = None,
     ):
         if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` is {alpha!r}, but must be a number in [0, 1]: 0 is the IWAE bound, 1 the ELBO.")
-        _check_particles("`num_particles`", num_particles)
+        check_particles("`num_particles`", num_particles)
+        if chunk_size is not None:
+            check_chunk_size(chunk_size, num_particles)
+        if particle_sharding is not None:
+            check_sharding(particle_sharding, num_particles, chunk_size)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.alpha = float(alpha)
         self.doubly_reparameterized = doubly_reparameterized
+        self.chunk_size = chunk_size
+        self.particle_sharding = particle_sharding
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
         """
@@ -144,12 +164,20 @@ class ImportanceWeightedELBO(ELBO):
         keys = random.split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)
         if self.doubly_reparameterized and program.has_path_sites(param_map, keys[0]):
-            return -gradients.doubly_reparameterized(program, param_map, keys, self.vectorize_particles_fn, weigh)
-        return -gradients.one_pass(program, param_map, keys, self.vectorize_particles_fn, weigh, self._cotangents)
+            evaluate = partial(gradients.doubly_reparameterized, program, self.vectorize_particles_fn)
+        else:
+            evaluate = partial(gradients.one_pass, program, self.vectorize_particles_fn, self._cotangents)
+        return -gradients.estimate(evaluate, param_map, keys, weigh, self.chunk_size, self._shard)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs) -> dict:
         """:meth:`loss` in the form that SVI asks for where there is mutable state, which :meth:`loss` refuses."""
         return {"loss": self.loss(rng_key, param_map, model, guide, *args, **kwargs), "mutable_state": None}
+
+    def _shard(self, keys: Array) -> Array:
+        """Spread keys of particles over devices; the compiler spreads what is computed from them."""
+        if self.particle_sharding is None:
+            return keys
+        return jax.lax.with_sharding_constraint(keys, self.particle_sharding)
 
     @staticmethod
     def _by_score(site: dict) -> bool:
@@ -210,11 +238,20 @@ class VIMCOStar(ImportanceWeightedELBO):
         *,
         doubly_reparameterized: bool = True,
         plate_particles: Mapping[str, int] | None = None,
+        chunk_size: int | None = None,
+        particle_sharding: Sharding | None = None,
     ):
-        super().__init__(alpha, num_particles, vectorize_particles, doubly_reparameterized=doubly_reparameterized)
+        super().__init__(
+            alpha,
+            num_particles,
+            vectorize_particles,
+            doubly_reparameterized=doubly_reparameterized,
+            chunk_size=chunk_size,
+            particle_sharding=particle_sharding,
+        )
         self.plate_particles = dict(plate_particles or {})
         for name, number in self.plate_particles.items():
-            _check_particles(f"`plate_particles['{name}']`", number)
+            check_particles(f"`plate_particles['{name}']`", number)
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
         return control_variates.vimco_star_signal(log_weights, self.alpha)
@@ -249,10 +286,19 @@ class VIMCO(ImportanceWeightedELBO):
         *,
         baseline: str = "geometric",
         doubly_reparameterized: bool = True,
+        chunk_size: int | None = None,
+        particle_sharding: Sharding | None = None,
     ):
         if baseline not in self._signals:
             raise ValueError(f"`baseline` is {baseline!r}, but must be one of {', '.join(map(repr, self._signals))}.")
-        super().__init__(alpha, num_particles, vectorize_particles, doubly_reparameterized=doubly_reparameterized)
+        super().__init__(
+            alpha,
+            num_particles,
+            vectorize_particles,
+            doubly_reparameterized=doubly_reparameterized,
+            chunk_size=chunk_size,
+            particle_sharding=particle_sharding,
+        )
         self.baseline = baseline
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
@@ -292,8 +338,22 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
        arXiv 1805.10469
     """
 
-    def __init__(self, num_particles: int = 16, vectorize_particles: bool | Callable = True):
-        super().__init__(0.0, num_particles, vectorize_particles, doubly_reparameterized=False)
+    def __init__(
+        self,
+        num_particles: int = 16,
+        vectorize_particles: bool | Callable = True,
+        *,
+        chunk_size: int | None = None,
+        particle_sharding: Sharding | None = None,
+    ):
+        super().__init__(
+            0.0,
+            num_particles,
+            vectorize_particles,
+            doubly_reparameterized=False,
+            chunk_size=chunk_size,
+            particle_sharding=particle_sharding,
+        )
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
         return control_variates.normalized_weights(log_weights, self.alpha)
@@ -304,15 +364,3 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
 
     def _cotangents(self, weights: Weights) -> Densities:
         return Densities(model=weights.share, guide_path=weights.share, guide_score=weights.share)
-
-
-def _check_particles(argument: str, number: int) -> None:
-    try:
-        operator.index(number)
-    except TypeError:
-        raise ValueError(f"{argument} is {number!r}, but must be an integer.") from None
-    if number < 2:
-        raise ValueError(
-            f"{argument} is {number}, but must be at least 2: the bound and its gradient compare particles with each "
-            "other."
-        )

@@ -1,21 +1,76 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of a guide trace against a model trace: what NumPyro would pass over silently becomes an error.
+"""Checks of arguments, and of a guide trace against a model trace: what NumPyro would pass over becomes an error.
 
-Every message names the site or the plate, says what is wrong, and what to do instead.
+Every message names the argument, the site or the plate, says what is wrong, and what to do instead.
 """
 
 from collections.abc import Mapping
+import operator
 import warnings
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
 
 from numpyro_vimco.distributions import unwrapped
 
 Trace = dict[str, dict]
+
+
+def check_particles(argument: str, number: int) -> None:
+    """Raise unless ``number`` is an integer of at least 2."""
+    _check_integer(argument, number)
+    if number < 2:
+        raise ValueError(
+            f"{argument} is {number}, but must be at least 2: the bound and its gradient compare particles with each "
+            "other."
+        )
+
+
+def check_chunk_size(chunk_size: int, num_particles: int) -> None:
+    """Raise unless ``chunk_size`` divides ``num_particles``."""
+    _check_integer("`chunk_size`", chunk_size)
+    if chunk_size < 1 or num_particles % chunk_size:
+        near = min(max(chunk_size, 1), num_particles)
+        below = next(size for size in range(near, 0, -1) if num_particles % size == 0)
+        above = next(size for size in range(near, num_particles + 1) if num_particles % size == 0)
+        raise ValueError(
+            f"`chunk_size` is {chunk_size}, but must be a positive divisor of `num_particles`, which is "
+            f"{num_particles}: {_either(below, above)} would do."
+        )
+
+
+def check_sharding(sharding: Sharding, num_particles: int, chunk_size: int | None) -> None:
+    """Raise unless ``sharding`` divides the particles that are evaluated at a time."""
+    if not isinstance(sharding, Sharding):
+        raise ValueError(f"`particle_sharding` is {sharding!r}, but must be a `jax.sharding.Sharding`.")
+    if AxisType.Explicit in getattr(getattr(sharding, "mesh", None), "axis_types", ()):
+        raise ValueError(
+            "`particle_sharding` is on a mesh with axes of type Explicit, which leaves it to the model to say how "
+            "each array is spread. Make the mesh with `axis_types=(jax.sharding.AxisType.Auto,)`, one for each axis."
+        )
+    argument, number = ("`num_particles`", num_particles) if chunk_size is None else ("`chunk_size`", chunk_size)
+    devices = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
+    if number % devices:
+        below, above = number // devices * devices, -(-number // devices) * devices
+        raise ValueError(
+            f"`particle_sharding` spreads particles over {devices} devices, but {argument} is {number}: "
+            f"{_either(below or above, above)} would do."
+        )
+
+
+def _check_integer(argument: str, number: int) -> None:
+    try:
+        operator.index(number)
+    except TypeError:
+        raise ValueError(f"{argument} is {number!r}, but must be an integer.") from None
+
+
+def _either(below: int, above: int) -> str:
+    return str(below) if below == above else f"{below} or {above}"
 
 
 def check_traces(model_trace: Trace, guide_trace: Trace) -> None:

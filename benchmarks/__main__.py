@@ -1,0 +1,12 @@
+"""All tables of docs/benchmarks.md, each section in a process of its own.
+
+python benchmarks
+"""
+
+from pathlib import Path
+import subprocess
+import sys
+
+for section in ("step_time", "scale", "digits"):
+    print(f"\n== {section}", flush=True)
+    subprocess.run([sys.executable, Path(__file__).with_name(f"{section}.py")], check=True)

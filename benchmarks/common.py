@@ -1,0 +1,88 @@
+"""What the benchmarks share: the digits, a belief network for them, and steps that are timed interleaved."""
+
+import os
+import statistics
+import time
+import warnings
+
+import jax
+from jax import random
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI
+from sklearn.datasets import load_digits
+
+VISIBLE, HIDDEN = 64, 32
+
+
+def digits():
+    """The 1,797 digits of scikit-learn, binary: (1797, 64)."""
+    return jnp.array(load_digits().data > 7, jnp.float32)
+
+
+def belief_network(x):
+    """A sigmoid belief network with one layer of 32 hidden units, for x of shape (batch, 64)."""
+    prior = numpyro.param("prior", jnp.zeros(HIDDEN))
+    weights = numpyro.param("weights", 0.1 * random.normal(random.key(0), (HIDDEN, VISIBLE)))
+    bias = numpyro.param("bias", jnp.zeros(VISIBLE))
+    with numpyro.plate("batch", len(x)):
+        h = numpyro.sample("h", dist.Bernoulli(logits=prior).to_event(1))
+        numpyro.sample("x", dist.Bernoulli(logits=h @ weights + bias).to_event(1), obs=x)
+
+
+def recognition_network(x):
+    """Its guide."""
+    weights = numpyro.param("q_weights", 0.1 * random.normal(random.key(1), (VISIBLE, HIDDEN)))
+    bias = numpyro.param("q_bias", jnp.zeros(HIDDEN))
+    with numpyro.plate("batch", len(x)):
+        numpyro.sample("h", dist.Bernoulli(logits=x @ weights + bias).to_event(1))
+
+
+def svi_of(objective, model=belief_network, guide=recognition_network, data=(), learning_rate=1e-3):
+    """SVI, and its first state."""
+    svi = SVI(model, guide, numpyro.optim.Adam(learning_rate), objective)
+    with warnings.catch_warnings():  # NumPyro's: its own objectives do not support discrete latents
+        warnings.simplefilter("ignore")
+        return svi, svi.init(random.key(0), *data)
+
+
+def compile_step(objective, model=belief_network, guide=recognition_network, data=()):
+    """A compiled `SVI.update`, and its arguments."""
+    svi, state = svi_of(objective, model, guide, data)
+    return jax.jit(svi.update).lower(state, *data).compile(), (state, *data)
+
+
+def temp_size(step):
+    """XLA's temporary memory of a compiled function, in bytes."""
+    return step.memory_analysis().temp_size_in_bytes
+
+
+def interleaved(steps, rounds):
+    """Seconds of each step, an array over rounds, each of which runs every step once; two rounds are not counted.
+
+    The order changes from round to round: a step that follows a large one finds the caches cold.
+
+    :param steps: by name, a compiled function and its arguments.
+    """
+    times = {name: [] for name in steps}
+    order = np.random.default_rng(0)
+    for _ in range(rounds + 2):
+        for name in order.permutation(np.array(list(steps), object)):
+            step, args = steps[name]
+            start = time.perf_counter()
+            jax.block_until_ready(step(*args))
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(seconds[2:]) for name, seconds in times.items()}
+
+
+def median_ratio(numerator, denominator):
+    """Median over rounds of the ratio within a round, in which a drift of the machine's speed cancels."""
+    return statistics.median(numerator / denominator)
+
+
+def print_machine():
+    """Print versions and machine."""
+    device = jax.devices()[0]
+    print(f"JAX {jax.__version__}, NumPyro {numpyro.__version__}, {device.device_kind}, {os.cpu_count()} CPU cores")
