@@ -27,7 +27,7 @@ from numpyro.infer import SVI, TraceGraph_ELBO
 import optax
 from sklearn.datasets import load_diabetes
 
-from numpyro_vimco import VIMCO, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
+from numpyro_vimco import VIMCO, AutoMixed, VIMCOStar, importance_diagnostics, plots, to_arviz
 
 INCLUSION, SLAB_VARIANCE, NOISE_VARIANCE = 0.3, 0.1, 0.5
 
@@ -77,20 +77,21 @@ def fit(objective, num_steps, *data):
     return svi, result, -losses.mean(), losses.std() / len(keys) ** 0.5
 
 
-def plot(fits, log_evidence, predictors, inclusion, exact_inclusion, path):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+def plot(fits, log_evidence, predictors, inclusion, exact_inclusion, diagnostics, path):
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     window = max(len(next(iter(fits.values()))[1].losses) // 100, 1)
     for (name, (_, result, *_)), style in zip(fits.items(), ("C0-", "C4--", "C1:", "C2-.")):
         smooth = np.convolve(-np.asarray(result.losses), np.ones(window) / window, "valid")
         left.plot(np.arange(len(smooth)) + window, smooth, style, label=name, lw=1.4)
     left.axhline(log_evidence, color="black", lw=1, ls="--", label="exact log evidence")
     left.set(xlabel="step", ylabel="bound (nats)", ylim=(log_evidence - 12, log_evidence + 1))
-    left.legend(loc="lower right")
+    left.legend(loc="center right")
     position = np.arange(len(predictors))
-    right.bar(position - 0.2, exact_inclusion, 0.4, color="0.6", label="exact (1,024 models)")
-    right.bar(position + 0.2, inclusion, 0.4, color="C0", label="VIMCOStar, importance-weighted")
-    right.set(xticks=position, xticklabels=predictors, ylabel="inclusion probability", ylim=(0, 1.15))
-    right.legend(loc="upper center", ncols=2, fontsize="small")
+    middle.bar(position - 0.2, exact_inclusion, 0.4, color="0.6", label="exact (1,024 models)")
+    middle.bar(position + 0.2, inclusion, 0.4, color="C0", label="VIMCOStar, importance-weighted")
+    middle.set(xticks=position, xticklabels=predictors, ylabel="inclusion probability", ylim=(0, 1.15))
+    middle.legend(loc="upper center", ncols=2, fontsize="small")
+    plots.plot_weights(diagnostics, ax=right)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -139,7 +140,8 @@ def main(args):
     args.output.mkdir(parents=True, exist_ok=True)
     posterior.to_netcdf(str(args.output / "variable_selection.nc"))
     print(az.summary(posterior, kind="stats", var_names=["included", "coefficient"]))
-    plot(fits, log_evidence, data.feature_names, inclusion, exact_inclusion, args.output / "variable_selection.png")
+    picture = args.output / "variable_selection.png"
+    plot(fits, log_evidence, data.feature_names, inclusion, exact_inclusion, diagnostics, picture)
     print(f"\nSaved variable_selection.nc and variable_selection.png in {args.output}/")
     gaps = {name: float(log_evidence - bound) for name, (_, _, bound, _) in fits.items()}
     return gaps, float(np.abs(inclusion - exact_inclusion).max())

@@ -75,7 +75,9 @@ class Fit:
         return getattr(self.svi.loss, "plate_particles", {})
 
     def chunk_size(self) -> int:
-        """How many particles to evaluate at a time."""
+        """How many particles to evaluate at a time: as the objective, or by the size of the model."""
+        if getattr(self.svi.loss, "chunk_size", None):
+            return self.svi.loss.chunk_size
         sizes = [np.size(site["value"]) for site in self.model_trace.values() if site["type"] == "sample"]
         local = np.prod([1, *self.plate_particles.values()])
         return int(np.clip(CHUNK_ELEMENTS // (max(sizes) * local), 1, 2**14))

@@ -1,7 +1,9 @@
 """Models, distributions and references that several test files share."""
 
 from collections.abc import Callable
+import importlib.util
 import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,6 +15,16 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import log_density
 
 from numpyro_vimco import REINFORCE, VIMCO, VIMCOStar
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load_example(name):
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class ScoreNormal(dist.Normal):
