@@ -178,24 +178,32 @@ def pareto_smooth(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pareto-smoothed normalized log-weights, and the shape k of their tail, by ArviZ, for each element [1].
 
-    Where the weights do not vary, they are left as they are, and k is -inf.
+    Weights whose tail does not vary are left as they are, with k = -inf; so are fewer than 25, with k = inf.
 
     1. Vehtari et al. 2024, *Pareto Smoothed Importance Sampling*, JMLR 25(72)
     """
     flat = log_weight.reshape(len(log_weight), -1)
-    smoothed, k = flat - logsumexp(flat, axis=0), np.full(flat.shape[1], -np.inf)
-    for i in np.flatnonzero(np.ptp(flat, axis=0) > 1e-3):
-        smoothed[:, i], k[i] = _psislw(smoothed[:, i])
+    smoothed, k = flat - logsumexp(flat, axis=0), np.full(flat.shape[1], np.inf)
+    if len(flat) >= 25:
+        # The tail that is fitted: a fifth of the draws, or 3 √N if that is less. Few discrete values tie there.
+        tail = int(min(len(flat) / 5, 3 * len(flat) ** 0.5))
+        varies = flat.max(0) - np.partition(flat, -tail, axis=0)[-tail] > 1e-3
+        k[~varies] = -np.inf
+        for i in np.flatnonzero(varies):
+            smoothed[:, i], k[i] = _psislw(smoothed[:, i])
     return smoothed.reshape(log_weight.shape), k.reshape(log_weight.shape[1:])
 
 
 def _psislw(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
-    if az.__version__.startswith("0."):
-        smoothed, k = az.psislw(log_weight)
-    else:
-        from arviz_stats.base import array_stats
+    with np.errstate(over="ignore"):  # in ArviZ's fit of the tail, where 1 / inf is meant to be 0
+        if az.__version__.startswith("0."):
+            smoothed, k = az.psislw(log_weight)
+        else:
+            from arviz_stats.base import array_stats
 
-        smoothed, k = array_stats.psislw(-log_weight)  # as of log-likelihoods
+            smoothed, k = array_stats.psislw(-log_weight)  # as of log-likelihoods
+    if not np.isfinite(k):  # too few draws hold the weight for a tail to be fitted
+        return log_weight, np.inf
     return smoothed - logsumexp(smoothed), float(k)
 
 

@@ -158,17 +158,17 @@ def test_gradient_snr_is_that_of_a_hand_computed_gradient():
 def comparison():
     return compare_objectives(
         SVI_GAUSSIAN, {"loc": jnp.full(3, 0.1), "scale": jnp.array(0.8)}, {"VIMCOStar": VIMCOStar, "VIMCO": VIMCO},
-        num_particles=(4, 32, 256), model_args=(X,), rng_key=random.key(0), num_draws=1000,
+        num_particles=(4, 64), model_args=(X,), rng_key=random.key(0), num_draws=1000,
     )  # fmt: skip
 
 
 def test_compare_objectives_shows_rise_and_fall(comparison):
     snr = comparison["snr"].sel(parameter=["loc[1]", "loc[2]"]).mean("parameter")
     star, vimco = snr.sel(objective="VIMCOStar").values, snr.sel(objective="VIMCO").values
-    # √8 = 2.8 per step in theory; each ratio is known to about 5% where it is near one, and VIMCO's to ±0.03.
-    assert np.all(star[1:] > 1.5 * star[:-1])
-    assert np.all(vimco[1:] < 0.8 * vimco[:-1])
-    assert comparison["seconds"].shape == (2, 3) and np.all(comparison["seconds"] > 0)
+    # √16 = 4 in theory; each ratio is known to about 5% where it is near one, and VIMCO's to ±0.03.
+    assert star[1] > 2 * star[0]
+    assert vimco[1] < 0.7 * vimco[0]
+    assert comparison["seconds"].shape == (2, 2) and np.all(comparison["seconds"] > 0)
     assert list(comparison["parameter"].values) == ["loc[0]", "loc[1]", "loc[2]", "scale"]
 
 

@@ -1,5 +1,8 @@
 """Posteriors in ArviZ: the right draws, with names, groups and attributes, on both generations."""
 
+import subprocess
+import sys
+
 import arviz as az
 import jax
 from jax import random
@@ -220,7 +223,38 @@ def test_smoothing_is_arviz_own():
         expected, expected_k = array_stats.psislw(-log_weight.T)
     np.testing.assert_allclose(smoothed.T, expected, atol=1e-9)
     np.testing.assert_allclose(k, expected_k)
-    assert pareto_smooth(np.zeros((1000, 1)))[1] == -np.inf
+    # Discrete latents tie: bounded weights, unless a few draws hold them all.
+    ties = np.where(np.arange(1000) < 500, 0.0, -3.0)
+    one = np.where(np.arange(1000) < 1, 0.0, -50.0)
+    np.testing.assert_array_equal(pareto_smooth(np.stack([np.zeros(1000), ties, one], axis=1))[1][:2], -np.inf)
+    assert pareto_smooth(one[:, None])[1] > 0.7
+    assert pareto_smooth(np.zeros((4, 1)))[1] == np.inf
+
+
+MILLION = """
+import resource
+from jax import random
+import numpyro, optax
+import numpyro.distributions as dist
+from numpyro.infer import SVI
+from numpyro_vimco import AutoMixed, VIMCOStar, to_arviz
+
+def model():
+    for i in range(5):
+        numpyro.sample(f"b{i}", dist.Bernoulli(0.3))
+        numpyro.sample(f"u{i}", dist.Normal(0, 1))
+    numpyro.sample("x", dist.Normal(0, 1), obs=0.0)
+
+svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar())
+tree = to_arviz(svi, svi.run(random.key(0), 2, progress_bar=False), rng_key=random.key(1), num_samples=10**6)
+print(tree["posterior"]["u0"].size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_million_draws_of_ten_sites_in_two_gigabytes():
+    output = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=240, check=True)
+    draws, kilobytes = output.stdout.split()
+    assert int(draws) == 10**6 and int(kilobytes) / (1024 if sys.platform == "darwin" else 1) < 2e6
 
 
 # Errors.
