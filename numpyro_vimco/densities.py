@@ -44,6 +44,11 @@ class Densities(NamedTuple):
     guide_score: Density
 
     @property
+    def log_guide(self) -> Density:
+        """The guide's log-density, log q(z)."""
+        return self.guide_path + self.guide_score
+
+    @property
     def log_weight(self) -> Density:
         """The log-weight, log p(x, z) - log q(z)."""
         return self.model - self.guide_path - self.guide_score

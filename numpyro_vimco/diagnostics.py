@@ -20,7 +20,7 @@ from scipy.special import logsumexp
 import xarray as xr
 
 from numpyro_vimco.densities import is_latent_site
-from numpyro_vimco.proposals import Fit, log_evidence, pareto_smooth, propose
+from numpyro_vimco.proposals import Fit, can_have_particles, log_evidence, pareto_smooth, propose
 from numpyro_vimco.validation import check_number
 
 
@@ -147,7 +147,8 @@ def _joint_plate(fit: Fit) -> str | None:
         if any(name in fit.plate_particles for name in names):
             continue
         for frame in sorted(site["cond_indep_stack"], key=lambda frame: frame.dim):
-            if frame.size > 1 and any(frame not in other["cond_indep_stack"] for other in sites):
+            common = all(frame in other["cond_indep_stack"] for other in sites)
+            if frame.size > 1 and not common and can_have_particles(fit, frame.name):
                 return frame.name
     return None
 
@@ -186,7 +187,8 @@ def gradient_snr(
     :param int num_draws: number of gradients, at least 2. Defaults to 1,000: the ratio is then known to about 3% of
         its noise.
     :return: for each parameter its statistics. A parameter that is a pytree (of a neural network) has one of them.
-    :raises ValueError: for too few draws.
+    :raises ValueError: for too few draws, arguments that do not fit the model, parameters that do not fit model and
+        guide, or a model without latents.
     """
     check_number("num_draws", num_draws, 2, "a standard deviation needs as many")
     gradient = _gradient(svi, svi.loss, params, model_args, model_kwargs)
@@ -248,12 +250,11 @@ def compare_objectives(
 
 
 def _gradient(svi: SVI, objective: ELBO, params, model_args, model_kwargs) -> Callable:
-    args, kwargs = tuple(model_args), {**svi.static_kwargs, **(model_kwargs or {})}
+    fit = Fit.of(svi, params, model_args, model_kwargs, whole=False)
 
     def loss(params, rng_key):
-        return objective.loss(rng_key, params, svi.model, svi.guide, *args, **kwargs)
+        return objective.loss(rng_key, params, svi.model, svi.guide, *fit.args, **fit.kwargs)
 
-    objective.loss(random.key(0), params, svi.model, svi.guide, *args, **kwargs)  # automatic guides look at the model
     return jax.jit(jax.grad(loss))
 
 

@@ -54,7 +54,9 @@ class IntervalCategorical(dist.CategoricalLogits):
         log_probs = log_softmax(self.logits)
         shape = jnp.broadcast_shapes(index.shape[:-1], log_probs.shape[:-1])
         log_probs = jnp.broadcast_to(log_probs, (*shape, log_probs.shape[-1]))
-        return jnp.take_along_axis(log_probs, jnp.broadcast_to(index, (*shape, 1)), axis=-1)[..., 0]
+        index = jnp.broadcast_to(index, (*shape, 1))
+        found = jnp.take_along_axis(log_probs, jnp.clip(index, 0, log_probs.shape[-1] - 1), axis=-1)[..., 0]
+        return jnp.where((value >= self.low) & (value <= self.high), found, -jnp.inf)
 
     def icdf(self, q):
         """The smallest integer whose cumulative probability is at least ``q``."""

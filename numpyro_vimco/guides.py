@@ -3,7 +3,7 @@
 
 """Automatic guides for models with discrete latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,7 +27,7 @@ from numpyro.infer.autoguide import (
 from numpyro_vimco.conditional_normal import ConditionalNormal
 from numpyro_vimco.densities import is_latent_site
 from numpyro_vimco.families import Family, family_of, has_common_bounds, is_discrete, jitter
-from numpyro_vimco.validation import bounds_error, moving_support_error
+from numpyro_vimco.validation import bounds_error, moving_continuous_error, moving_support_error, scan_plate_error
 
 
 class _AutoGuide(AutoGuide):
@@ -42,7 +42,23 @@ class _AutoGuide(AutoGuide):
         frames = [frame for site in sites if is_latent_site(site) for frame in site["cond_indep_stack"]]
         self._prototype_frames = {frame.name: frame for frame in frames}
         self._prototype_frame_full_sizes = {site["name"]: site["args"][0] for site in sites if site["type"] == "plate"}
+        for frame in frames:
+            if frame.name not in self._prototype_frame_full_sizes:
+                raise scan_plate_error(frame.name)
         self._prototype_arguments = args, kwargs
+
+    def _moving_supports(self, names: Iterable[str], latents: dict[str, Array], *args, **kwargs) -> list[str]:
+        """The sites whose support depends on latents: what depends on what `vmap` maps is a tracer."""
+        moving: list[str] = []
+
+        def find(latents):
+            with block():
+                tr = trace(substitute(seed(self.model, 0), data=latents)).get_trace(*args, **kwargs)
+            leaves = {name: jax.tree.leaves(tr[name]["fn"].support) for name in names}
+            moving.extend(n for n, found in leaves.items() if any(isinstance(leaf, jax.core.Tracer) for leaf in found))
+
+        jax.vmap(find)(jax.tree.map(lambda value: value[None], latents))
+        return moving
 
     def _with_deterministic(self, rng_key, params, samples, sample_shape, args, kwargs) -> dict[str, Array]:
         """Samples, and the deterministic sites that follow from them if they are all the latents."""
@@ -125,7 +141,7 @@ class AutoDiscrete(_AutoGuide):
         def init(site):
             value = self.init_loc_fn(site)
             if value is not None and is_latent_site(site) and is_discrete(site):
-                given[site["name"]] = value
+                value = given[site["name"]] = jnp.broadcast_to(jnp.asarray(value), site["fn"].shape())
             return value
 
         model = substitute(seed(self.model, rng_key), substitute_fn=init)
@@ -146,17 +162,9 @@ class AutoDiscrete(_AutoGuide):
 
     def _check_bounds(self, *args, **kwargs) -> None:
         """Raise for bounds that are not known for every element at every call."""
-
-        def find(values):
-            with block():
-                tr = trace(substitute(seed(self.model, 0), data=values)).get_trace(*args, **kwargs)
-            for name in self.families:
-                # What depends on a mapped value is a tracer.
-                if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tr[name]["fn"].support)):
-                    raise moving_support_error(name)
-
         latents = {name: site["value"] for name, site in self.prototype_trace.items() if is_latent_site(site)}
-        jax.vmap(find)(jax.tree.map(lambda value: value[None], latents))
+        for name in self._moving_supports(self.families, latents, *args, **kwargs):
+            raise moving_support_error(name)
         for name, family in self.families.items():
             site = self.prototype_trace[name]
             subsampled = [f for f in site["cond_indep_stack"] if f.size != self._prototype_frame_full_sizes[f.name]]
@@ -292,8 +300,11 @@ class AutoMixed(_AutoGuide):
         if not discrete:
             self._parts = [self.continuous(self.model, **self._arguments)]
             return
+        continuous = [site["name"] for site in latents if not is_discrete(site)]
+        for name in self._moving_supports(continuous, discrete, *args, **kwargs):
+            raise moving_continuous_error(name)
         self._parts = [self.discrete(self.model, **self._arguments)]
-        if len(discrete) < len(latents):
+        if continuous:
             model = block(substitute(self.model, data=discrete), hide_fn=_is_beside_continuous)
             self._parts.append(_checked(self.continuous(model, **self._arguments), self.conditional))
         for part in self._parts:

@@ -19,7 +19,7 @@ from numpyro.infer.svi import SVIRunResult
 from numpyro_vimco import proposals
 from numpyro_vimco.densities import is_latent_site
 from numpyro_vimco.distributions import unwrapped
-from numpyro_vimco.plates import Structure
+from numpyro_vimco.plates import Structure, sample_sites
 from numpyro_vimco.proposals import Fit, in_chunks, log_evidence, pareto_smooth, propose, take
 from numpyro_vimco.validation import Trace, check_number
 
@@ -61,6 +61,7 @@ def to_arviz(
     :param groups: optional groups to compute: ``"posterior_predictive"`` and ``"log_likelihood"`` (the default; both
         have the size of the data for each draw), and ``"prior"``, which brings ``prior_predictive`` along. The
         posterior predictive draws observed sites anew, given the latents and, where a site depends on them, other data.
+        Where data are masked, log-likelihoods are 0.
     :param dict constant_data: data to keep, by name.
     :param dict coords: coordinates by dimension.
     :param dict dims: names of dimensions by site. Others are named by their plates, and by
@@ -102,7 +103,10 @@ def to_arviz(
         prior = in_chunks(_follow(fit, ["predictive"]), fit.chunk_size(), random.split(prior_key, num_samples), {})
         draws |= {"prior": prior["latent"], "prior_predictive": prior["predictive"]}
     data = {group: {name: value[None] for name, value in values.items()} for group, values in draws.items() if values}
-    data["observed_data"] = {name: np.asarray(site["value"]) for name, site in _observed(fit.model_trace).items()}
+    data["observed_data"] = {
+        name: np.broadcast_to(np.asarray(site["value"]), _whole(site).shape())
+        for name, site in _observed(fit.model_trace).items()
+    }
     data["constant_data"] = {name: np.asarray(value) for name, value in (constant_data or {}).items()}
     tree = _from_dict(
         {group: values for group, values in data.items() if values},
@@ -141,7 +145,7 @@ def _follow(fit: Fit, parts: Collection[str]):
         found = {"latent": {site["name"]: site["value"] for site in sites if site["name"] in shown}}
         if "predictive" in parts:
             keys = random.split(random.fold_in(rng_key, 1), max(len(observed), 1))
-            found["predictive"] = {name: site["fn"].sample(key) for key, (name, site) in zip(keys, observed.items())}
+            found["predictive"] = {name: _whole(site).sample(key) for key, (name, site) in zip(keys, observed.items())}
         if "log_likelihood" in parts:
             found["log_likelihood"] = {name: site["fn"].log_prob(site["value"]) for name, site in observed.items()}
         return found
@@ -158,6 +162,12 @@ def _observed(model_trace: Trace) -> Trace:
     }
 
 
+def _whole(site: dict) -> dist.Distribution:
+    """The distribution of a site with the batch shape that it takes with its value."""
+    fn, shape = site["fn"], np.shape(site["value"])
+    return fn.expand(np.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim]))
+
+
 def _dims(fit: Fit) -> dict[str, list[str]]:
     """Names of the dimensions of each site: its plates, then its ``event_dims``."""
     named = {}
@@ -165,10 +175,10 @@ def _dims(fit: Fit) -> dict[str, list[str]]:
         if site["type"] not in ("sample", "deterministic"):
             continue
         plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
-        event_dim = site["fn"].event_dim if site["type"] == "sample" else 0
-        batch = range(event_dim - np.ndim(site["value"]), 0)
+        shape = _whole(site).batch_shape if site["type"] == "sample" else np.shape(site["value"])
+        batch = range(-len(shape), 0)
         sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
-        if site["type"] == "deterministic" and any(np.shape(site["value"])[dim] != sizes.get(dim) for dim in batch):
+        if site["type"] == "deterministic" and any(shape[dim] != sizes.get(dim) for dim in batch):
             continue  # it has dimensions of its own, or not those of its plates
         event = list(site["infer"].get("event_dims", [])) if site["type"] == "sample" else []
         dims = [plates.get(dim, f"{name}_dim_{i}") for i, dim in enumerate(batch)] + event
@@ -178,7 +188,7 @@ def _dims(fit: Fit) -> dict[str, list[str]]:
 
 
 def _common_dims(fit: Fit, structure: Structure) -> list[str]:
-    frames = {frame for site in fit.model_trace.values() for frame in site.get("cond_indep_stack", ())}
+    frames = {frame for site in sample_sites(fit.model_trace) for frame in site["cond_indep_stack"]}
     common = sorted((frame for frame in frames if frame.dim in structure.dims.shared), key=lambda frame: frame.dim)
     return [frame.name for frame in common]
 

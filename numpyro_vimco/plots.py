@@ -33,16 +33,22 @@ def plot_bound(
     """
     ax = _axes(ax)
     bound = -np.asarray(losses, float)
-    window = max(len(bound) // 50, 1) if window is None else window
+    finite = bound[np.isfinite(bound)]
+    window = min(max(len(bound) // 50, 1) if window is None else window, len(bound))
     smooth = np.convolve(bound, np.ones(window) / window, "valid")
     ax.plot(bound, color="0.75", lw=0.5, label="estimates")
     ax.plot(np.arange(len(smooth)) + window // 2, smooth, color="C0", lw=1.8, label=f"mean of {window} steps")
     if log_evidence is not None:
         ax.axhline(log_evidence, color="black", ls="--", lw=1.2, label="log evidence")
     # The first steps of a fit are often far off: show what came after a tenth of it, and where it ended.
-    top = max(np.quantile(bound, 0.999), log_evidence if log_evidence is not None else -np.inf)
-    bottom = np.quantile(bound[len(bound) // 10 :], 0.01)
-    ax.set(xlabel="step", ylabel="bound (nats)", ylim=(bottom - 0.1 * (top - bottom), top + 0.1 * (top - bottom)))
+    if len(finite):
+        top = max(np.quantile(finite, 0.999), log_evidence if log_evidence is not None else -np.inf)
+        bottom = np.quantile(finite[len(finite) // 10 :], 0.01)
+        margin = 0.1 * (top - bottom) + 1e-3
+        ax.set_ylim(bottom - margin, top + margin)
+    if len(finite) < len(bound):
+        ax.set_title(f"{len(bound) - len(finite):,} estimates are not finite")
+    ax.set(xlabel="step", ylabel="bound (nats)")
     ax.legend(loc="lower right")
     return ax
 

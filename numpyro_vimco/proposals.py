@@ -27,7 +27,14 @@ from scipy.special import logsumexp
 from numpyro_vimco import control_variates as cv
 from numpyro_vimco.densities import Program, is_latent_site
 from numpyro_vimco.plates import Structure
-from numpyro_vimco.validation import Trace, check_fit, check_not_subsampled, model_arguments_error
+from numpyro_vimco.validation import (
+    Trace,
+    check_fit,
+    check_latents,
+    check_not_subsampled,
+    check_weights,
+    model_arguments_error,
+)
 
 # Elements of the largest array of a chunk of particles: 64 MiB in single precision.
 CHUNK_ELEMENTS = 2**24
@@ -49,10 +56,12 @@ class Fit:
     guide_trace: Trace
 
     @classmethod
-    def of(cls, svi: SVI, params: dict[str, Any], model_args, model_kwargs) -> "Fit":
+    def of(cls, svi: SVI, params: dict[str, Any], model_args, model_kwargs, whole: bool = True) -> "Fit":
         """Trace a fit.
 
-        :raises ValueError: for arguments that do not fit the model, or parameters that do not fit the guide.
+        :param whole: whether all data must be there, not a subsample.
+        :raises ValueError: for arguments that do not fit the model, parameters that do not fit model and guide, a
+            model without latents, or a subsampled plate.
         """
         args, kwargs = tuple(model_args), {**svi.static_kwargs, **(model_kwargs or {})}
         for fn in (svi.model, svi.guide):
@@ -60,13 +69,18 @@ class Fit:
                 inspect.signature(fn).bind(*args, **kwargs)
             except TypeError as error:
                 raise model_arguments_error(fn, error) from None
-        declared = trace(seed(svi.guide, random.key(0))).get_trace(*args, **kwargs)
-        check_fit(declared, params)
+        check_fit("guide", trace(seed(svi.guide, random.key(0))).get_trace(*args, **kwargs), params)
         guide_trace = trace(substitute(seed(svi.guide, random.key(0)), data=params)).get_trace(*args, **kwargs)
+        if whole:
+            check_not_subsampled(guide_trace)
         latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
+        model = substitute(seed(svi.model, random.key(1)), data=latents)
+        check_fit("model", trace(model).get_trace(*args, **kwargs), params)
         model = substitute(seed(svi.model, random.key(1)), data={**params, **latents})
         model_trace = trace(model).get_trace(*args, **kwargs)
-        check_not_subsampled(model_trace, guide_trace)
+        if whole:
+            check_not_subsampled(model_trace)
+        check_latents(model_trace)
         return cls(svi, params, args, kwargs, model_trace, guide_trace)
 
     @property
@@ -102,16 +116,11 @@ class Proposals:
 
 
 def propose(fit: Fit, rng_key: Array, num_proposals: int) -> Proposals:
-    """Draw from the guide, chunk by chunk."""
-    program = Program(
-        model=fit.svi.model,
-        guide=fit.svi.guide,
-        args=fit.args,
-        kwargs=fit.kwargs,
-        by_score=lambda site: False,
-        plate_particles=fit.plate_particles,
-        linear=False,
-    )
+    """Draw from the guide, chunk by chunk.
+
+    :raises ValueError: for NaN weights, and where all are zero.
+    """
+    program = _program(fit, fit.plate_particles)
     structures: list[Structure] = []
 
     def particle(rng_key):
@@ -119,19 +128,42 @@ def propose(fit: Fit, rng_key: Array, num_proposals: int) -> Proposals:
         levels, structure = program.propose(fit.params, rng_key)
         structures.append(structure)
         values, densities = levels.shared
-        log_p, log_q, log_weight = densities.model, densities.model - densities.log_weight, densities.log_weight
+        log_p, log_q, log_weight = densities.model, densities.log_guide, densities.log_weight
         for i, (local_values, local) in enumerate(levels.local.values()):
             log_weight = log_weight + structure.sum_to_shared(cv.log_mean_weight(local.log_weight))
             chosen = random.categorical(random.fold_in(choice_key, i), local.log_weight, axis=0)[None]
             for name, value in local_values.items():
                 values[name] = take(value, chosen, fit.model_trace[name]["fn"].event_dim)[0]
             log_p = log_p + structure.sum_to_shared(take(local.model, chosen)[0])
-            log_q = log_q + structure.sum_to_shared(take(local.model - local.log_weight, chosen)[0])
+            log_q = log_q + structure.sum_to_shared(take(local.log_guide, chosen)[0])
         return values, log_p, log_q, log_weight
 
     keys = random.split(rng_key, num_proposals)
     values, log_p, log_q, log_weight = in_chunks(particle, fit.chunk_size(), keys)
+    check_weights(log_weight)
     return Proposals(values, log_p.astype(float), log_q.astype(float), log_weight.astype(float), structures[0])
+
+
+def can_have_particles(fit: Fit, plate: str) -> bool:
+    """Whether a plate can be named in ``plate_particles``."""
+    program = _program(fit, {**fit.plate_particles, plate: 2})
+    try:
+        jax.eval_shape(lambda key: program.propose(fit.params, key)[0], random.key(0))
+    except ValueError:
+        return False
+    return True
+
+
+def _program(fit: Fit, plate_particles: Mapping[str, int]) -> Program:
+    return Program(
+        model=fit.svi.model,
+        guide=fit.svi.guide,
+        args=fit.args,
+        kwargs=fit.kwargs,
+        by_score=lambda site: False,
+        plate_particles=plate_particles,
+        linear=False,
+    )
 
 
 def in_chunks(fn: Callable, chunk_size: int, *inputs: Any) -> Any:
@@ -185,12 +217,15 @@ def pareto_smooth(
     flat = log_weight.reshape(len(log_weight), -1)
     smoothed, k = flat - logsumexp(flat, axis=0), np.full(flat.shape[1], np.inf)
     if len(flat) >= 25:
-        # The tail that is fitted: a fifth of the draws, or 3 √N if that is less. Few discrete values tie there.
-        tail = int(min(len(flat) / 5, 3 * len(flat) ** 0.5))
-        varies = flat.max(0) - np.partition(flat, -tail, axis=0)[-tail] > 1e-3
-        k[~varies] = -np.inf
-        for i in np.flatnonzero(varies):
-            smoothed[:, i], k[i] = _psislw(smoothed[:, i])
+        # The tail that ArviZ fits: a fifth of the draws, or 3 √N if that is less. Few discrete values tie there.
+        tail = int(np.ceil(min(len(flat) / 5, 3 * len(flat) ** 0.5)))
+        cutoffs = np.partition(flat, -tail - 1, axis=0)[-tail - 1]
+        for i, cutoff in enumerate(cutoffs):
+            above = flat[flat[:, i] > cutoff + 1e-3, i]
+            if len(above) == 0 or (len(above) >= 5 and np.ptp(above) < 1e-3):
+                k[i] = -np.inf
+            elif len(above) >= 5:
+                smoothed[:, i], k[i] = _psislw(smoothed[:, i])
     return smoothed.reshape(log_weight.shape), k.reshape(log_weight.shape[1:])
 
 

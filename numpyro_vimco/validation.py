@@ -258,6 +258,23 @@ def moving_support_error(name: str) -> ValueError:
     )
 
 
+def moving_continuous_error(name: str) -> ValueError:
+    """A continuous site whose support depends on a discrete latent."""
+    return ValueError(
+        f"The support of the continuous site '{name}' depends on a discrete latent, so that no automatic guide can "
+        "know it. Write the model with a site whose support is fixed (Uniform(0, 1), say) and scale it, or write a guide by "
+        f"hand for this site; AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
+    )
+
+
+def scan_plate_error(plate: str) -> ValueError:
+    """Latents in a plate inside of `scan`, which NumPyro's automatic guides do not know either."""
+    return ValueError(
+        f"Latent sites are in the plate '{plate}' inside of `scan`, which automatic guides cannot reach. Move the "
+        "plate outside of `scan`, or write a guide by hand for these sites."
+    )
+
+
 def bounds_error(site: dict, why: str) -> ValueError:
     """A discrete site with bounds that an automatic guide cannot use."""
     return ValueError(
@@ -276,40 +293,66 @@ def model_arguments_error(fn, error: TypeError) -> ValueError:
     )
 
 
-def check_fit(guide_trace: Trace, params: Mapping) -> None:
-    """Raise unless the parameters are those of the guide.
+def check_fit(program: str, declared: Trace, params: Mapping) -> None:
+    """Raise unless the parameters are those that a model or a guide declares.
 
     :raises ValueError: for a parameter that is missing or has another shape.
     """
-    for name, site in guide_trace.items():
+    for name, site in declared.items():
         if site["type"] != "param":
             continue
         if name not in params:
             raise ValueError(
-                f"The guide has a parameter '{name}', which the result lacks; it has {', '.join(map(repr, params))}. "
-                "Pass the result of this guide's own fit."
+                f"The {program} has a parameter '{name}', which the given ones lack: {', '.join(map(repr, params))}. "
+                "Pass the result of its own fit."
             )
         expected, given = (jax.tree.map(jnp.shape, value) for value in (site["value"], params[name]))
         if expected != given:
             raise ValueError(
-                f"The guide's parameter '{name}' has shape {expected}, but {given} in the result. Pass the result of "
-                "this guide's own fit, and the model arguments that it was fitted with."
+                f"The {program}'s parameter '{name}' has shape {expected}, but {given} was given. Pass the result of "
+                "its own fit, and the model arguments that it was fitted with."
             )
 
 
-def check_not_subsampled(model_trace: Trace, guide_trace: Trace) -> None:
+def check_not_subsampled(tr: Trace) -> None:
     """Raise for a subsampled plate: weights would be those of the subsample's posterior.
 
-    :raises ValueError: naming the plate; and for a model without latents.
+    :raises ValueError: naming the plate.
     """
-    for name, site in {**guide_trace, **model_trace}.items():
+    for name, site in tr.items():
         if site["type"] == "plate" and len(site["value"]) != site["args"][0]:
             raise ValueError(
                 f"Plate '{name}' is subsampled ({len(site['value'])} of {site['args'][0]}). The posterior is that of "
-                "all data: call with model arguments for which the plate is whole."
+                "all data: call with model arguments for which the plate is whole. An automatic guide subsamples as at "
+                "its first call, unless it is given `create_plates`."
             )
+
+
+def check_latents(model_trace: Trace) -> None:
+    """Raise for a model without latents.
+
+    :raises ValueError: in that case.
+    """
     if not any(site["type"] == "sample" and not site["is_observed"] for site in model_trace.values()):
         raise ValueError("The model has no latent site: there is no posterior to describe.")
+
+
+def check_weights(log_weight) -> None:
+    """Raise unless there are importance weights to work with; of shape ``(N, *plates)``.
+
+    :raises ValueError: for NaN weights, and where all are zero.
+    """
+    nan = int(jnp.isnan(log_weight).reshape(len(log_weight), -1).any(1).sum())
+    if nan:
+        raise ValueError(
+            f"{nan:,} of {len(log_weight):,} draws of the guide have a NaN weight: model or guide has a NaN "
+            "log-density there. `jax.config.update('jax_debug_nans', True)` finds where."
+        )
+    if bool(jnp.isneginf(log_weight).all(0).any()):
+        raise ValueError(
+            f"None of {len(log_weight):,} draws of the guide has a density under the model: the guide proposes nothing "
+            "that the posterior holds. Look at the supports of both, and at what the data rule out."
+        )
 
 
 def check_number(argument: str, number: int, least: int, why: str) -> None:

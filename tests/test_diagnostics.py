@@ -133,6 +133,51 @@ def test_numpyro_diagnostics_work_with_these_objectives():
     assert k < 0.5 and found.pareto_k < 0.5
 
 
+def test_plates_that_cannot_have_particles_are_not_advised():
+    def model(x):
+        with numpyro.plate("predictor", 5):
+            included = numpyro.sample("included", dist.Bernoulli(0.5))
+            slope = numpyro.sample("slope", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal((included * slope).sum(), 0.01), obs=x)  # depends on all of the plate
+
+    svi = SVI(model, AutoMixed(model), optax.adam(0.05), VIMCOStar())
+    result = svi.run(random.key(0), 5, 3.0, progress_bar=False)
+    found = importance_diagnostics(svi, result, model_args=(3.0,), rng_key=random.key(0), num_samples=1000)
+    assert found.reading == "bad" and "misses a part of the posterior" in found.advice
+
+
+def test_ties_of_discrete_weights_are_no_tail():
+    def model(x):
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+
+    def guide(x):
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1)))
+
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
+    result = svi.run(random.key(0), 2, 1.3, progress_bar=False)
+    found = importance_diagnostics(svi, result, model_args=(1.3,), rng_key=random.key(0), num_samples=1000)
+    assert found.reading == "good" and found.pareto_k == -np.inf
+
+
+@pytest.mark.parametrize("log_density, message", [(jnp.nan, "have a NaN weight"), (-jnp.inf, "proposes nothing")])
+def test_errors_of_weights(log_density, message):
+    def model(x):
+        z = numpyro.sample("z", dist.Normal(jnp.zeros(3), 1).to_event(1))
+        numpyro.factor("factor", log_density + 0 * z.sum())
+
+    svi = SVI(model, gaussian_guide, optax.adam(0.01), VIMCOStar())
+    with pytest.raises(ValueError, match=message):
+        importance_diagnostics(svi, at(), model_args=(X,), rng_key=random.key(0), num_samples=100)
+
+
+def test_errors_of_gradient_snr():
+    with pytest.raises(ValueError, match="guide has a parameter 'scale', which the given ones lack: 'loc'"):
+        gradient_snr(SVI_GAUSSIAN, {"loc": X}, model_args=(X,), rng_key=random.key(0))
+    with pytest.raises(ValueError, match="do not fit `gaussian`: missing a required argument: 'x'"):
+        gradient_snr(SVI_GAUSSIAN, at().params, rng_key=random.key(0))
+
+
 # Gradients.
 
 
@@ -195,6 +240,9 @@ def test_plots_draw_what_they_are_given(comparison):
     share = axes[2].lines[0].get_ydata()
     np.testing.assert_allclose(share[-1], 1)
     assert np.all(np.diff(share, 2) < 1e-9)  # sorted
+    axes[0].clear()
+    plots.plot_bound([np.inf, np.nan, 5.0, 5.0], window=9, ax=axes[0])
+    assert axes[0].get_title() == "2 estimates are not finite"
     plt.close(figure)
 
 

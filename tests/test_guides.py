@@ -9,6 +9,7 @@ from jax import random
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import SVI, Predictive, init_to_value
@@ -78,6 +79,7 @@ def test_interval_categorical_with_bounds_of_each_element():
         jnp.log(jnp.array([[1.0, 2.0, 1.0], [1.0, 3.0, 99.0]])), jnp.array([0, 5]), jnp.array([2, 6])
     )
     np.testing.assert_allclose(jnp.exp(fn.log_prob(jnp.array([1, 6]))), [0.5, 0.75], rtol=1e-6)
+    np.testing.assert_array_equal(jax.jit(fn.log_prob)(jnp.array([3, 4])), [-jnp.inf, -jnp.inf])  # as in a fit
     np.testing.assert_array_equal(fn.icdf(jnp.array([[0.2], [0.5], [1.0]])), [[0, 5], [1, 6], [2, 6]])
     draws = fn.sample(random.key(0), (1000,))
     assert set(np.unique(draws[:, 0])) == {0, 1, 2} and set(np.unique(draws[:, 1])) == {5, 6}
@@ -228,10 +230,15 @@ def test_begins_at_given_values():
         numpyro.sample("z", dist.Categorical(jnp.ones(5) / 5))
         numpyro.sample("k", dist.Poisson(jnp.array([3.0, 3.0])))
 
-    values = {"z": jnp.array(3), "k": jnp.array([40, 2])}
+    values = {"z": 3, "k": jnp.array([40, 2])}
     params = start(AutoDiscrete(model, init_loc_fn=init_to_value(values=values)))
     assert jax.nn.softmax(params["z_auto_logits"])[3] > 0.8
     np.testing.assert_allclose(params["k_auto_loc"], [40, 2], rtol=0.6)  # 6 of the moves by 0.1
+
+
+def test_a_given_value_is_for_each_element():
+    guide = AutoDiscrete(discrete_model, init_loc_fn=init_to_value(values={"z": 1}))
+    assert start(guide, X)["z_auto_logits"].shape == (3, 3)
 
 
 # NumPyro's automatic guides.
@@ -446,8 +453,6 @@ def test_subsampling_with_create_plates(conditional):
 
 
 def test_sites_in_scan():
-    from numpyro.contrib.control_flow import scan
-
     def model(x):
         def step(previous, x_t):
             state = numpyro.sample("state", dist.Bernoulli(jnp.where(previous == 1, 0.9, 0.2)))
@@ -522,6 +527,28 @@ def test_bounds_that_depend_on_latents_are_refused():
         numpyro.sample("survivors", dist.Binomial(n, 0.5))
 
     with pytest.raises(ValueError, match="'survivors' depend on other latents"):
+        seed(AutoDiscrete(model), 0)()
+
+
+def test_continuous_support_that_depends_on_a_discrete_latent_is_refused():
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.sample("u", dist.Uniform(0, 1 + 9 * z))
+
+    with pytest.raises(ValueError, match="continuous site 'u' depends on a discrete latent"):
+        seed(AutoMixed(model), 0)()
+
+
+def test_plates_inside_of_scan_are_refused():
+    def model():
+        def step(carry, _):
+            with numpyro.plate("inner", 3):
+                numpyro.sample("z", dist.Bernoulli(0.5))
+            return carry, None
+
+        scan(step, 0, None, length=4)
+
+    with pytest.raises(ValueError, match="the plate 'inner' inside of `scan`"):
         seed(AutoDiscrete(model), 0)()
 
 

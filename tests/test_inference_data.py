@@ -205,6 +205,28 @@ def test_other_objectives():
     assert abs(tree["posterior"]["loc"].mean() - X.sum() / 5) < 6 * (0.2 / 2000) ** 0.5
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the guide has no parameters
+def test_plates_with_deterministic_sites_only_and_data_that_broadcast():
+    def model(x):
+        with numpyro.plate("weight", 3):
+            numpyro.deterministic("weights", jnp.arange(3.0))
+        with numpyro.plate("column", 4, dim=-1), numpyro.plate("row", 3, dim=-2):
+            z = numpyro.sample("z", dist.Bernoulli(0.4))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        scale = numpyro.param("logit", 0.1)
+        with numpyro.plate("column", 4, dim=-1), numpyro.plate("row", 3, dim=-2):
+            numpyro.sample("z", dist.Bernoulli(logits=scale * jnp.ones((3, 4))))
+
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
+    tree = to_arviz(svi, svi.run(random.key(0), 2, X, progress_bar=False), model_args=(X,), rng_key=random.key(1))
+    assert tree["posterior"]["weights"].dims[2:] == ("weight",)
+    assert tree["sample_stats"]["log_weight"].dims[2:] == tree["posterior"]["z"].dims[2:] == ("row", "column")
+    assert tree["log_likelihood"]["x"].dims[2:] == tree["observed_data"]["x"].dims == ("row", "column")
+    assert tree["posterior_predictive"]["x"].shape == (1, 1000, 3, 4)
+
+
 def test_resampling_takes_what_the_weight_asks_for():
     log_weight = np.log(np.array([[0.1, 0.7], [0.2, 0.1], [0.7, 0.2]]))
     counts = [np.bincount(column, minlength=3) for column in resample(random.key(0), log_weight, 1000).T]
@@ -274,10 +296,10 @@ def test_errors(fitted):
     with pytest.raises(ValueError, match="do not fit `hierarchical`: missing a required argument: 'x'"):
         convert(args=())
     without = {name: value for name, value in result.params.items() if name != "z_auto_logits"}
-    with pytest.raises(ValueError, match="has a parameter 'z_auto_logits', which the result lacks"):
+    with pytest.raises(ValueError, match="guide has a parameter 'z_auto_logits', which the given ones lack"):
         convert(SVIRunResult(without, result.state, result.losses))
     wrong = {**result.params, "z_auto_logits": jnp.zeros(7)}
-    with pytest.raises(ValueError, match=r"'z_auto_logits' has shape \(4,\), but \(7,\) in the result"):
+    with pytest.raises(ValueError, match=r"'z_auto_logits' has shape \(4,\), but \(7,\) was given"):
         convert(SVIRunResult(wrong, result.state, result.losses))
 
 
