@@ -262,8 +262,8 @@ def moving_continuous_error(name: str) -> ValueError:
     """A continuous site whose support depends on a discrete latent."""
     return ValueError(
         f"The support of the continuous site '{name}' depends on a discrete latent, so that no automatic guide can "
-        "know it. Write the model with a site whose support is fixed (Uniform(0, 1), say) and scale it, or write a guide by "
-        f"hand for this site; AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
+        "know it. Write the model with a site whose support is fixed (Uniform(0, 1), say) and scale it, or write a "
+        f"guide by hand for this site; AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
     )
 
 
