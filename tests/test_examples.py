@@ -34,3 +34,21 @@ def test_gaussian_mixture():
 def test_n_mixture():
     log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=400", "--grid=40")
     assert joint < local < log_evidence
+
+
+# Standard deviations are of 800 draws of 5 coordinates each: their error is about 2 %, that of a slope from N = 64 to
+# 512 about 0.01 (0.03 for the variance), and corrections to the leading order in N are of that size.
+def test_gaussian_snr(tmp_path):
+    table, slopes = run("gaussian_snr", "--quick", f"--output={tmp_path}")
+    snr, variance = (slopes[quantity]["near", 5][0.0] for quantity in ("SNR", "variance"))
+    for name in ("VIMCO-⋆", "doubly reparam."):
+        assert abs(snr[name] - 0.5) < 0.1
+        assert abs(variance[name] + 3) < 0.2
+    for name in ("VIMCO geometric", "VIMCO arithmetic", "plain pathwise"):
+        assert abs(snr[name] + 0.5) < 0.1
+        assert abs(variance[name] + 1) < 0.2
+    assert table["bias in errors"].abs().max() < 6
+    variance = table[(table["guide"] == "near") & (table["α"] == 0.5)].groupby("estimator")["variance"].mean()
+    assert variance["VIMCO-⋆, best constant"] < variance["VIMCO-⋆"]
+    assert (tmp_path / "gaussian_snr.png").stat().st_size > 10_000
+    assert (tmp_path / "gaussian_snr.csv").read_text().count("\n") == len(table) + 1
