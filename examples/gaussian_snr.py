@@ -20,10 +20,7 @@ from pathlib import Path
 import jax
 from jax import random
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -113,6 +110,8 @@ def exact_gradients(dimension, alphas, num_particles, size, rng):
     With z = offset + ε, Stein's lemma turns it into E Σ_j r_j W_j (-offset/v + (1 - 1/v) mean(ε_j)), where
     r = α + (1-α) W and v is the posterior's variance. The log-weight needs no more than the sum of ε over
     coordinates and the sum of their squares: two random numbers per particle whatever the dimension.
+
+    :param size: number of particles drawn in all.
     """
     precision, shape = 1 / POSTERIOR_VARIANCE, (size // num_particles, num_particles)
     total = dimension**0.5 * rng.standard_normal(shape, np.float32)
@@ -158,10 +157,10 @@ def measure(args):
     """A table of one row per dimension, number of particles, guide, α and estimator."""
     rows, rng = [], np.random.default_rng(args.seed)
     for dimension, num_particles in itertools.product(args.dimensions, args.num_particles):
-        num_draws = int(np.clip(2**25 // (num_particles * dimension), 200, args.max_draws))
+        num_draws = int(np.clip(2**24 // (num_particles * dimension), 200, args.max_draws))
         key = random.fold_in(random.fold_in(random.key(args.seed), dimension), num_particles)
         moments = gradient_moments(dimension, args.alphas, num_particles, num_draws, key)
-        exact = exact_gradients(dimension, args.alphas, num_particles, 1000 * args.max_draws, rng)
+        exact = exact_gradients(dimension, args.alphas, num_particles, args.reference_size, rng)
         for (guide, alpha, name), (mean, error, deviation) in moments.items():
             value, value_error = exact[guide, alpha]
             bias = (mean - value) / np.hypot(error, value_error)
@@ -195,7 +194,8 @@ def loss_of_simple_constant(table):
 def plot(table, args, path):
     panels = [(0.0, "near"), (0.0, "far"), (0.5, "near")]
     shape = len(panels), len(args.dimensions)
-    figure, grid = plt.subplots(*shape, figsize=(4 * shape[1], 3 * shape[0]), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4 * shape[1], 3 * shape[0]), layout="constrained")
+    grid = figure.subplots(*shape, squeeze=False)
     for line, (alpha, guide) in zip(grid, panels):
         for axes, dimension in zip(line, args.dimensions):
             case = table[(table["α"] == alpha) & (table["guide"] == guide) & (table["dimension"] == dimension)]
@@ -210,7 +210,6 @@ def plot(table, args, path):
         axes.set_xlabel("particles N")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def main(args):
@@ -241,7 +240,8 @@ def parse(argv=None):
     args.dimensions = [5] if args.quick else [1, 10, 100]
     args.num_particles = [64, 512] if args.quick else [2, 16, 64, 256, 1024, 4096]
     args.alphas = [0.0, 0.5] if args.quick else [0.0, 0.2, 0.5, 1.0]
-    args.max_draws = 800 if args.quick else 20_000
+    args.max_draws = 800 if args.quick else 8000
+    args.reference_size = 1_000_000 if args.quick else 8_000_000
     return args
 
 
