@@ -193,7 +193,7 @@ def parse(argv=None):
     args.networks = ["2 layers"] if args.quick else list(NETWORKS)
     args.objectives = ["VIMCO-⋆", "TraceGraph_ELBO"] if args.quick else list(OBJECTIVES)
     args.num_particles = [5] if args.quick else [5, 50, 500]
-    args.num_seeds, args.seconds, args.num_test = (1, 0.8, 50) if args.quick else (3, 5.0, 200)
+    args.num_seeds, args.seconds, args.num_test = (1, 0.8, 50) if args.quick else (3, 4.0, 200)
     return args
 
 
