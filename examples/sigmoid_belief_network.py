@@ -1,6 +1,6 @@
 """Sigmoid belief networks on handwritten digits: what each estimator reaches in the same time.
 
-    python examples/sigmoid_belief_network.py             # about 11 minutes
+    python examples/sigmoid_belief_network.py             # about 8 minutes
     python examples/sigmoid_belief_network.py --quick     # seconds
 
 Binary units in one or two stochastic layers explain the 8 x 8 digits of scikit-learn, black and white here. Model and
@@ -135,8 +135,8 @@ def plot_bounds(table, path):
             axes.plot(mean["seconds"], mean["bound"], styles[name], ms=5, label=name)
             axes.fill_between(mean["seconds"], low, high, color=styles[name][:-2].rstrip("-:."), alpha=0.2)
         axes.set_title(f"{network}, N = {number}", fontsize="medium")
-        axes.label_outer()
         axes.set(xlabel="seconds of training", ylabel="test bound (nats per digit)")
+        axes.label_outer()
     grid[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=80)
 
@@ -174,7 +174,7 @@ def main(args):
     )
     summary["steps"] = shown["steps"].mean().astype(int)
     print(f"\nTest bound in nats per digit after {args.seconds:g} s, over {args.num_seeds} seeds")
-    print(summary.to_string(float_format="%.2f"))
+    print(summary.sort_index(level=["network", "N"], sort_remaining=False).to_string(float_format="%.2f"))
 
     args.output.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.output / "sigmoid_belief_network.csv", index=False, float_format="%.6g")
