@@ -143,7 +143,7 @@ def plot_bounds(table, path):
 
 def plot_digits(params, test, path):
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    for part, (network, values) in zip(figure.subfigures(len(params), 1), params.items()):
+    for part, (network, values) in zip(figure.subfigures(len(params), 1, squeeze=False).flat, params.items()):
         units, shown = NETWORKS[network], test[:15]
         rows = {
             "test digits": shown,
