@@ -126,8 +126,9 @@ def vimco_star_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
         s_j &= -\frac{\log(1 - W_j) + \log(1 + \alpha/(N-1))}{1-\alpha} - W_j.
 
     At α = 0 this is the paper's :math:`-\log(1 - W_j) - W_j = W_j^2/2 + W_j^3/3 + \dots`. The constant for
-    0 < α < 1 is derived in this project: it is the simple choice near the variance-minimising one, which is
-    :math:`E[\bar w s^2] / E[s^2]` of α. As α → 1, :math:`s_j \to (\log w_j - \mathrm{mean}_{i \ne j} \log w_i) / N`,
+    0 < α < 1 is derived in this project: it is the simple choice near the variance-minimising one, which is α times
+    the variance of the score under the guide weighted by :math:`w^{1-\alpha}`, over that under the guide. As α → 1,
+    :math:`s_j \to (\log w_j - \mathrm{mean}_{i \ne j} \log w_i) / N`,
     the leave-one-out estimator of the ELBO.
     """
     if alpha == 1:

@@ -1,7 +1,9 @@
 """The examples run, in a quick mode, and what they print holds."""
 
 import arviz as az
+import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from helpers import load_example
 
@@ -34,3 +36,65 @@ def test_gaussian_mixture():
 def test_n_mixture():
     log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=400", "--grid=40")
     assert joint < local < log_evidence
+
+
+# Standard deviations are of 800 draws of 5 coordinates each: their error is about 2 %, that of a slope from N = 64 to
+# 512 about 0.01 (0.03 for the variance), and corrections to the leading order in N are of that size.
+def test_gaussian_snr(tmp_path):
+    table, slopes = run("gaussian_snr", "--quick", f"--output={tmp_path}")
+    snr, variance = (slopes[quantity]["near", 5][0.0] for quantity in ("SNR", "variance"))
+    for name in ("VIMCO-⋆", "doubly reparam."):
+        assert abs(snr[name] - 0.5) < 0.1
+        assert abs(variance[name] + 3) < 0.2
+    for name in ("VIMCO geometric", "VIMCO arithmetic", "plain pathwise"):
+        assert abs(snr[name] + 0.5) < 0.1
+        assert abs(variance[name] + 1) < 0.2
+    assert table["bias in errors"].abs().max() < 6
+    variance = table[(table["guide"] == "near") & (table["α"] == 0.5)].groupby("estimator")["variance"].mean()
+    assert variance["VIMCO-⋆, best constant"] < variance["VIMCO-⋆"]
+    assert (tmp_path / "gaussian_snr.png").stat().st_size > 10_000
+    assert (tmp_path / "gaussian_snr.csv").read_text().count("\n") == len(table) + 1
+
+
+def test_state_space(tmp_path):
+    tables, bands = run("state_space", "--quick", f"--output={tmp_path}")
+    gaussian, population = (table.set_index("estimator") for table in tables.values())
+    # The standard errors of the gaps are 0.01 and 0.04 (the filter's 0.03); at the initial parameters they are above 1.
+    assert -0.1 < gaussian["gap"]["doubly reparam."] < 0.1
+    assert -0.1 < gaussian["gap"]["VIMCO-⋆"] < 0.2
+    assert -0.3 < population["gap"]["VIMCO-⋆"] < 0.8
+    assert abs(bands["VIMCO-⋆, weighted draws"] - bands["bootstrap filter"]).max() <= 3
+    assert (tmp_path / "state_space.png").stat().st_size > 10_000
+    assert (tmp_path / "state_space.csv").exists()
+
+
+def test_filters_of_state_space_agree_with_the_dense_normal():
+    module, rng = load_example("state_space"), np.random.default_rng(0)
+    _, y = module.simulate(module.gaussian_step, 0.0, module.SD, rng)
+    lags = np.subtract.outer(np.arange(module.LENGTH), np.arange(module.LENGTH))
+    response = np.tril(module.DECAY ** np.abs(lags))
+    covariance = module.STEP_SD**2 * response @ response.T + module.SD**2 * np.eye(module.LENGTH)
+    dense = multivariate_normal(cov=covariance).logpdf(np.asarray(y, float))
+    assert abs(module.kalman_log_evidence(y) - dense) < 1e-9
+    # With 100,000 particles the filter's standard error is 0.015 (over 30 runs).
+    log_evidence, _ = module.bootstrap_filter(module.gaussian_step, 0.0, module.SD, y, 100_000, rng)
+    assert abs(log_evidence - dense) < 0.15
+
+
+@pytest.mark.filterwarnings("ignore")  # scikit-learn's own
+def test_sigmoid_belief_network(tmp_path):
+    bounds = run("sigmoid_belief_network", "--quick", f"--output={tmp_path}")["bound"]["2 layers", 5]
+    assert -25 < bounds["VIMCO-⋆"]  # -64 log 2 = -44 for fair coins, -25.1 for the best independent pixels
+    assert bounds["TraceGraph_ELBO"] < bounds["VIMCO-⋆"]
+    assert (tmp_path / "sigmoid_belief_network.csv").exists()
+    for picture in ("sigmoid_belief_network.png", "sigmoid_belief_network_digits.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("ignore")  # funsor's own
+def test_when_not(tmp_path):
+    table = run("when_not", "--quick", f"--output={tmp_path}")
+    # The reference is as short as the runs, 300 draws: it has an error of about 0.1 standard deviations itself.
+    assert table["error of means"]["(b) regression"].max() < 1
+    assert table["error of means"]["(a) mixture", "TraceEnum_ELBO"] < 1
+    assert (tmp_path / "when_not.csv").exists()
