@@ -192,7 +192,8 @@ class ImportanceWeightedELBO(ELBO):
 class VIMCOStar(ImportanceWeightedELBO):
     r"""
     VIMCO-⋆ [1], the estimator to begin with: its signal-to-noise ratio grows like :math:`\sqrt N` with the number
-    of particles, where that of :class:`VIMCO` falls like :math:`1/\sqrt N`. With :math:`W_j` the normalized weight
+    of particles, where that of :class:`VIMCO` falls like :math:`1/\sqrt N` (at α = 0, with N large against the spread
+    of the weights). With :math:`W_j` the normalized weight
     of particle j, score-function sites take the signal
 
     .. math:: s_j = -\frac{\log(1 - W_j) + \log(1 + \alpha/(N-1))}{1-\alpha} - W_j,
@@ -260,7 +261,8 @@ class VIMCOStar(ImportanceWeightedELBO):
 class VIMCO(ImportanceWeightedELBO):
     r"""
     VIMCO [1]: the bound of the other particles, with particle j's weight replaced by a mean of theirs. Kept for
-    comparison: a term of order 1/N is left over in its signal, so that :class:`VIMCOStar` is better at any N.
+    comparison: a term of order 1/N is left over in its signal, so that at α = 0 its signal-to-noise ratio falls like
+    :math:`1/\sqrt N`.
 
     The parameters are those of :class:`ImportanceWeightedELBO`, and
 
