@@ -12,7 +12,13 @@ with install_import_hook("numpyro_vimco.control_variates", "beartype.beartype"):
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly(request):
     """Most tests compile more than they compute. Not where fits are long, or memory is measured."""
-    as_for_users = request.module.__name__ in ("test_docs", "test_examples", "test_inference_data", "test_scale")
+    as_for_users = request.module.__name__ in (
+        "test_docs",
+        "test_examples",
+        "test_guides",
+        "test_inference_data",
+        "test_scale",
+    )
     jax.config.update("jax_disable_most_optimizations", not as_for_users)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -254,7 +254,6 @@ def test_smoothing_is_arviz_own():
 
 
 MILLION = """
-import resource
 from jax import random
 import numpyro, optax
 import numpyro.distributions as dist
@@ -269,14 +268,17 @@ def model():
 
 svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar())
 tree = to_arviz(svi, svi.run(random.key(0), 2, progress_bar=False), rng_key=random.key(1), num_samples=10**6)
-print(tree["posterior"]["u0"].size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# `ru_maxrss` would be that of the process that started this one, if it was larger.
+kilobytes = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(tree["posterior"]["u0"].size, kilobytes)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_million_draws_of_ten_sites_in_two_gigabytes():
     output = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=240, check=True)
     draws, kilobytes = output.stdout.split()
-    assert int(draws) == 10**6 and int(kilobytes) / (1024 if sys.platform == "darwin" else 1) < 2e6
+    assert int(draws) == 10**6 and int(kilobytes) < 2e6
 
 
 # Errors.

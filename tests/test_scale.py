@@ -185,7 +185,7 @@ def test_neither_samples_nor_parameters_are_kept_for_every_chunk(doubly_reparame
 
 
 MILLION = """
-import resource, sys
+import sys
 sys.path.insert(0, "benchmarks")
 from common import digits, svi_of
 from numpyro_vimco import VIMCOStar
@@ -193,7 +193,9 @@ from numpyro_vimco import VIMCOStar
 x = digits()[:1]
 svi, state = svi_of(VIMCOStar(num_particles=1_000_000, chunk_size=4000), data=(x,))
 state, loss = svi.update(state, x)
-print(float(loss), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# `ru_maxrss` would be that of the process that started this one, if it was larger.
+kilobytes = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(float(loss), kilobytes)
 """
 
 
@@ -204,10 +206,10 @@ def run(*command, timeout=240):
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs `resource`")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_million_particles_in_two_gigabytes():
     loss, kilobytes = run(sys.executable, "-c", MILLION).split()
-    assert 0 < float(loss) < 64 and int(kilobytes) / (1024 if sys.platform == "darwin" else 1) < 2e6
+    assert 0 < float(loss) < 64 and int(kilobytes) < 2e6
 
 
 def test_eight_devices_give_what_one_gives():
