@@ -9,6 +9,9 @@ with install_import_hook("numpyro_vimco.control_variates", "beartype.beartype"):
     import numpyro_vimco  # noqa: F401
 
 
+AS_FOR_USERS = ("test_docs", "test_examples", "test_guides", "test_inference_data", "test_scale")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly(request):
     """Most tests compile more than they compute. Not where fits are long, or memory is measured."""
