@@ -14,20 +14,16 @@ problems, Applied Statistics 41, 389-405. (Copies in use differ in 1941 and 1942
 
 import argparse
 
-import jax
 from jax import random
-from jax.nn import softmax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.handlers import substitute
-from numpyro.infer import SVI, Predictive
-from numpyro.infer.util import log_density
+from numpyro.infer import SVI
 import optax
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln, logsumexp, softmax
 
-from numpyro_vimco import AutoMixed, VIMCOStar
+from numpyro_vimco import AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
 
 FIRST_YEAR = 1851
 # fmt: off
@@ -74,30 +70,24 @@ def main(args):
     svi = SVI(model, guide, optax.adam(0.02), objective)
     result = svi.run(random.key(args.seed), args.num_steps, disasters)
 
-    draws = Predictive(guide, params=result.params, num_samples=args.num_draws, parallel=True)(random.key(2), disasters)
-
-    def log_weight(draw):
-        log_p, _ = log_density(model, (disasters,), {}, draw)
-        log_q, _ = log_density(substitute(guide, result.params), (disasters,), {}, draw)
-        return log_p - log_q
-
-    log_weights = jax.lax.map(log_weight, draws, batch_size=10_000)
-    weights = np.asarray(softmax(log_weights), float)
+    arguments = {"model_args": (disasters,), "rng_key": random.key(2), "num_samples": args.num_draws}
+    diagnostics = importance_diagnostics(svi, result, **arguments)
+    draws = to_arviz(svi, result, resample=False, groups=(), **arguments)
+    posterior = {name: values.values[0] for name, values in draws["posterior"].items()}
+    weights = softmax(draws["sample_stats"]["log_weight"].values[0])
     log_evidence, exact = exact_posterior(DISASTERS)
-    estimate = np.bincount(np.asarray(draws["change"]), weights, len(DISASTERS))[1:]
+    estimate = np.bincount(posterior["change"], weights, len(DISASTERS))[1:]
     variation = 0.5 * np.abs(estimate - exact).sum()
 
     years = FIRST_YEAR + np.arange(1, len(DISASTERS))
-    print(f"\nFirst year of the late rate, by {len(weights):,} importance-weighted draws")
-    print(f"(effective sample size {1 / np.sum(weights**2):,.0f})")
+    print(f"\n{diagnostics}\n\nFirst year of the late rate, by {len(weights):,} importance-weighted draws")
     print(f"{'year':>6} {'weighted':>9} {'exact':>7}")
     for i in np.sort(np.argsort(exact)[-10:]):
         print(f"{years[i]:6} {estimate[i]:9.3f} {exact[i]:7.3f}")
     print(f"total variation {variation:.4f}")
-    print(f"disasters a year: {weights @ draws['early']:.2f} before, {weights @ draws['late']:.2f} after")
-    estimated_evidence = logsumexp(np.asarray(log_weights, float)) - np.log(len(weights))
-    print(f"log evidence (nats): estimated {estimated_evidence:.3f}, exact {log_evidence:.3f}")
-    return variation, estimated_evidence - log_evidence
+    print(f"disasters a year: {weights @ posterior['early']:.2f} before, {weights @ posterior['late']:.2f} after")
+    print(f"exact log evidence (nats) {log_evidence:.3f}")
+    return variation, diagnostics.log_evidence - log_evidence
 
 
 def parse(argv=None):

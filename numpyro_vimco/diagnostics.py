@@ -20,7 +20,15 @@ from scipy.special import logsumexp
 import xarray as xr
 
 from numpyro_vimco.densities import is_latent_site
-from numpyro_vimco.proposals import Fit, can_have_particles, log_evidence, pareto_smooth, propose
+from numpyro_vimco.plates import sample_sites
+from numpyro_vimco.proposals import (
+    Fit,
+    can_have_particles,
+    effective_sample_size,
+    log_evidence,
+    pareto_smooth,
+    propose,
+)
 from numpyro_vimco.validation import check_number
 
 
@@ -89,7 +97,7 @@ def importance_diagnostics(
     fit = Fit.of(svi, svi_result.params, model_args, model_kwargs)
     log_weight = propose(fit, rng_key, num_samples).log_weight
     smoothed, k = pareto_smooth(log_weight)
-    ess = 1 / np.exp(2 * smoothed).sum(0)
+    ess = effective_sample_size(smoothed)
     relative = np.exp(log_weight - log_weight.max(0))
     std_error = np.sqrt(np.sum(relative.var(0, ddof=1) / num_samples / relative.mean(0) ** 2))
     sizes = [4**i for i in range(10) if 4**i <= num_samples // 10]
@@ -140,9 +148,8 @@ def _advice(fit: Fit, reading: str) -> str:
 
 def _joint_plate(fit: Fit) -> str | None:
     """A plate with latents of its own beside others, whose elements share a weight."""
-    latents = [site for site in fit.model_trace.values() if is_latent_site(site)]
-    sites = [site for site in fit.model_trace.values() if site["type"] == "sample"]
-    for site in latents:
+    sites = sample_sites(fit.model_trace)
+    for site in filter(is_latent_site, sites):
         names = [frame.name for frame in site["cond_indep_stack"]]
         if any(name in fit.plate_particles for name in names):
             continue
@@ -260,8 +267,7 @@ def _gradient(svi: SVI, objective: ELBO, params, model_args, model_kwargs) -> Ca
 
 def _moments(gradient: Callable, keys: Array, params) -> tuple[Any, Any]:
     """Mean and standard deviation over keys, in one pass and double precision on the host."""
-    total = jax.tree.map(lambda p: np.zeros(np.shape(p)), params)
-    mean, square = total, total
+    mean = square = jax.tree.map(lambda p: np.zeros(np.shape(p)), params)
     size = min(100, len(keys))
     batched = jax.jit(lambda keys: jax.lax.map(lambda key: gradient(params, key), keys))
     for begin in range(0, len(keys), size):

@@ -134,7 +134,7 @@ def family_of(site: dict, rng_key: Array) -> Family:
         support = site["fn"].support
     except NotImplementedError:
         raise no_automatic_guide_error(site) from None
-    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+    while isinstance(support, constraints.independent):
         support = support.base_constraint
     if isinstance(support, type(constraints.boolean)):
         return Boolean()

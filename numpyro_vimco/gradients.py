@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from numpyro_vimco import control_variates as cv
 from numpyro_vimco.densities import Draws, Program
-from numpyro_vimco.plates import Levels, Structure, map_levels
+from numpyro_vimco.plates import Levels, Structure, aligned_shape, map_levels
 
 
 class Weights(NamedTuple):
@@ -184,10 +184,9 @@ def _cotangents(draws: Draws, path_cotangents: dict[str, Array], weights: Weight
     """Of each path sample, its cotangent times the path factor; of each score-function density, the signal."""
 
     def aligned(weight: Array, like: Array, event_dim: int) -> Array:
-        # From (*lead, *plates) to (*lead, *batch, *event): plates and batch are aligned on the right.
-        plates, batch_dim = weight.shape[lead:], like.ndim - lead - event_dim
-        batch = (1,) * (batch_dim - len(plates)) + plates[max(len(plates) - batch_dim, 0) :]
-        return jnp.broadcast_to(weight.reshape(weight.shape[:lead] + batch + (1,) * event_dim), like.shape)
+        # From (*lead, *plates) to (*lead, *batch, *event).
+        shape = aligned_shape(weight.shape[lead:], like.ndim - lead - event_dim, event_dim)
+        return jnp.broadcast_to(weight.reshape(weight.shape[:lead] + shape), like.shape)
 
     cotangents = {}
     for name, draw in draws.items():

@@ -307,8 +307,8 @@ class AutoMixed(_AutoGuide):
         if continuous:
             model = block(substitute(self.model, data=discrete), hide_fn=_is_beside_continuous)
             self._parts.append(_checked(self.continuous(model, **self._arguments), self.conditional))
-        for part in self._parts:
-            part.create_plates = self._shared_plates
+            for part in self._parts:
+                part.create_plates = self._shared_plates
 
     def _shared_plates(self, *args, **kwargs) -> list[numpyro.plate]:
         """The plates of this call: both guides must see the same subsample."""

@@ -20,7 +20,15 @@ from numpyro_vimco import proposals
 from numpyro_vimco.densities import is_latent_site
 from numpyro_vimco.distributions import unwrapped
 from numpyro_vimco.plates import Structure, sample_sites
-from numpyro_vimco.proposals import Fit, in_chunks, log_evidence, pareto_smooth, propose, take
+from numpyro_vimco.proposals import (
+    Fit,
+    effective_sample_size,
+    in_chunks,
+    log_evidence,
+    pareto_smooth,
+    propose,
+    take,
+)
 from numpyro_vimco.validation import Trace, check_number
 
 GROUPS = ("posterior_predictive", "log_likelihood", "prior")
@@ -123,7 +131,7 @@ def to_arviz(
             "num_proposals": num_proposals,
             "log_evidence": float(log_evidence(drawn.log_weight).sum()),
             "pareto_k": float(k.max()),
-            "ess": float((1 / np.exp(2 * smoothed).sum(0)).min()),
+            "ess": float(effective_sample_size(smoothed).min()),
         }
     )
     return tree
@@ -134,15 +142,13 @@ def _follow(fit: Fit, parts: Collection[str]):
 
     Latents that are not given are drawn from the prior.
     """
+    shown = [n for n, site in fit.model_trace.items() if is_latent_site(site) or site["type"] == "deterministic"]
 
     def follow(rng_key: Array, latents: dict[str, Array]) -> dict[str, dict[str, Array]]:
         model = substitute(seed(fit.svi.model, rng_key), data={**fit.params, **latents})
         model_trace = trace(model).get_trace(*fit.args, **fit.kwargs)
-        sites, observed = model_trace.values(), _observed(model_trace)
-        shown = {
-            name for name, site in fit.model_trace.items() if is_latent_site(site) or site["type"] == "deterministic"
-        }
-        found = {"latent": {site["name"]: site["value"] for site in sites if site["name"] in shown}}
+        observed = _observed(model_trace)
+        found = {"latent": {name: model_trace[name]["value"] for name in shown}}
         if "predictive" in parts:
             keys = random.split(random.fold_in(rng_key, 1), max(len(observed), 1))
             found["predictive"] = {name: _whole(site).sample(key) for key, (name, site) in zip(keys, observed.items())}
@@ -156,9 +162,9 @@ def _follow(fit: Fit, parts: Collection[str]):
 def _observed(model_trace: Trace) -> Trace:
     """Observed sites; factors are none."""
     return {
-        name: site
-        for name, site in model_trace.items()
-        if site["type"] == "sample" and site["is_observed"] and not isinstance(unwrapped(site["fn"]), dist.Unit)
+        site["name"]: site
+        for site in sample_sites(model_trace)
+        if site["is_observed"] and not isinstance(unwrapped(site["fn"]), dist.Unit)
     }
 
 

@@ -108,6 +108,14 @@ def plate_structure(
     return Structure(-deepest, dims, scale, local_scale)
 
 
+def aligned_shape(plates: tuple[int, ...], batch_ndim: int, event_dim: int) -> tuple[int, ...]:
+    """Shape of what has one value per plate element, to broadcast against (*batch, *event).
+
+    Plates and batch are aligned on the right; plates that the batch lacks have size 1.
+    """
+    return (1,) * (batch_ndim - len(plates)) + plates[max(len(plates) - batch_ndim, 0) :] + (1,) * event_dim
+
+
 def level_of(site: dict, plate_particles: Iterable[str]) -> str | None:
     """The named plate that a site is in, or None."""
     return next((frame.name for frame in site["cond_indep_stack"] if frame.name in plate_particles), None)

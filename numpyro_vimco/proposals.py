@@ -26,7 +26,7 @@ from scipy.special import logsumexp
 
 from numpyro_vimco import control_variates as cv
 from numpyro_vimco.densities import Program, is_latent_site
-from numpyro_vimco.plates import Structure
+from numpyro_vimco.plates import Structure, aligned_shape, sample_sites
 from numpyro_vimco.validation import (
     Trace,
     check_fit,
@@ -45,7 +45,6 @@ class Fit:
     """A fitted model and guide with their arguments.
 
     :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
-    :ivar guide_trace: the guide likewise.
     """
 
     svi: SVI
@@ -53,7 +52,6 @@ class Fit:
     args: tuple
     kwargs: dict[str, Any]
     model_trace: Trace
-    guide_trace: Trace
 
     @classmethod
     def of(cls, svi: SVI, params: dict[str, Any], model_args, model_kwargs, whole: bool = True) -> "Fit":
@@ -81,7 +79,7 @@ class Fit:
         if whole:
             check_not_subsampled(model_trace)
         check_latents(model_trace)
-        return cls(svi, params, args, kwargs, model_trace, guide_trace)
+        return cls(svi, params, args, kwargs, model_trace)
 
     @property
     def plate_particles(self) -> Mapping[str, int]:
@@ -92,7 +90,7 @@ class Fit:
         """How many particles to evaluate at a time: as the objective, or by the size of the model."""
         if getattr(self.svi.loss, "chunk_size", None):
             return self.svi.loss.chunk_size
-        sizes = [np.size(site["value"]) for site in self.model_trace.values() if site["type"] == "sample"]
+        sizes = [np.size(site["value"]) for site in sample_sites(self.model_trace)]
         local = np.prod([1, *self.plate_particles.values()])
         return int(np.clip(CHUNK_ELEMENTS // (max(sizes) * local), 1, 2**14))
 
@@ -187,9 +185,7 @@ def take(values: Any, index: Any, event_dim: int = 0) -> Any:
     :param index: of shape ``(S, *plates)``, aligned with batch on the right; of size 1 where a plate is summed over.
     :return: of shape ``(S, *batch, *event)``.
     """
-    batch_ndim = values.ndim - 1 - event_dim
-    plates = index.shape[1:]
-    shape = (1,) * (batch_ndim - len(plates)) + plates[max(len(plates) - batch_ndim, 0) :] + (1,) * event_dim
+    shape = aligned_shape(index.shape[1:], values.ndim - 1 - event_dim, event_dim)
     index = index.reshape(index.shape[0], *shape)
     if all(size == 1 for size in shape):
         return values[index.reshape(-1)]
@@ -205,9 +201,12 @@ def log_evidence(log_weight: np.ndarray) -> np.ndarray:
     return logsumexp(log_weight, axis=0) - np.log(len(log_weight))
 
 
-def pareto_smooth(
-    log_weight: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
+def effective_sample_size(smoothed: np.ndarray) -> np.ndarray:
+    """1 / Σ W² of each element, from normalized log-weights."""
+    return 1 / np.exp(2 * smoothed).sum(0)
+
+
+def pareto_smooth(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pareto-smoothed normalized log-weights, and the shape k of their tail, by ArviZ, for each element [1].
 
     Weights whose tail does not vary are left as they are, with k = -inf; so are fewer than 25, with k = inf.

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+import arviz as az
 import jax
 from jax.nn import logsumexp
 import jax.numpy as jnp
@@ -25,6 +26,15 @@ def load_example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def arviz_psislw(log_weight):
+    """ArviZ's Pareto smoothing over the last axis: smoothed normalized log-weights, and k."""
+    if az.__version__.startswith("0."):
+        return az.psislw(log_weight)
+    from arviz_stats.base import array_stats
+
+    return array_stats.psislw(-log_weight)
 
 
 class ScoreNormal(dist.Normal):

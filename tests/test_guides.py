@@ -451,6 +451,24 @@ def test_subsampling_with_create_plates(conditional):
     assert guide.sample_posterior(random.key(1), params, x)["z"].shape == (20,)
 
 
+def test_without_continuous_sites_create_plates_still_counts():
+    """With one part only, the plates are still the caller's."""
+
+    def create_plates(x):
+        return numpyro.plate("data", len(x), subsample_size=2)
+
+    def model(x):
+        with create_plates(x):
+            numpyro.sample("z", dist.Bernoulli(0.5))
+
+    guide = AutoMixed(model, create_plates=create_plates)
+    seed(guide, 0)(jnp.zeros(6))
+    called = []
+    guide._parts[0].create_plates = lambda x, make=guide._parts[0].create_plates: called.append(make(x)) or called[-1]
+    assert seed(guide, 0)(jnp.zeros(6))["z"].shape == (2,)
+    assert called[0].name == "data"
+
+
 def test_sites_in_scan():
     def model(x):
         def step(previous, x_t):
