@@ -138,8 +138,8 @@ def _advice(fit: Fit, reading: str, k: float, relative_ess: float) -> str:
             why.append("Few draws hold most of the weight: the guide spends the others where the posterior has little.")
         if k >= HEAVY_TAIL:
             why.append(
-                "The weights have a heavy tail: the guide proposes a part of the posterior too rarely, and one such draw "
-                "can move an estimate by more than its standard error."
+                "The weights have a heavy tail: the guide proposes a part of the posterior too rarely, and one such "
+                "draw can move an estimate by more than its standard error."
             )
         why.append("Compare with a second key and more draws; docs/checking_a_fit.md says what makes a guide better.")
         return " ".join(why)
