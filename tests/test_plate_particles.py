@@ -338,7 +338,9 @@ def test_fewer_than_two_local_particles(number):
 
 
 def test_plate_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"names the plate 'dta', which no site is in\. Name one of these instead: 'data'"):
+    with pytest.raises(
+        ValueError, match=r"names the plate 'dta', which no site is in\. Name one of these instead: 'data'"
+    ):
         loss({"dta": 2}, *simple())
 
 
