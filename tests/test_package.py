@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import numpyro_vimco
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +65,7 @@ follow_imports = skip
 
 
 def test_mypy_of_a_user(tmp_path):
+    pytest.importorskip("mypy")
     script, config = tmp_path / "script.py", tmp_path / "mypy.ini"
     script.write_text(SCRIPT)
     config.write_text(CONFIG)
