@@ -2,13 +2,14 @@
 # make test       lint, type check and all tests
 # make test-all   the tests on every Python from 3.11 to 3.13 that is found
 # make benchmark  the tables of benchmarks/
+# make dist       wheel and sdist in dist/, tested in an environment of their own
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all pytest lint benchmark clean
+.PHONY: demo test test-all pytest lint benchmark dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/variable_selection.py
@@ -40,6 +41,18 @@ test-all:
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks
 
+# The tests of the sdist run against the wheel: the sdist's own package is removed.
+dist: $(INSTALLED)
+	rm -rf dist .venv-dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[test]"
+	tar -xzf dist/*.tar.gz -C .venv-dist
+	rm -r .venv-dist/numpyro_vimco-*/numpyro_vimco
+	cd .venv-dist/numpyro_vimco-*/ && ../bin/python -m pytest -n 2
+
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +60,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache dist
