@@ -15,14 +15,7 @@ AS_FOR_USERS = ("test_docs", "test_examples", "test_guides", "test_inference_dat
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly(request):
     """Most tests compile more than they compute. Not where fits are long, or memory is measured."""
-    as_for_users = request.module.__name__ in (
-        "test_docs",
-        "test_examples",
-        "test_guides",
-        "test_inference_data",
-        "test_scale",
-    )
-    jax.config.update("jax_disable_most_optimizations", not as_for_users)
+    jax.config.update("jax_disable_most_optimizations", request.module.__name__ not in AS_FOR_USERS)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

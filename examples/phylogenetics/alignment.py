@@ -40,7 +40,9 @@ def read_alignment(path: Path, outgroup: str | None = None) -> Alignment:
         nucleotide.
     """
     sequences: dict[str, str] = {}
-    for record in SeqIO.parse(path, "fasta"):
+    with open(path) as file:
+        records = list(SeqIO.parse(file, "fasta"))
+    for record in records:
         if record.id in sequences:
             raise ValueError(f"{path}: taxon '{record.id}' is there twice; rename one of them.")
         sequences[record.id] = str(record.seq).upper()

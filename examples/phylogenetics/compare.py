@@ -1,6 +1,6 @@
 """VIMCO-⋆, VIMCO and reweighted wake-sleep on the same tree problem, at the same number of likelihood evaluations.
 
-    python -m examples.phylogenetics.compare --alignment DS1.fasta --trees DS1.trprobs
+python -m examples.phylogenetics.compare --alignment DS1.fasta --trees DS1.trprobs
 """
 
 import argparse
@@ -10,57 +10,58 @@ import time
 
 import jax
 from jax import random
+import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
+from numpyro.infer.svi import SVIRunResult
 import pandas as pd
 
-from numpyro_vimco import VIMCO, ReweightedWakeSleep, VIMCOStar, gradient_snr
+from numpyro_vimco import VIMCO, ReweightedWakeSleep, VIMCOStar, gradient_snr, importance_diagnostics
+from numpyro_vimco.diagnostics import GradientStatistics
 
-from .alignment import read_alignment
+from .alignment import Alignment, read_alignment
 from .fit import make_svi, train
-from .report import kl_divergence, log_probabilities, make_bounds
+from .report import Posterior, bounds, kl_divergence
 from .subsplits import Support
 from .trees import read_trees
 
 OBJECTIVES = {"VIMCO-⋆": VIMCOStar, "VIMCO": VIMCO, "RWS": ReweightedWakeSleep}
 STYLES = {"VIMCO-⋆": "C0-o", "VIMCO": "C1--^", "RWS": "C3-.s"}
 MEASURES = ["ELBO", "log evidence", "KL", "SNR"]
+COLUMNS = ["N", "objective", "part", "seconds", "ELBO", "N = 10", "log evidence", "KL", "SNR"]
 
 
-def snr_of(statistics, num_draws: int) -> float:
-    """Length of the mean gradient over the root of its total variance; the error of the mean is taken off."""
-    mean, variance = (sum(np.sum(part**2) for part in parts) for parts in zip(*((s.mean, s.std) for s in statistics)))
-    return float(np.sqrt(max(mean - variance / num_draws, 0.0) / variance))
+def snr(statistics: GradientStatistics, num_draws: int) -> float:
+    """Length of the mean gradient over the root of its total variance. What noise adds to the length is taken off."""
+    variance = np.sum(statistics.std**2)
+    return float(np.sqrt(max(np.sum(statistics.mean**2) - variance / num_draws, 0.0) / variance))
 
 
-def compare(trees, alignment, reference, args) -> pd.DataFrame:
-    """One row for each objective, number of particles, and point of training."""
-    topologies, probabilities = reference
-    bounds, rows, data = None, [], (trees, alignment)
+def compare(trees: Support, alignment: Alignment, reference: Posterior, args) -> pd.DataFrame:
+    """One row for each number of particles, objective, and point of training."""
+    rows, data = [], (trees, alignment)
     for number, (name, objective) in itertools.product(args.num_particles, OBJECTIVES.items()):
         num_steps = args.evaluations // number
         svi = make_svi(objective(num_particles=number), num_steps, args.learning_rate)
-        bounds = bounds or make_bounds(svi, data)
-        seconds, start = 0.0, time.perf_counter()
-        for done, state, _ in train(svi, svi.init(random.PRNGKey(args.seed), *data), data, num_steps, turns=20):
+        first, seconds, start = svi.init(random.PRNGKey(args.seed), *data), 0.0, time.perf_counter()
+        for done, state, _ in train(svi, first, data, num_steps, turns=20):
             jax.block_until_ready(state)
             if done not in (num_steps // 4, num_steps // 2, num_steps):
                 continue
             seconds += time.perf_counter() - start
-            params = svi.get_params(state)
-            of_bounds = {key: float(value.mean()) for key, value in bounds(params, random.key(1)).items()}
-            kl = kl_divergence(probabilities, log_probabilities(trees, params["logits"], topologies))
-            statistics = gradient_snr(
-                svi, params, model_args=data, rng_key=random.key(2), num_draws=args.num_draws
-            )
-            snr = snr_of([statistics["logits"]], args.num_draws)
-            rows.append((number, name, done / num_steps, done, seconds, *of_bounds.values(), kl, snr))
+            result = SVIRunResult(svi.get_params(state), state, jnp.zeros(done))
+            given = {"model_args": data, "rng_key": random.key(args.seed + 1)}
+            weights = importance_diagnostics(svi, result, num_samples=args.num_samples, **given).log_weight
+            statistics = gradient_snr(svi, result.params, num_draws=args.num_draws, **given)
+            measures = [value.mean() for value in bounds(weights).values()]
+            measures += [
+                kl_divergence(reference, trees, result.params["logits"]),
+                snr(statistics["logits"], args.num_draws),
+            ]
+            rows.append((number, name, done / num_steps, seconds, *measures))
             print(pd.DataFrame(rows[-1:], columns=COLUMNS).to_string(index=False, header=len(rows) == 1), flush=True)
             start = time.perf_counter()
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-COLUMNS = ["N", "objective", "part", "steps", "seconds", "ELBO", "N = 10", "log evidence", "KL", "SNR"]
 
 
 def plot(table: pd.DataFrame, path: Path):
@@ -75,10 +76,48 @@ def plot(table: pd.DataFrame, path: Path):
             axes.set_xscale("log")
             axes.set_xticks(case["N"], case["N"].astype(str))
             axes.minorticks_off()
-            if measure in ("KL", "SNR"):
+            if measure == "KL":
                 axes.set_yscale("log")
             axes.set_title(f"{measure}, after {part:.0%}", fontsize="medium")
     for axes in grid[-1]:
         axes.set_xlabel("particles N")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(OBJECTIVES))
     figure.savefig(path, dpi=80)
+
+
+def main(args):
+    """Fit all, print, and save table and figure."""
+    alignment = read_alignment(args.alignment)
+    reference = read_trees(args.trees, alignment.taxa)
+    table = compare(Support(reference, alignment.taxa), alignment, reference, args)
+    last = table[table["part"] == 1]
+    print(f"\nAfter {args.evaluations:,} evaluations of the likelihood")
+    print(last.drop(columns="part").to_string(index=False, float_format="%.4g"))
+    args.output.mkdir(parents=True, exist_ok=True)
+    table.to_csv(args.output / "phylogenetics_compare.csv", index=False, float_format="%.6g")
+    plot(table, args.output / "phylogenetics_compare.png")
+    print(f"\nSaved phylogenetics_compare.csv and phylogenetics_compare.png in {args.output}/")
+    return table
+
+
+def parse(argv=None):
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        "python -m examples.phylogenetics.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--alignment", type=Path, required=True, help="FASTA file")
+    parser.add_argument("--trees", type=Path, required=True, help="Newick or NEXUS file of candidate trees, weighted")
+    parser.add_argument("--num-particles", type=int, nargs="+", default=[5, 10, 20, 50])
+    parser.add_argument("--evaluations", type=int, default=200_000, help="of the likelihood, for each fit")
+    parser.add_argument("--learning-rate", type=float, default=0.003)
+    parser.add_argument("--num-samples", type=int, default=10_000, help="for bounds and evidence")
+    parser.add_argument("--num-draws", type=int, default=200, help="of the gradient, for the SNR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse())

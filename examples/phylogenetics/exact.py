@@ -35,14 +35,14 @@ def exact_posterior(
     :param within: topologies whose most probable branch lengths are so many nats less probable than the best are
         taken to have probability 0.
     """
-    children = jnp.stack([trees.children(trees.entries(topology)) for topology in topologies])
+    children = jax.vmap(trees.children)(np.stack([trees.entries(topology) for topology in topologies]))
 
     def log_density(children, log_lengths):
         lengths = jnp.exp(log_lengths)
         prior = dist.Exponential(1 / PRIOR_MEAN_BRANCH).log_prob(lengths)
         return log_likelihood(children, lengths, alignment) + jnp.sum(prior + log_lengths)
 
-    adam = optax.adam(0.1)
+    adam = optax.adam(0.2)
 
     @jax.jit
     def climb(children):
@@ -54,7 +54,7 @@ def exact_posterior(
             updates, state = adam.update(-slope, state)
             return (optax.apply_updates(log_lengths, updates), state), None
 
-        top, _ = jax.lax.scan(step, (start, adam.init(start)), None, length=150)[0]
+        top, _ = jax.lax.scan(step, (start, adam.init(start)), None, length=100)[0]
         return top, log_density(children, top)
 
     @jax.jit
@@ -67,7 +67,7 @@ def exact_posterior(
         log_weights = jax.vmap(partial(log_density, children))(samples) - proposal.log_prob(samples)
         return jax.nn.logsumexp(log_weights) - jnp.log(num_samples)
 
-    tops, heights = jax.lax.map(climb, children, batch_size=64)
+    tops, heights = jax.lax.map(climb, children, batch_size=256)
     kept = np.flatnonzero(heights > heights.max() - within)
     chosen = children[kept], tops[kept], random.split(rng_key, len(kept))
     log_integrals = np.full(len(topologies), -np.inf)

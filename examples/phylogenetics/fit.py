@@ -77,13 +77,14 @@ def fit(
     :raises ValueError: if the checkpoint is that of another fit.
     """
     svi = make_svi(objective, num_steps, learning_rate, pairs)
-    state, first = svi.init(jax.random.PRNGKey(seed), trees, alignment), 0
+    state, done = svi.init(jax.random.PRNGKey(seed), trees, alignment), 0
     settings = repr((num_steps, learning_rate, seed, type(objective).__name__, vars(objective)))
     if checkpoint is not None and checkpoint.exists():
-        state, first = _restore(checkpoint, state, settings)
+        state, done = _restore(checkpoint, state, settings)
     losses = [jnp.zeros(0)]
-    with tqdm(total=num_steps, initial=first, disable=not progress_bar, unit="step") as bar:
-        for done, state, loss in train(svi, state, (trees, alignment), num_steps, first):
+    with tqdm(total=num_steps, initial=done, disable=not progress_bar, unit="step") as bar:
+        turns = train(svi, state, (trees, alignment), num_steps, done)
+        for done, state, loss in turns:
             losses.append(loss)
             bar.set_postfix_str(f"bound {-jnp.mean(loss):.2f}, power {power_at(done, num_steps):.2f}", refresh=False)
             bar.update(done - bar.n)

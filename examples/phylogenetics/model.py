@@ -6,7 +6,7 @@ from numpyro import distributions as dist
 
 from .alignment import Alignment
 from .likelihood import log_likelihood
-from .subsplits import Support, SubsplitBayesianNetwork, UniformTopology
+from .subsplits import SubsplitBayesianNetwork, Support, UniformTopology
 
 PRIOR_MEAN_BRANCH = 0.1  # substitutions per site
 

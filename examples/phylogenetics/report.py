@@ -1,53 +1,57 @@
-"""What a fit is worth: bounds, evidence, distance to a reference, and the posterior over topologies."""
+"""What a fit is worth: bounds, evidence, the posterior over topologies and its distance to another; pictures."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-import jax
-from jax import random
-import jax.numpy as jnp
+from Bio import Phylo
+from matplotlib.figure import Figure
 import numpy as np
-from numpyro.infer import SVI
-
-from numpyro_vimco import VIMCOStar
+from scipy.special import logsumexp
 
 from .subsplits import SubsplitBayesianNetwork, Support
-from .trees import Topology
+from .trees import Topology, clade_probabilities, majority_consensus, to_tree
+
+Posterior = Mapping[Topology, float]  # probabilities
 
 
-def make_bounds(svi: SVI, args: tuple, repeats: int = 20) -> Callable:
-    """A compiled function of parameters and a key, to bounds in nats, by name, of shape (repeats,).
-
-    `ELBO`, the bound at N = 1; that at N = 10; `log evidence`, the estimate from 1,000 importance samples.
-    """
-
-    def bound(alpha, num_particles):
-        objective = VIMCOStar(alpha, num_particles, chunk_size=min(num_particles, 100))
-        return lambda params, key: -objective.loss(key, params, svi.model, svi.guide, *args, **svi.static_kwargs)
-
-    # At α = 1 the bound is the mean log-weight.
-    elbo, ten, evidence = bound(1.0, 1000), bound(0.0, 10), bound(0.0, 1000)
-
-    @jax.jit
-    def bounds(params, rng_key):
-        def once(key):
-            return {
-                "ELBO": elbo(params, key),
-                "N = 10": jnp.mean(jax.lax.map(lambda key: ten(params, key), random.split(key, 50))),
-                "log evidence": evidence(params, key),
-            }
-
-        return jax.lax.map(once, random.split(rng_key, repeats))
-
-    return bounds
+def bounds(log_weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Bounds in nats from log-weights of the guide's draws, each from groups of so many: the ELBO from groups of 1."""
+    sizes = {"ELBO": 1, "N = 10": 10, "log evidence": 1000}
+    return {name: logsumexp(log_weight.reshape(-1, n), axis=1) - np.log(n) for name, n in sizes.items()}
 
 
-def log_probabilities(trees: Support, logits, topologies: Sequence[Topology]) -> np.ndarray:
-    """Log-probabilities of topologies under the guide, in nats; -inf where the support has none of it."""
-    entries = np.stack([trees.entries(topology) for topology in topologies])
-    return np.asarray(SubsplitBayesianNetwork(logits, trees).log_prob(entries))
+def kl_divergence(reference: Posterior, trees: Support, logits) -> float:
+    """KL divergence in nats from a distribution over topologies of the support to the guide's."""
+    entries = np.stack([trees.entries(topology) for topology in reference])
+    log_q = np.asarray(SubsplitBayesianNetwork(logits, trees).log_prob(entries), float)
+    p = np.array(list(reference.values()))
+    return float(np.sum(p[p > 0] * (np.log(p[p > 0]) - log_q[p > 0])))
 
 
-def kl_divergence(reference: Sequence[float], log_q: np.ndarray) -> float:
-    """KL divergence in nats from a reference distribution to the guide's."""
-    p = np.asarray(reference)
-    return float(np.sum(p * (np.log(p) - log_q)))
+def total_variation(one: Posterior, other: Posterior) -> float:
+    """Total variation distance of two distributions."""
+    return sum(abs(one.get(topology, 0.0) - other.get(topology, 0.0)) for topology in {**one, **other}) / 2
+
+
+def frequencies(trees: Support, draws: Iterable[np.ndarray]) -> Posterior:
+    """The distribution of topologies that were drawn, most frequent first."""
+    counts = Counter(trees.topology(entries) for entries in draws)
+    return {topology: count / counts.total() for topology, count in counts.most_common()}
+
+
+def draw_consensus(posteriors: Mapping[str, Posterior], taxa: Sequence[str], path: Path) -> None:
+    """A picture of majority-rule consensus trees, side by side, with the probabilities of their clades in percent."""
+    figure = Figure(figsize=(7 * len(posteriors), 1.5 + 0.3 * len(taxa)), layout="constrained")
+    for axes, (name, posterior) in zip(figure.subplots(1, len(posteriors), squeeze=False).flat, posteriors.items()):
+        of_clade = clade_probabilities(posterior)
+        consensus = majority_consensus(of_clade)
+        percent = {clade: round(100 * of_clade[clade]) for clade in consensus if clade != max(consensus)}
+        tree = to_tree(consensus, taxa, confidences=percent)
+        Phylo.draw(tree, axes=axes, do_show=False, label_func=lambda node: (node.name or "").replace("_", " "))
+        for text in axes.texts:
+            if text.get_text().isdigit():
+                text.set(va="bottom", size="small")
+        axes.set(title=name, ylabel="", xlabel="")
+        axes.axis("off")
+    figure.savefig(path, dpi=100)

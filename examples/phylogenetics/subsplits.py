@@ -110,7 +110,9 @@ class Support:
     def uniform_logits(self) -> np.ndarray:
         """Logits, of shape (rows, width), under which all topologies of the support have the same probability."""
         ways = self.ways()
-        return np.array([[math.log(self._ways_of(option, ways)) if option else 0.0 for option in row] for row in self.options])
+        return np.array(
+            [[math.log(self._ways_of(option, ways)) if option else 0.0 for option in row] for row in self.options]
+        )
 
     def entries(self, topology: Topology) -> np.ndarray:
         """A topology as a vector.
@@ -118,7 +120,9 @@ class Support:
         :raises KeyError: if it is not in the support.
         """
         width = self.options.shape[1]
-        return np.array([self._row[place] * width + self._columns[place][subsplit] for place, subsplit in choices(topology)])
+        return np.array(
+            [self._row[place] * width + self._columns[place][subsplit] for place, subsplit in choices(topology)]
+        )
 
     def topology(self, entries) -> Topology:
         """The topology that a vector stands for."""
@@ -164,7 +168,6 @@ class _Supported(constraints.Constraint):
             return jnp.all((subsplits > 0) & (rows == entries // trees.options.shape[1]))
 
         return jnp.vectorize(of_one, signature="(n)->()")(x)
-
 
 
 class SubsplitBayesianNetwork(dist.Distribution):

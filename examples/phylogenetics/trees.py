@@ -6,7 +6,7 @@ has the n - 1 other taxa and n - 2 larger clades, of which the set of all n - 1 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from Bio import Phylo
@@ -15,21 +15,23 @@ from Bio.Phylo.Newick import Clade, Tree
 Topology = frozenset[int]  # the clades of two or more taxa
 
 
-def read_trees(path: Path, taxa: Sequence[str]) -> tuple[list[Topology], list[float]]:
+def read_trees(path: Path, taxa: Sequence[str]) -> dict[Topology, float]:
     """Distinct topologies in a Newick or NEXUS file, and their probabilities: weights `[&W ...]` or else frequencies.
 
     :param taxa: names of the taxa that all trees must have; the last is the outgroup.
     :raises ValueError: for no trees, other taxa, or a tree that is not binary once unrooted.
     """
+    weights: Counter[Topology] = Counter()
     with open(path) as file:
         is_nexus = file.read(6).upper() == "#NEXUS"
-    weights: Counter[Topology] = Counter()
-    for number, tree in enumerate(Phylo.parse(path, "nexus" if is_nexus else "newick"), 1):
-        weights[topology_of(tree, taxa, f"{path}, tree {number}")] += 1.0 if tree.weight is None else tree.weight
+        file.seek(0)
+        for number, tree in enumerate(Phylo.parse(file, "nexus" if is_nexus else "newick"), 1):
+            weight = 1.0 if tree.weight is None else tree.weight
+            weights[topology_of(tree, taxa, f"{path}, tree {number}")] += weight
     if not weights:
         raise ValueError(f"{path}: no trees; a Newick or NEXUS file of candidate trees is needed.")
     total = sum(weights.values())
-    return list(weights), [weight / total for weight in weights.values()]
+    return {topology: weight / total for topology, weight in weights.items()}
 
 
 def topology_of(tree: Tree, taxa: Sequence[str], where: str) -> Topology:
@@ -115,10 +117,10 @@ def to_tree(
     return Tree(root=root)
 
 
-def clade_probabilities(topologies: Iterable[Topology], probabilities: Iterable[float]) -> dict[int, float]:
+def clade_probabilities(posterior: Mapping[Topology, float]) -> dict[int, float]:
     """The probability of each clade of two or more taxa."""
     of_clade: Counter[int] = Counter()
-    for topology, probability in zip(topologies, probabilities):
+    for topology, probability in posterior.items():
         for clade in topology:
             of_clade[clade] += probability
     return dict(of_clade)

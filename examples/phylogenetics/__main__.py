@@ -1,0 +1,117 @@
+"""The posterior over the trees of an alignment, by VIMCO-⋆.
+
+    python -m examples.phylogenetics                                                # 8 simulated taxa
+    python -m examples.phylogenetics --quick                                        # 6 simulated taxa, seconds
+    python -m examples.phylogenetics --alignment DS1.fasta --trees DS1.trprobs      # real data
+
+The alignment is a FASTA file. The trees, in Newick or NEXUS, are candidates, such as bootstrap trees or a sample from
+MrBayes: the guide combines their subsplits. If they are weighted, the guide is compared with their weights, which the
+fit does not use. Without files, sequences are simulated and the guide is compared with the exact posterior.
+"""
+
+import argparse
+from pathlib import Path
+import time
+
+from jax import random
+import numpy as np
+
+from numpyro_vimco import VIMCOStar, importance_diagnostics, to_arviz
+
+from .alignment import Alignment, read_alignment, simulate
+from .exact import exact_posterior
+from .fit import fit
+from .model import PRIOR_MEAN_BRANCH
+from .report import bounds, draw_consensus, frequencies, kl_divergence, total_variation
+from .subsplits import Support, UniformTopology
+from .trees import all_topologies, read_trees
+
+
+def simulated(num_taxa: int, num_sites: int, rng_key) -> tuple[Support, Alignment]:
+    """All topologies of some taxa, and sequences along one of them, drawn from the prior."""
+    trees = Support.all([f"taxon {letter}" for letter in "ABCDEFGH"[:num_taxa]])
+    topology_key, lengths_key, sequences_key = random.split(rng_key, 3)
+    children = trees.children(UniformTopology(trees).sample(topology_key))
+    lengths = PRIOR_MEAN_BRANCH * random.exponential(lengths_key, (2 * num_taxa - 3,))
+    return trees, simulate(sequences_key, trees.taxa, np.asarray(children), np.asarray(lengths), num_sites)
+
+
+def main(args):
+    """Fit, and say how good the fit is."""
+    if args.alignment:
+        alignment = read_alignment(args.alignment, args.outgroup)
+        reference, origin, log_evidence = read_trees(args.trees, alignment.taxa), args.trees.name, None
+        trees = Support(reference, alignment.taxa)
+    else:
+        trees, alignment = simulated(args.num_taxa, args.num_sites, random.key(args.seed))
+        topologies = list(all_topologies(args.num_taxa))
+        probabilities, log_evidence = exact_posterior(topologies, trees, alignment, random.key(args.seed + 1))
+        reference, origin = dict(zip(topologies, probabilities)), "exact"
+        print(f"Exact log evidence: {log_evidence:.2f} nats")
+    print(
+        f"{len(alignment.taxa)} taxa, {alignment.counts.sum():.0f} sites, {len(alignment.counts)} patterns; a support"
+    )
+    print(f"of {np.sum(trees.options > 0)} table entries in {len(trees.options)} rows: {trees.ways()[0]:,} topologies")
+
+    objective, start = VIMCOStar(args.alpha, args.num_particles), time.perf_counter()
+    svi, result = fit(
+        trees, alignment, objective, args.num_steps, args.learning_rate, args.pairs, args.seed, args.checkpoint
+    )
+    seconds = time.perf_counter() - start
+    if steps := len(result.losses):
+        print(
+            f"\n{steps} steps in {seconds / 60:.1f} minutes: {1000 * seconds / steps:.1f} ms each, compilation included"
+        )
+
+    given = {"model_args": (trees, alignment), "rng_key": random.key(args.seed + 2)}
+    diagnostics = importance_diagnostics(svi, result, num_samples=args.num_samples, **given)
+    print(f"\n{diagnostics}\n")
+    for name, values in bounds(diagnostics.log_weight).items():
+        print(f"{name:12} {values.mean():10.2f} nats, standard deviation {values.std():.2f}")
+    data = to_arviz(svi, result, num_proposals=args.num_samples, num_samples=args.num_samples // 4, groups=(), **given)
+    posterior = frequencies(trees, data["posterior"]["topology"].values[0])
+    measures = {
+        f"KL from {origin} to guide": kl_divergence(reference, trees, result.params["logits"]),
+        f"Total variation between {origin} and weighted draws": total_variation(reference, posterior),
+    }
+    for name, value in measures.items():
+        print(f"{name}: {value:.3f}")
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    data.to_netcdf(args.output / "phylogenetics.nc")
+    draw_consensus({"VIMCO-⋆": posterior, origin: reference}, trees.taxa, args.output / "phylogenetics.png")
+    print(f"\nSaved phylogenetics.nc and phylogenetics.png in {args.output}/")
+    return diagnostics, measures, log_evidence
+
+
+def parse(argv=None):
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        "python -m examples.phylogenetics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--alignment", type=Path, help="FASTA file")
+    parser.add_argument("--trees", type=Path, help="Newick or NEXUS file of candidate trees")
+    parser.add_argument("--outgroup", help="the taxon to root candidate trees at; defaults to the first")
+    parser.add_argument("--num-taxa", type=int, help="to simulate, 4 to 8; defaults to 8, or 6 if quick")
+    parser.add_argument("--num-sites", type=int, help="to simulate; defaults to 300, or 100 if quick")
+    parser.add_argument("--alpha", type=float, default=0.0, help="order of the bound")
+    parser.add_argument("--num-particles", type=int, default=10)
+    parser.add_argument("--num-steps", type=int, help="defaults to 20,000, or 100,000 with files")
+    parser.add_argument("--learning-rate", type=float, default=0.003)
+    parser.add_argument("--no-pairs", dest="pairs", action="store_false", help="branch lengths by split only")
+    parser.add_argument("--checkpoint", type=Path, help=".npz file to save the fit in, and to go on from if it exists")
+    parser.add_argument("--quick", action="store_true", help="6 simulated taxa, few steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    args = parser.parse_args(argv)
+    if (args.alignment is None) != (args.trees is None):
+        parser.error("--alignment and --trees belong together")
+    args.num_taxa = args.num_taxa or (6 if args.quick else 8)
+    args.num_sites = args.num_sites or (100 if args.quick else 300)
+    args.num_steps = args.num_steps or (5_000 if args.quick else 100_000 if args.alignment else 20_000)
+    args.num_samples = 20_000
+    return args
+
+
+if __name__ == "__main__":
+    main(parse())
