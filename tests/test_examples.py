@@ -38,6 +38,23 @@ def test_n_mixture():
     assert joint < local < log_evidence
 
 
+def test_turtles(tmp_path):
+    error, found = run("turtles", "--num-steps=1000", "--grid=40", f"--output={tmp_path}")
+    assert abs(error) < 0.1
+    # A guide that follows one of the two modes has a probability of 0 or 1.
+    tolerances = [0.1, 2.0, 0.05]
+    assert all(abs(weighted - exact) < by for (weighted, exact), by in zip(found.values(), tolerances))
+    assert (tmp_path / "turtles.png").stat().st_size > 10_000
+
+
+def test_signal_and_noise(tmp_path):
+    snr = run("signal_and_noise", "--num-draws=2000", "--numbers", "16", "256", f"--output={tmp_path}")
+    # Theory: times 4 and over 4. The standard error of a ratio is 3 % (VIMCO-⋆), and that of VIMCO's is 0.02 by itself.
+    assert 3 < snr["VIMCO-⋆"][1] / snr["VIMCO-⋆"][0] < 5.3
+    assert snr["VIMCO"][1] < 0.15 and snr["VIMCO-⋆"][1] > 5
+    assert (tmp_path / "signal_and_noise.png").stat().st_size > 10_000
+
+
 # Standard deviations are of 800 draws of 5 coordinates each: their error is about 2 %, that of a slope from N = 64 to
 # 512 about 0.01 (0.03 for the variance), and corrections to the leading order in N are of that size.
 def test_gaussian_snr(tmp_path):
