@@ -88,7 +88,12 @@ def plot(angles, direction, density, edges, estimate, path):
     right = figure.add_subplot(1, 2, 2)
     right.bar(np.degrees(edges[:-1]), estimate, np.degrees(np.diff(edges)), align="edge", color="C0", label="VIMCOStar")
     right.plot(np.degrees(direction), density, "k--", lw=1.2, label="exact")
-    right.set(title="posterior of the angle", xlabel="angle (degrees)", ylabel="density (per radian)", xticks=range(-180, 181, 60))
+    right.set(
+        title="posterior of the angle",
+        xlabel="angle (degrees)",
+        ylabel="density (per radian)",
+        xticks=range(-180, 181, 60),
+    )
     right.legend()
     figure.savefig(path, dpi=100)
 
@@ -97,7 +102,7 @@ def main(args):
     angles = np.radians((DEGREES + 180) % 360 - 180)  # in [-π, π), the support of NumPyro's von Mises
     svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(num_particles=32))
     result = svi.run(random.key(args.seed), args.num_steps, jnp.asarray(angles), progress_bar=False)
-    arguments = {"model_args": (jnp.asarray(angles),), "rng_key": random.key(1), "num_samples": 20_000}
+    arguments = {"model_args": (jnp.asarray(angles),), "rng_key": random.key(1), "num_samples": args.num_draws}
     diagnostics = importance_diagnostics(svi, result, **arguments)
     draws = to_arviz(svi, result, resample=False, groups=(), **arguments)
     weights = softmax(draws["sample_stats"]["log_weight"].values[0])
@@ -131,6 +136,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-steps", type=int, default=3000)
     parser.add_argument("--grid", type=int, default=100, help="grid points of each parameter for the exact posterior")
+    parser.add_argument("--num-draws", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output"))
     return parser.parse_args(argv)
