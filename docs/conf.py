@@ -9,7 +9,7 @@ import ziamath
 from ziamath.tex import tex2mml
 
 project = "numpyro_vimco"
-copyright = "Contributors to the numpyro_vimco project"
+author = "the contributors to numpyro_vimco"
 release = version = version_of("numpyro_vimco")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
@@ -28,7 +28,7 @@ html_theme_options = {"use_download_button": False, "use_fullscreen_button": Fal
 html_title = f"numpyro_vimco {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_show_sphinx = False
+html_show_copyright = False
 
 
 # ziamath 0.13 draws a hat as a wide one, beside its letter, and a relation without room around it.
