@@ -21,6 +21,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!numpyro_vimco).*")]  # other libraries: their pages would have to be fetched
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings give types, shapes and units
 
 html_theme = "sphinx_book_theme"  # the theme of JAX, Optax and ArviZ: their readers find their way
