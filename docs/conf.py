@@ -30,6 +30,7 @@ html_title = f"numpyro_vimco {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
+html_use_index = html_domain_indices = False  # the API is one page
 
 
 # ziamath 0.13 draws a hat as a wide one, beside its letter, and a relation without room around it.
