@@ -3,6 +3,7 @@
 # make test-all   the tests on every Python from 3.11 to 3.13 that is found
 # make docs       these pages as a site in docs/_build, warnings as errors
 # make benchmark  the tables of benchmarks/
+# make dist       wheel and sdist in dist/, tested in an environment of their own
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test test-all pytest lint docs benchmark clean
+.PHONY: demo test test-all pytest lint docs benchmark dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/variable_selection.py
@@ -47,6 +48,18 @@ docs: $(DOCS_INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
 	@echo "Open docs/_build/index.html"
 
+# The tests of the sdist run against the wheel: the sdist's own package is removed.
+dist: $(INSTALLED)
+	rm -rf dist .venv-dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[test]"
+	tar -xzf dist/*.tar.gz -C .venv-dist
+	rm -r .venv-dist/numpyro_vimco-*/numpyro_vimco
+	cd .venv-dist/numpyro_vimco-*/ && ../bin/python -m pytest -n 2
+
 $(INSTALLED): EXTRAS := examples,test
 $(DOCS_INSTALLED): EXTRAS := docs
 $(INSTALLED) $(DOCS_INSTALLED): pyproject.toml
@@ -56,4 +69,4 @@ $(INSTALLED) $(DOCS_INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache docs/_build
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache dist docs/_build

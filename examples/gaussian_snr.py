@@ -157,7 +157,7 @@ def measure(args):
     """A table of one row per dimension, number of particles, guide, α and estimator."""
     rows, rng = [], np.random.default_rng(args.seed)
     for dimension, num_particles in itertools.product(args.dimensions, args.num_particles):
-        num_draws = int(np.clip(2**24 // (num_particles * dimension), 200, args.max_draws))
+        num_draws = int(np.clip(2**23 // (num_particles * dimension), 200, args.max_draws))
         key = random.fold_in(random.fold_in(random.key(args.seed), dimension), num_particles)
         moments = gradient_moments(dimension, args.alphas, num_particles, num_draws, key)
         exact = exact_gradients(dimension, args.alphas, num_particles, args.reference_size, rng)
@@ -240,7 +240,7 @@ def parse(argv=None):
     args.dimensions = [5] if args.quick else [1, 10, 100]
     args.num_particles = [64, 512] if args.quick else [2, 16, 64, 256, 1024, 4096]
     args.alphas = [0.0, 0.5] if args.quick else [0.0, 0.2, 0.5, 1.0]
-    args.max_draws = 800 if args.quick else 8000
+    args.max_draws = 800 if args.quick else 4000
     args.reference_size = 1_000_000 if args.quick else 8_000_000
     return args
 

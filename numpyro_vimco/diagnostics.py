@@ -31,6 +31,9 @@ from numpyro_vimco.proposals import (
 )
 from numpyro_vimco.validation import check_number
 
+# Where "good" ends: weights of infinite variance, and an effective sample size relative to the draws.
+HEAVY_TAIL, LOW_ESS = 0.5, 0.1
+
 
 @dataclass(frozen=True)
 class ImportanceDiagnostics:
@@ -48,7 +51,7 @@ class ImportanceDiagnostics:
     :ivar reading: of the worst element. ``"bad"``: k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et al. 2024),
         or an ESS below 100; ``"good"``: k < 0.5 (finite variance) and an ESS of a tenth of the draws or more;
         ``"usable"`` between. A part of the posterior that was never proposed shows in none of these.
-    :ivar advice: one sentence.
+    :ivar advice: what to make of it, or what to do.
     :ivar log_weight: log-weights, of shape ``(num_samples, *plates)``, in nats.
     """
 
@@ -109,7 +112,7 @@ def importance_diagnostics(
         ess=ess,
         pareto_k=k,
         reading=reading,
-        advice=_advice(fit, reading),
+        advice=_advice(fit, reading, float(k.max()), float(ess.min()) / num_samples),
         log_weight=log_weight,
     )
 
@@ -123,18 +126,24 @@ def _bound(log_weight: np.ndarray, num_particles: int) -> float:
 def _reading(k: float, ess: float, num_samples: int) -> str:
     if k >= min(1 - 1 / np.log10(num_samples), 0.7) or ess < 100:
         return "bad"
-    return "good" if k < 0.5 and ess >= num_samples / 10 else "usable"
+    return "good" if k < HEAVY_TAIL and ess >= num_samples * LOW_ESS else "usable"
 
 
-def _advice(fit: Fit, reading: str) -> str:
+def _advice(fit: Fit, reading: str, k: float, relative_ess: float) -> str:
     if reading == "good":
         return "Importance-weighted estimates can be trusted."
-    plate = _joint_plate(fit)
     if reading == "usable":
-        return (
-            "Few draws hold much of the weight, as the guide proposes a part of the posterior too rarely: compare with "
-            "a second key and more draws, and see docs/checking_a_fit.md for what makes a guide better."
-        )
+        why = []
+        if relative_ess < LOW_ESS:
+            why.append("Few draws hold most of the weight: the guide spends the others where the posterior has little.")
+        if k >= HEAVY_TAIL:
+            why.append(
+                "The weights have a heavy tail: the guide proposes a part of the posterior too rarely, and one such "
+                "draw can move an estimate by more than its standard error."
+            )
+        why.append("Compare with a second key and more draws; docs/checking_a_fit.md says what makes a guide better.")
+        return " ".join(why)
+    plate = _joint_plate(fit)
     if plate:
         return (
             f"One weight is a product over all elements of the plate '{plate}', and hardly a draw holds all of it: "

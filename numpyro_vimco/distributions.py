@@ -66,7 +66,10 @@ class IntervalCategorical(dist.CategoricalLogits):
     def enumerate_support(self, expand=True):
         """All values, where they are the same for all elements."""
         if jnp.size(self.low) > 1 or jnp.size(self.high) > 1:
-            raise NotImplementedError("The elements of this IntervalCategorical have supports of their own.")
+            raise NotImplementedError(
+                "The elements of this IntervalCategorical have supports of their own, which cannot be enumerated "
+                "together. Give all of them one `low` and one `high`, or sample the site instead of enumerating it."
+            )
         return self.low + super().enumerate_support(expand)
 
 

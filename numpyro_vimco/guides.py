@@ -296,7 +296,10 @@ class AutoMixed(_AutoGuide):
         latents = [site for site in self.prototype_trace.values() if is_latent_site(site)]
         discrete = {site["name"]: site["value"] for site in latents if is_discrete(site)}
         if not latents:
-            raise ValueError("The model has no latent site for AutoMixed to guide.")
+            raise ValueError(
+                "The model has no latent site for AutoMixed to guide: all are observed, or hidden by `block`. Call it "
+                "without `obs` for what is to be inferred."
+            )
         if not discrete:
             self._parts = [self.continuous(self.model, **self._arguments)]
             return
@@ -383,5 +386,8 @@ def _checked(guide: AutoGuide, conditional: bool) -> AutoGuide:
             "Use AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, a flow, or AutoDelta."
         )
     if conditional and type(guide) is not AutoNormal:
-        raise ValueError(f"With conditional=True `continuous` must be AutoNormal, but it is {name}.")
+        raise ValueError(
+            f"With conditional=True `continuous` must be AutoNormal, but it is {name}. Leave `continuous` out, or use "
+            "conditional=False."
+        )
     return guide

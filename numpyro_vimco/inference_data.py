@@ -90,7 +90,7 @@ def to_arviz(
     )
     unknown = set(groups) - set(GROUPS)
     if unknown:
-        raise ValueError(f"`groups` has {', '.join(map(repr, sorted(unknown)))}, but the optional groups are {GROUPS}.")
+        raise ValueError(f"`groups` has {', '.join(map(repr, sorted(unknown)))}, but must be some of {GROUPS}.")
     fit = Fit.of(svi, svi_result.params, model_args, model_kwargs)
     proposal_key, choice_key, follow_key, prior_key = random.split(rng_key, 4)
     drawn = propose(fit, proposal_key, num_proposals)

@@ -148,8 +148,8 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
         if not any(plate in stack for stack in stacks.values()):
             known = sorted({name for stack in stacks.values() for name in stack})
             raise ValueError(
-                f"`plate_particles` names the plate '{plate}', which no site is in. "
-                f"The plates are: {', '.join(map(repr, known)) or 'none'}."
+                f"`plate_particles` names the plate '{plate}', which no site is in. Name one of these instead: "
+                f"{', '.join(map(repr, known)) or 'there are none'}."
             )
         if not any(plate in stacks[name] for name in latent):
             raise ValueError(
@@ -166,7 +166,8 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
             if plate in stacks[site["name"]] and site.get("_control_flow_done"):
                 raise ValueError(
                     f"`plate_particles` names the plate '{plate}', which is inside of `scan` (site '{site['name']}'). "
-                    "Only plates outside of control flow can have particles of their own."
+                    "Only plates outside of control flow can have particles of their own: move it outside, or remove "
+                    "it from `plate_particles`."
                 )
 
 
@@ -334,7 +335,10 @@ def check_latents(model_trace: Trace) -> None:
     :raises ValueError: in that case.
     """
     if not any(site["type"] == "sample" and not site["is_observed"] for site in model_trace.values()):
-        raise ValueError("The model has no latent site: there is no posterior to describe.")
+        raise ValueError(
+            "The model has no latent site, so that there is no posterior to describe. Pass model arguments with which "
+            "what is to be inferred is not observed."
+        )
 
 
 def check_weights(log_weight) -> None:

@@ -79,6 +79,21 @@ def test_ess_and_k_are_those_of_arviz():
     np.testing.assert_allclose(found.ess.ravel(), 1 / np.sum(np.exp(smoothed) ** 2))
 
 
+@pytest.mark.parametrize(
+    "params, tail, few",
+    [
+        ({"scale": jnp.array(0.5)}, True, False),
+        ({"scale": jnp.array(3.0)}, False, True),  # far wider than the posterior: weights are bounded
+        ({"scale": jnp.array(0.55), "loc": X / 2 + 0.5}, True, True),
+    ],
+)
+def test_usable_fit_says_why(params, tail, few):
+    found = importance_diagnostics(SVI_GAUSSIAN, at(**params), model_args=(X,), rng_key=random.key(0))
+    assert found.reading == "usable"
+    assert (found.pareto_k >= 0.5) == tail == ("heavy tail" in found.advice)
+    assert (found.ess < 1000) == few == ("Few draws" in found.advice)
+
+
 def test_bad_fit_says_so():
     found = importance_diagnostics(
         SVI_GAUSSIAN, at(loc=X / 2 + 4, scale=jnp.array(0.3)), model_args=(X,), rng_key=random.key(0)

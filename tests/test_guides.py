@@ -579,6 +579,20 @@ def test_bounds_that_differ_within_a_subsample_are_refused():
     seed(AutoDiscrete(model), 0)(jnp.full(6, 4))
 
 
+def test_bounds_that_are_traced_are_refused():
+    def model(trials):
+        numpyro.sample("z", dist.Binomial(trials, 0.5))
+
+    with pytest.raises(ValueError, match="'z' are traced by JAX when the guide is first called"):
+        jax.jit(lambda trials: seed(AutoDiscrete(model), 0)(trials)["z"])(3)
+
+
+def test_supports_that_differ_cannot_be_enumerated_together():
+    fn = IntervalCategorical(jnp.zeros((2, 3)), jnp.array([0, 1]), 2)
+    with pytest.raises(NotImplementedError, match="supports of their own"):
+        fn.enumerate_support()
+
+
 def test_discrete_guide_reaches_the_exact_posterior():
     """In a mean-field model the guide can be exact."""
     guide = AutoDiscrete(discrete_model)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import numpyro
+from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.handlers import substitute
 import pytest
@@ -338,7 +339,9 @@ def test_fewer_than_two_local_particles(number):
 
 
 def test_plate_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"names the plate 'dta', which no site is in\. The plates are: 'data'"):
+    with pytest.raises(
+        ValueError, match=r"names the plate 'dta', which no site is in\. Name one of these instead: 'data'"
+    ):
         loss({"dta": 2}, *simple())
 
 
@@ -350,6 +353,19 @@ def test_named_plate_without_latents_of_its_own():
 
     with pytest.raises(ValueError, match="plate 'data', which has no latents of its own"):
         loss({"data": 2}, model, lambda: bernoulli("z", numpyro.param("logits", 0.1)))
+
+
+def test_named_plate_inside_of_scan():
+    def steps(logits):
+        def step(carry, _):
+            with numpyro.plate("inner", 3):
+                bernoulli("z", logits)
+            return carry, None
+
+        scan(step, 0, None, length=2)
+
+    with pytest.raises(ValueError, match=r"the plate 'inner', which is inside of `scan` \(site 'z'\)"):
+        loss({"inner": 2}, lambda: steps(0.0), lambda: steps(numpyro.param("logits", 0.1)))
 
 
 def test_named_plate_nested_in_another_named_one():

@@ -1,0 +1,112 @@
+"""Fit the guide, with checkpoints."""
+
+from collections.abc import Iterator
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
+from numpyro.infer.svi import SVIRunResult, SVIState
+import optax
+from tqdm.auto import tqdm
+
+from .alignment import Alignment
+from .model import guide, model
+from .subsplits import Support
+
+FIRST_POWER = 0.001
+
+
+def power_at(step, num_steps: int):
+    """The power of the likelihood: rises from a small one to 1 over the first half of the fit.
+
+    At a small power all topologies of the support are about as probable, so that the guide meets them all before it
+    has to choose.
+    """
+    return jnp.minimum(1.0, FIRST_POWER + (1 - FIRST_POWER) * 2 * step / num_steps)
+
+
+def make_svi(objective: ELBO, num_steps: int, learning_rate: float, pairs: bool = True) -> SVI:
+    """SVI by Adam, with a learning rate that falls to 1 % of it over the second half of the fit."""
+    half = num_steps // 2
+    decay = optax.cosine_decay_schedule(learning_rate, num_steps - half, alpha=0.01)
+    schedule = optax.join_schedules([optax.constant_schedule(learning_rate), decay], [half])
+    return SVI(model, guide, optax.adam(schedule), objective, pairs=pairs)
+
+
+def train(
+    svi: SVI, state: SVIState, args: tuple, num_steps: int, first: int = 0, turns: int = 100
+) -> Iterator[tuple[int, SVIState, jax.Array]]:
+    """Train in turns: the number of steps done, the state, and the losses after each.
+
+    :param first: number of steps that are done already.
+    :param turns: into how many parts of a whole number of steps `num_steps` are split.
+    """
+    size = max(1, num_steps // turns)
+
+    @jax.jit
+    def turn(state, steps):
+        return jax.lax.scan(lambda state, power: svi.update(state, *args, power), state, power_at(steps, num_steps))
+
+    for begin in range(first, num_steps, size):
+        end = min(begin + size, num_steps)
+        state, losses = turn(state, jnp.arange(begin, end))
+        yield end, state, losses
+
+
+def fit(
+    trees: Support,
+    alignment: Alignment,
+    objective: ELBO,
+    num_steps: int,
+    learning_rate: float = 0.003,
+    pairs: bool = True,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress_bar: bool = True,
+) -> tuple[SVI, SVIRunResult]:
+    """Fit the guide by SVI.
+
+    :param objective: such as `VIMCOStar(num_particles=10)`.
+    :param pairs: whether branch lengths are also looked up by primary subsplit pair.
+    :param checkpoint: a file to save the fit in, a hundred times, and to go on from where it exists.
+    :returns: the SVI object, and the result; its losses are those since the start or since the fit was taken up.
+    :raises ValueError: if the checkpoint is that of another fit.
+    """
+    svi = make_svi(objective, num_steps, learning_rate, pairs)
+    state, first = svi.init(jax.random.PRNGKey(seed), trees, alignment), 0
+    settings = repr((num_steps, learning_rate, seed, type(objective).__name__, vars(objective)))
+    if checkpoint is not None and checkpoint.exists():
+        state, first = _restore(checkpoint, state, settings)
+    losses = [jnp.zeros(0)]
+    with tqdm(total=num_steps, initial=first, disable=not progress_bar, unit="step") as bar:
+        for done, state, loss in train(svi, state, (trees, alignment), num_steps, first):
+            losses.append(loss)
+            bar.set_postfix_str(f"bound {-jnp.mean(loss):.2f}, power {power_at(done, num_steps):.2f}", refresh=False)
+            bar.update(done - bar.n)
+            if checkpoint is not None:
+                _save(checkpoint, state, done, settings)
+    return svi, SVIRunResult(svi.get_params(state), state, jnp.concatenate(losses))
+
+
+def _save(path: Path, state: SVIState, done: int, settings: str):
+    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
+    new = path.with_suffix(".new.npz")
+    np.savez(new, done=done, settings=settings, **leaves)
+    os.replace(new, path)  # never half a file
+
+
+def _restore(path: Path, state: SVIState, settings: str) -> tuple[SVIState, int]:
+    leaves, structure = jax.tree.flatten(state)
+    with np.load(path) as saved:
+        restored = [jnp.asarray(saved[name]) for name in saved.files if name.isdigit()]
+        done, fitted = int(saved["done"]), str(saved["settings"])
+    if fitted != settings or [leaf.shape for leaf in restored] != [jnp.shape(leaf) for leaf in leaves]:
+        raise ValueError(
+            f"{path} is the checkpoint of a fit with other settings or data ({fitted}, not {settings}): delete it, or "
+            "name another file."
+        )
+    return jax.tree.unflatten(structure, restored), done

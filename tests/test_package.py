@@ -1,0 +1,95 @@
+"""What surrounds the code: types that reach a user, layers, one version."""
+
+import ast
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+import pytest
+
+import numpyro_vimco
+
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = """\
+from jax import random
+from numpyro.infer import SVI
+import numpyro_vimco
+from numpyro_vimco import AutoMixed, VIMCOStar, compare_objectives, gradient_snr, importance_diagnostics
+
+def fit(svi: SVI, result) -> None:
+    diagnostics = importance_diagnostics(svi, result, rng_key=random.key(0))
+    reveal_type(diagnostics.log_evidence)
+    reveal_type(diagnostics.bounds)
+    reveal_type(diagnostics.pareto_k)
+    reveal_type(gradient_snr(svi, result.params, rng_key=random.key(0))["loc"])
+    reveal_type(compare_objectives(svi, {}, {"VIMCOStar": VIMCOStar}, rng_key=random.key(0)))
+
+reveal_type(numpyro_vimco.__version__)
+reveal_type(VIMCOStar(alpha=0.5, num_particles=8, plate_particles={"data": 4}))
+reveal_type(VIMCOStar().chunk_size)
+reveal_type(AutoMixed(print, conditional=True))
+VIMCOStar(num_particles="8")
+VIMCOStar(aplha=0.5)
+VIMCOStar(plate_particles={"data": "4"})
+AutoMixed(print, conditional="yes")
+importance_diagnostics(None, None)
+"""
+
+EXPECTED = [
+    'note: Revealed type is "float"',
+    'note: Revealed type is "dict[int, float]"',
+    'note: Revealed type is "numpy.ndarray[',
+    "numpyro_vimco.diagnostics.GradientStatistics",
+    'note: Revealed type is "xarray.core.dataset.Dataset"',
+    'note: Revealed type is "str"',
+    'note: Revealed type is "numpyro_vimco.objectives.VIMCOStar"',
+    'note: Revealed type is "int | None"',
+    'note: Revealed type is "numpyro_vimco.guides.AutoMixed"',
+    'Argument "num_particles" to "VIMCOStar" has incompatible type "str"; expected "int"',
+    'Unexpected keyword argument "aplha" for "VIMCOStar"',
+    'Dict entry 0 has incompatible type "str": "str"; expected "str": "int"',
+    'Argument "conditional" to "AutoMixed" has incompatible type "str"; expected "bool"',
+    'Missing named argument "rng_key" for "importance_diagnostics"',
+]
+
+# NumPyro has no annotations for its users, and to follow JAX's takes longer than the rest.
+CONFIG = """\
+[mypy]
+[mypy-numpyro.*]
+ignore_missing_imports = true
+[mypy-jax.*]
+follow_imports = skip
+"""
+
+
+def test_mypy_of_a_user(tmp_path):
+    pytest.importorskip("mypy")
+    script, config = tmp_path / "script.py", tmp_path / "mypy.ini"
+    script.write_text(SCRIPT)
+    config.write_text(CONFIG)
+    command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", tmp_path / "cache", script]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    found = [line for line in output.splitlines() if re.search("Revealed|error:", line)]
+    assert len(found) == len(EXPECTED), output
+    for line, expected in zip(found, EXPECTED):
+        assert line.startswith("script.py") and expected in line, output
+
+
+def imports_of(module):
+    """Modules of the package that a module imports."""
+    for node in ast.walk(ast.parse(Path(numpyro_vimco.__file__).with_name(f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("numpyro_vimco"):
+            yield from [alias.name for alias in node.names] if node.module == "numpyro_vimco" else [node.module[14:]]
+
+
+def test_modules_import_only_from_those_below():
+    layers = re.findall(r"^- `(\w+)`", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    assert {*layers, "__init__"} == {path.stem for path in Path(numpyro_vimco.__file__).parent.glob("*.py")}
+    for i, module in enumerate(layers):
+        assert set(imports_of(module)) <= set(layers[i + 1 :]), module
+
+
+def test_one_version():
+    assert f"\nversion: {numpyro_vimco.__version__}\n" in (ROOT / "CITATION.cff").read_text()
