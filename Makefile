@@ -1,6 +1,7 @@
 # make demo       variable selection on real data: prints, and saves, what it finds
 # make test       lint, type check and all tests
 # make test-all   the tests on every Python from 3.11 to 3.13 that is found
+# make docs       these pages as a site in docs/_build, warnings as errors
 # make benchmark  the tables of benchmarks/
 # make dist       wheel and sdist in dist/, tested in an environment of their own
 
@@ -8,8 +9,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test test-all pytest lint benchmark dist clean
+.PHONY: demo test test-all pytest lint docs benchmark dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/variable_selection.py
@@ -41,6 +43,11 @@ test-all:
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks
 
+# The code of the pages is run by tests/test_docs.py, so that the site needs the package alone.
+docs: $(DOCS_INSTALLED)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
+	@echo "Open docs/_build/index.html"
+
 # The tests of the sdist run against the wheel: the sdist's own package is removed.
 dist: $(INSTALLED)
 	rm -rf dist .venv-dist
@@ -53,11 +60,13 @@ dist: $(INSTALLED)
 	rm -r .venv-dist/numpyro_vimco-*/numpyro_vimco
 	cd .venv-dist/numpyro_vimco-*/ && ../bin/python -m pytest -n 2
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): EXTRAS := examples,test
+$(DOCS_INSTALLED): EXTRAS := docs
+$(INSTALLED) $(DOCS_INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache dist
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache dist docs/_build

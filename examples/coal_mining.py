@@ -13,9 +13,11 @@ problems, Applied Statistics 41, 389-405. (Copies in use differ in 1941 and 1942
 """
 
 import argparse
+from pathlib import Path
 
 from jax import random
 import jax.numpy as jnp
+from matplotlib.figure import Figure
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -64,6 +66,23 @@ def exact_posterior(disasters):
     return logsumexp(log_joint), np.exp(log_joint - logsumexp(log_joint))
 
 
+def plot(rate, years, estimate, exact, path):
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    of_counts = FIRST_YEAR + np.arange(len(DISASTERS))
+    left.bar(of_counts, DISASTERS, color="0.75", label="disasters in a year")
+    left.plot(of_counts, rate, "C0-", lw=2, label="posterior mean of the rate")
+    left.set(xlabel="year", title="disasters that killed ten or more")
+    left.legend()
+    shown = exact > 1e-3
+    right.bar(years[shown], estimate[shown], color="C0", label="VIMCOStar, importance-weighted")
+    right.plot(years[shown], exact[shown], "k_", ms=11, label="exact, by enumeration")
+    right.set(xlabel="first year of the late rate", ylabel="posterior probability", title="when it became safer")
+    right.margins(y=0.3)
+    right.legend()
+    figure.savefig(path, dpi=100)
+
+
 def main(args):
     disasters = jnp.asarray(DISASTERS)
     objective = VIMCOStar(num_particles=args.num_particles)
@@ -87,6 +106,11 @@ def main(args):
     print(f"total variation {variation:.4f}")
     print(f"disasters a year: {weights @ posterior['early']:.2f} before, {weights @ posterior['late']:.2f} after")
     print(f"exact log evidence (nats) {log_evidence:.3f}")
+    change = np.arange(len(DISASTERS))[:, None] >= posterior["change"]  # of shape (years, draws)
+    rate = np.where(change, posterior["late"], posterior["early"]) @ weights
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot(rate, years, estimate, exact, args.output / "coal_mining.png")
+    print(f"Saved coal_mining.png in {args.output}/")
     return variation, diagnostics.log_evidence - log_evidence
 
 
@@ -96,6 +120,7 @@ def parse(argv=None):
     parser.add_argument("--num-particles", type=int, default=64)
     parser.add_argument("--num-draws", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("output"))
     return parser.parse_args(argv)
 
 

@@ -10,11 +10,13 @@ evaluate as many densities per step. The assignments can be summed out here, whi
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import jax
 from jax import random
 from jax.nn import logsumexp
 import jax.numpy as jnp
+from matplotlib.figure import Figure
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -74,6 +76,30 @@ def fit(model, guide, objective, num_steps, x):
     return result.params, -losses.mean(), losses.std() / 10
 
 
+def plot(x, rows, path):
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1.2])
+    top.hist(np.asarray(x), bins=80, color="0.75")
+    top.set(ylabel="points", title="1,000 points in five clusters")
+    for height, ((name, (params, *_)), marker) in enumerate(zip(rows.items(), "s^o")):
+        width = 2 * np.asarray(params["width"])
+        label = f"{name}" if height < 2 else f"{name} (truth)"
+        bottom.errorbar(
+            params["loc"],
+            np.full(len(width), -height),
+            xerr=width,
+            fmt=marker,
+            color=f"C{height}",
+            capsize=4,
+            label=label,
+        )
+    bottom.set(
+        xlabel="x; below: cluster means, ± 2 standard deviations of the fitted guide", yticks=[], ylim=(-2.6, 0.6)
+    )
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=100)
+
+
 def main(args):
     x = simulate(1000, random.key(args.seed))
     objectives = {
@@ -91,6 +117,9 @@ def main(args):
         widths = np.abs(params["width"] / exact["width"] - 1).max()
         print(f"{name:>24} {bound:14.2f} ± {error:5.2f} {means:15.3f} {widths:15.0%}")
     print("Errors are the largest over clusters, against the guide fitted with the assignments summed out.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot(x, rows, args.output / "gaussian_mixture.png")
+    print(f"Saved gaussian_mixture.png in {args.output}/")
     return [float(bound) for _, bound, _ in rows.values()]
 
 
@@ -98,6 +127,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("output"))
     return parser.parse_args(argv)
 
 

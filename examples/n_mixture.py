@@ -8,11 +8,13 @@ out up to 100, they give the exact posterior of the parameters on a grid.
 """
 
 import argparse
+from pathlib import Path
 
 import jax
 from jax import random
 from jax.nn import logsumexp
 import jax.numpy as jnp
+from matplotlib.figure import Figure
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -60,7 +62,7 @@ def simulate(key):
 
 
 def exact_posterior(seen, size=120):
-    """Log evidence and posterior means of abundance and detection: counts summed up to 100, parameters on a grid."""
+    """Log evidence, posterior means of abundance and detection, and the posterior on a grid; counts up to 100."""
     seen, counts = np.asarray(seen), np.arange(101)
     log_abundance, logit_detection = np.linspace(1.0, 3.0, size), np.linspace(-2.0, 0.8, size)
     detection = 1 / (1 + np.exp(-logit_detection))
@@ -74,11 +76,11 @@ def exact_posterior(seen, size=120):
     log_evidence = np.logaddexp.reduce(log_joint, axis=None)
     posterior = np.exp(log_joint - log_evidence)
     means = posterior.sum(0) @ np.exp(log_abundance), posterior.sum(1) @ detection
-    return log_evidence + np.log(cell), means
+    return log_evidence + np.log(cell), means, (np.exp(log_abundance), detection, posterior)
 
 
 def fit(objective, num_steps, seen):
-    """Final bound in nats with its standard error, and the fitted guide's means of abundance and detection."""
+    """Final bound in nats with its standard error, and draws of abundance and detection from the fitted guide."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.02, num_steps))
     result = SVI(model, guide, optimizer, objective).run(random.key(1), num_steps, seen, progress_bar=False)
     evaluate = jax.jit(lambda key: objective.loss(key, result.params, model, guide, seen))
@@ -87,27 +89,45 @@ def fit(objective, num_steps, seen):
     p, (first, second) = result.params, random.normal(random.key(3), (2, 100_000))
     logit_detection = p["logit_loc"] + p["logit_width"] * first
     log_abundance = p["log_loc"] + p["log_slope"] * logit_detection + p["log_width"] * second
-    means = jnp.exp(log_abundance).mean(), jax.nn.sigmoid(logit_detection).mean()
-    return -losses.mean(), losses.std() / len(losses) ** 0.5, [float(mean) for mean in means]
+    draws = np.stack([jnp.exp(log_abundance), jax.nn.sigmoid(logit_detection)])
+    return -losses.mean(), losses.std() / len(losses) ** 0.5, draws
+
+
+def plot(grid, exact, draws, path):
+    abundance, detection, posterior = grid
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, (name, (x, y)) in zip(figure.subplots(1, 2, sharey=True), draws.items()):
+        axes.plot(x[:3000], y[:3000], "C0.", ms=2, alpha=0.4, label="draws of the guide")
+        axes.contour(abundance, detection, posterior, colors="black", linewidths=1)
+        axes.plot(x.mean(), y.mean(), "C0^", ms=10, mec="white", label="their mean")
+        axes.plot(*exact, "kX", ms=10, mec="white", label="exact mean (lines: exact density)")
+        axes.set(title=name, xlabel="animals per site", xlim=(3.5, 7), ylim=(0.25, 0.5))
+        axes.legend()
+    figure.axes[0].set_ylabel("probability of detection")
+    figure.savefig(path, dpi=100)
 
 
 def main(args):
     seen = simulate(random.key(args.seed))
-    log_evidence, exact = exact_posterior(seen, args.grid)
+    log_evidence, exact, grid = exact_posterior(seen, args.grid)
     objectives = {
         "joint weights, N = 64": VIMCOStar(num_particles=64),
         "local particles, 8 × 8": VIMCOStar(num_particles=8, plate_particles={"site": 8}),
     }
     print(f"{'':>24} {'bound (nats)':>22} {'abundance':>10} {'error':>7} {'detection':>10} {'error':>7}")
-    results = []
+    results, drawn = [], {}
     for name, objective in objectives.items():
-        bound, error, means = fit(objective, args.num_steps, seen)
-        errors = [mean - truth for mean, truth in zip(means, exact)]
+        bound, error, drawn[name] = fit(objective, args.num_steps, seen)
+        means = drawn[name].mean(1)
+        errors = means - exact
         results.append((float(bound), *errors))
         columns = f"{means[0]:10.3f} {errors[0]:+7.3f} {means[1]:10.4f} {errors[1]:+7.4f}"
         print(f"{name:>24} {bound:14.2f} ± {error:5.2f} {columns}")
     print(f"{'exact':>24} {log_evidence:14.2f} {'':7} {exact[0]:10.3f} {'':7} {exact[1]:10.4f}")
     print("Abundance and detection are posterior means; those of the fits are the guide's, not importance-weighted.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot(grid, exact, drawn, args.output / "n_mixture.png")
+    print(f"Saved n_mixture.png in {args.output}/")
     return float(log_evidence), results
 
 
@@ -116,6 +136,7 @@ def parse(argv=None):
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--grid", type=int, default=120, help="grid points per parameter for the exact posterior")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("output"))
     return parser.parse_args(argv)
 
 

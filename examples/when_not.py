@@ -19,6 +19,7 @@ import time
 import jax
 from jax import random
 import jax.numpy as jnp
+from matplotlib.figure import Figure
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -110,6 +111,18 @@ def by_nuts(model, site, data, args):
     return chains
 
 
+def plot(table, seconds, path):
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, 2), table.groupby(level="model")):
+        rows = rows.droplevel("model").iloc[::-1]
+        axes.plot(rows["error of means"], rows.index, "C0o", ms=9)
+        axes.hlines(rows.index, 1e-3, rows["error of means"], color="0.8", zorder=0)
+        axes.set(xscale="log", xlim=(3e-3, 10), title=title, xlabel="largest error of a mean (posterior sds)")
+        axes.margins(y=0.2)
+    figure.suptitle(f"{seconds:g} seconds for each method", fontsize="medium")
+    figure.savefig(path, dpi=100)
+
+
 def main(args):
     key_x, key_assignment, key_predictors, key_outcome = random.split(random.key(args.seed), 4)
     assignment = random.choice(key_assignment, 3, (1000,), p=WEIGHTS)
@@ -150,6 +163,8 @@ def main(args):
     print(table.to_string(float_format="%.2f"))
     args.output.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.output / "when_not.csv", float_format="%.6g")
+    plot(table, args.seconds, args.output / "when_not.png")
+    print(f"Saved when_not.csv and when_not.png in {args.output}/")
     return table
 
 

@@ -5,14 +5,14 @@ r"""Estimators of importance-weighted bounds, as pure functions of the log-weigh
 
 Every function here takes ``log_weights`` of shape ``(num_particles, *plates)``, in nats, and reduces or
 normalises over the first axis only: each plate element is a bound of its own. ``alpha`` is a Python float.
-None of them is meant to be differentiated; the gradient is assembled in :mod:`numpyro_vimco.objectives`.
+None of them is meant to be differentiated: :class:`~numpyro_vimco.ImportanceWeightedELBO` assembles the gradient.
 What concerns local particles takes the log-weights of one plate's M local particles in place of the N.
 
 With :math:`w_j = p(x, z_j) / q(z_j)`, the VR-IWAE bound [1] and its score-function gradient are
 
 .. math::
 
-    L = \tfrac{1}{1-\alpha} E \Big[\log \tfrac1N \sum_j w_j^{1-\alpha}\Big], \qquad
+    L = \tfrac{1}{1-\alpha} E \left[\log \tfrac1N \sum_j w_j^{1-\alpha}\right], \qquad
     \nabla_\phi L = E \sum_j (\hat L - f_{-j} - W_j) \nabla_\phi \log q(z_j),
 
 where :math:`\hat L` is the quantity inside the expectation, :math:`W_j` the normalized weight of particle j and
@@ -100,7 +100,7 @@ def vimco_geometric_signal(log_weights: LogWeights, alpha: float) -> PerParticle
     r"""VIMCO [2] with the geometric mean: :math:`w_j^{1-\alpha}` is replaced by :math:`g_j`, the geometric mean
     of the others',
 
-    .. math:: s_j = -\frac{1}{1-\alpha} \log\Big(1 - W_j + \frac{g_j}{\sum_i w_i^{1-\alpha}}\Big) - W_j.
+    .. math:: s_j = -\frac{1}{1-\alpha} \log\left(1 - W_j + \frac{g_j}{\sum_i w_i^{1-\alpha}}\right) - W_j.
     """
     if alpha == 1:
         return vimco_arithmetic_signal(log_weights, alpha)
@@ -122,10 +122,10 @@ def vimco_star_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
 
     .. math::
 
-        f_{-j} &= \tfrac{1}{1-\alpha} \log \tfrac1N \big(1 + \tfrac{\alpha}{N-1}\big) \sum_{i \ne j} w_i^{1-\alpha} \\
+        f_{-j} &= \tfrac{1}{1-\alpha} \log \tfrac1N \bigl(1 + \tfrac{\alpha}{N-1}\bigr) \sum_{i \ne j} w_i^{1-\alpha} \\
         s_j &= -\frac{\log(1 - W_j) + \log(1 + \alpha/(N-1))}{1-\alpha} - W_j.
 
-    At α = 0 this is the paper's :math:`-\log(1 - W_j) - W_j = W_j^2/2 + W_j^3/3 + \dots`. The constant for
+    At α = 0 this is the paper's :math:`-\log(1 - W_j) - W_j = W_j^2/2 + W_j^3/3 + \ldots`. The constant for
     0 < α < 1 is derived in this project: it is the simple choice near the variance-minimising one, which is α times
     the variance of the score under the guide weighted by :math:`w^{1-\alpha}`, over that under the guide. As α → 1,
     :math:`s_j \to (\log w_j - \mathrm{mean}_{i \ne j} \log w_i) / N`,
@@ -156,7 +156,7 @@ def local_vimco_star_signal(
 
     With :math:`W` the normalized weight of the global particle and :math:`V_m = v_m / \sum_{m'} v_{m'}`,
 
-    .. math:: s_m = -\tfrac{1}{1-\alpha} \log\big(1 - W [1 - (1 - V_m)^{1-\alpha}]\big) - W V_m,
+    .. math:: s_m = -\tfrac{1}{1-\alpha} \log\bigl(1 - W [1 - (1 - V_m)^{1-\alpha}]\bigr) - W V_m,
 
     which is :math:`-\log(1 - u) - u` with :math:`u = W V_m` at α = 0, and :math:`(-\log(1 - V_m) - V_m)/N` at α = 1.
 

@@ -29,8 +29,8 @@ class ImportanceWeightedELBO(ELBO):
 
     .. math::
 
-        L = \frac{1}{1-\alpha} E_{z_1, \dots, z_N \sim q} \Big[
-            \log \frac1N \sum_{j=1}^N \Big( \frac{p(x, z_j)}{q(z_j)} \Big)^{1-\alpha} \Big],
+        L = \frac{1}{1-\alpha} E_{z_1, \ldots, z_N \sim q} \left[
+            \log \frac1N \sum_{j=1}^N \left( \frac{p(x, z_j)}{q(z_j)} \right)^{1-\alpha} \right],
 
     with gradients through the samples of guide sites that have a reparameterised sampler, and score-function
     gradients for those that have none (discrete sites, mixtures, von Mises, Wishart, …). ``loss`` is the

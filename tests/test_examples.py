@@ -23,19 +23,36 @@ def test_variable_selection(tmp_path):
     assert posterior["included"].shape == (1, 4000, 10)
 
 
-def test_coal_mining():
-    variation, error = run("coal_mining", "--num-steps=500", "--num-draws=20000")
+def test_coal_mining(tmp_path):
+    variation, error = run("coal_mining", "--num-steps=500", "--num-draws=20000", f"--output={tmp_path}")
     assert variation < 0.05 and abs(error) < 0.05
 
 
-def test_gaussian_mixture():
-    joint, local, truth = run("gaussian_mixture", "--num-steps=200")
+def test_gaussian_mixture(tmp_path):
+    joint, local, truth = run("gaussian_mixture", "--num-steps=200", f"--output={tmp_path}")
     assert joint + 10 < local < truth
 
 
-def test_n_mixture():
-    log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=400", "--grid=40")
+def test_n_mixture(tmp_path):
+    log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=400", "--grid=40", f"--output={tmp_path}")
     assert joint < local < log_evidence
+
+
+def test_turtles(tmp_path):
+    error, found = run("turtles", "--num-steps=1000", "--grid=40", "--num-draws=5000", f"--output={tmp_path}")
+    assert abs(error) < 0.1
+    # A guide that follows one of the two modes has a probability of 0 or 1.
+    tolerances = [0.1, 2.0, 0.05]
+    assert all(abs(weighted - exact) < by for (weighted, exact), by in zip(found.values(), tolerances))
+    assert (tmp_path / "turtles.png").stat().st_size > 10_000
+
+
+def test_signal_and_noise(tmp_path):
+    snr = run("signal_and_noise", "--num-draws=2000", "--numbers", "16", "256", f"--output={tmp_path}")
+    # Theory: times 4 and over 4. The standard error of a ratio is 3 % (VIMCO-⋆), and that of VIMCO's is 0.02 by itself.
+    assert 3 < snr["VIMCO-⋆"][1] / snr["VIMCO-⋆"][0] < 5.3
+    assert snr["VIMCO"][1] < 0.15 and snr["VIMCO-⋆"][1] > 5
+    assert (tmp_path / "signal_and_noise.png").stat().st_size > 10_000
 
 
 # Standard deviations are of 800 draws of 5 coordinates each: their error is about 2 %, that of a slope from N = 64 to
