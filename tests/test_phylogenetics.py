@@ -7,7 +7,6 @@ from Bio import Phylo
 import jax
 from jax import random
 import jax.numpy as jnp
-from jax.test_util import check_grads
 import numpy as np
 import pytest
 from scipy.linalg import expm
@@ -17,7 +16,7 @@ from examples.phylogenetics import compare as compare_module
 from examples.phylogenetics import fit as fit_module
 from examples.phylogenetics.__main__ import main, parse, simulated
 from examples.phylogenetics.alignment import NUCLEOTIDES, Alignment, read_alignment
-from examples.phylogenetics.likelihood import log_likelihood
+from examples.phylogenetics.likelihood import _forward, log_likelihood
 from examples.phylogenetics.subsplits import SubsplitBayesianNetwork, Support, UniformTopology
 from examples.phylogenetics.trees import (
     all_topologies,
@@ -66,7 +65,9 @@ def test_pruning_is_the_sum_over_internal_states(num_taxa, x64):
         lengths = jnp.asarray(rng.exponential(0.2, 2 * num_taxa - 3))
         expected = sum_over_states(children, lengths, alignment)
         np.testing.assert_allclose(prune(children, lengths), expected, rtol=1e-10)
-    check_grads(lambda lengths: log_likelihood(children, lengths, alignment), (lengths,), 1, modes=["rev"], rtol=1e-6)
+    slope = jax.grad(log_likelihood, argnums=1)(children, lengths, alignment)
+    by_jax = jax.grad(lambda lengths: _forward(children, lengths, alignment.tips, alignment.counts)[0])(lengths)
+    np.testing.assert_allclose(slope, by_jax, rtol=1e-10)
 
 
 def test_likelihood_does_not_depend_on_the_root(x64):
@@ -125,10 +126,10 @@ def test_network_sums_to_one_over_all_topologies(network, x64):
 
 
 def test_network_of_few_trees_sums_to_one_over_all_that_they_combine_to():
-    some = list(all_topologies(6))[::4]
-    trees = Support(some, TAXA)
+    some = [list(all_topologies(7))[i] for i in np.random.default_rng(0).choice(945, 60, replace=False)]
+    trees = Support(some, [*TAXA, "G"])
     inside = []
-    for topology in all_topologies(6):
+    for topology in all_topologies(7):
         try:
             inside.append(trees.entries(topology))
         except KeyError:
@@ -217,7 +218,7 @@ def test_fit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 
 
 def test_compare(tmp_path, monkeypatch):
-    trees, alignment = simulated(4, 20, random.key(0))
+    _, alignment = simulated(4, 20, random.key(0))
     letters = np.array(list("ACGT"))[np.argmax(alignment.tips, axis=1)]
     fasta = "".join(f">{name.split()[1]}\n{''.join(row)}\n" for name, row in zip(alignment.taxa, letters))
     (tmp_path / "a.fasta").write_text(fasta)

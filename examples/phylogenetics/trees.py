@@ -8,6 +8,7 @@ has the n - 1 other taxa and n - 2 larger clades, of which the set of all n - 1 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from Bio import Phylo
 from Bio.Phylo.Newick import Clade, Tree
@@ -98,8 +99,8 @@ def all_topologies(num_taxa: int) -> Iterator[Topology]:
 def to_tree(
     clades: Topology,
     taxa: Sequence[str],
-    lengths: Mapping[int, float] | None = None,
-    confidences: Mapping[int, float] | None = None,
+    lengths: Mapping[int, float] = MappingProxyType({}),
+    confidences: Mapping[int, float] = MappingProxyType({}),
 ) -> Tree:
     """A Biopython tree, with the outgroup's branch at its root."""
     parts = children_of(clades)
@@ -107,8 +108,8 @@ def to_tree(
     def build(clade: int) -> Clade:
         name = None if clade in parts else taxa[clade.bit_length() - 1]
         node = Clade(name=name, clades=[build(part) for part in parts.get(clade, [])])
-        node.branch_length = lengths and lengths[clade]
-        node.confidence = confidences and confidences.get(clade)
+        node.branch_length = lengths.get(clade)
+        node.confidence = confidences.get(clade)
         return node
 
     root = build(max(clades))
