@@ -1,6 +1,6 @@
 """Signal-to-noise ratio of gradients against the number of particles, on a Gaussian whose gradients are known.
 
-    python examples/gaussian_snr.py             # 22 minutes on two busy cores
+    python examples/gaussian_snr.py             # 8 minutes on two busy cores
     python examples/gaussian_snr.py --quick     # seconds
 
 The claim of Daudel et al. 2026 (arXiv 2602.01412): with more particles the signal-to-noise ratio (SNR) of VIMCO

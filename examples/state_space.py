@@ -1,6 +1,6 @@
 """State-space models by score-function gradients, against the Kalman filter and a particle filter.
 
-    python examples/state_space.py             # about 8 minutes
+    python examples/state_space.py             # about 6 minutes
     python examples/state_space.py --quick     # seconds
 
 (a) A linear Gaussian model, whose log evidence the Kalman filter gives exactly. The guide is Gaussian as well, but
