@@ -2,6 +2,7 @@
 
 from collections import Counter
 import itertools
+import re
 
 from Bio import Phylo
 import jax
@@ -12,11 +13,13 @@ import pytest
 from scipy.linalg import expm
 from scipy.stats import chi2
 
+from examples.phylogenetics import InputError, run
 from examples.phylogenetics import compare as compare_module
 from examples.phylogenetics import fit as fit_module
 from examples.phylogenetics.__main__ import main, parse, simulated
-from examples.phylogenetics.alignment import NUCLEOTIDES, Alignment, read_alignment
+from examples.phylogenetics.alignment import NUCLEOTIDES, Alignment, read_alignment, simulate
 from examples.phylogenetics.likelihood import _forward, log_likelihood
+from examples.phylogenetics.report import bounds, kl_divergence, total_variation
 from examples.phylogenetics.subsplits import SubsplitBayesianNetwork, Support, UniformTopology
 from examples.phylogenetics.trees import (
     all_topologies,
@@ -25,6 +28,7 @@ from examples.phylogenetics.trees import (
     read_trees,
     to_tree,
     topology_of,
+    write_trees,
 )
 from numpyro_vimco import VIMCOStar
 
@@ -154,13 +158,14 @@ def test_samples_have_their_probabilities(network, uniform):
 
 
 def test_a_draw_has_the_probability_of_the_same_tree_read_from_a_file(network, tmp_path):
+    taxa = ["taxon A", "B's", *"CDEF"]
     draw = np.asarray(network.sample(random.key(3)))
-    tree = to_tree(network.trees.topology(draw), TAXA)
-    rerooted = to_tree(network.trees.topology(draw), TAXA)
+    tree = to_tree(network.trees.topology(draw), taxa)
+    rerooted = to_tree(network.trees.topology(draw), taxa)
     rerooted.root_with_outgroup("C")
     for file_format in "newick", "nexus":
         Phylo.write([tree, rerooted], tmp_path / file_format, file_format)
-        ((topology, probability),) = read_trees(tmp_path / file_format, TAXA).items()
+        ((topology, probability),) = read_trees(tmp_path / file_format, taxa).items()
         assert probability == 1
         np.testing.assert_array_equal(network.trees.entries(topology), draw)
 
@@ -168,8 +173,8 @@ def test_a_draw_has_the_probability_of_the_same_tree_read_from_a_file(network, t
 def test_weights_of_a_file_are_probabilities(tmp_path):
     path = tmp_path / "weighted.trprobs"
     path.write_text(
-        "#NEXUS\nbegin trees;\n translate 1 A, 2 B, 3 C, 4 D;\n"
-        " tree a = [&W 0.6] (1,2,(3,4));\n tree b = [&W 0.2] ((1,3),2,4);\nend;\n"
+        "\ufeff\n#NEXUS\nbegin trees;\n translate 1 A, 2 B, 3 C, 4 D;\n"
+        " tree a = [&W 0.6] ((1,2,(3,4)));\n tree b = [&W 0.2] ((1,3),2,4);\nend;\n"
     )
     posterior = read_trees(path, TAXA[:4])
     np.testing.assert_allclose(list(posterior.values()), [0.75, 0.25])
@@ -177,24 +182,74 @@ def test_weights_of_a_file_are_probabilities(tmp_path):
     assert clade_probabilities(posterior) == pytest.approx({0b0011: 0.75, 0b0101: 0.25, 0b0111: 1.0})
     consensus = to_tree(majority_consensus(clade_probabilities(posterior)), TAXA[:4])
     assert topology_of(consensus, TAXA[:4], "consensus") == next(iter(posterior))
+    assert majority_consensus({1: 0.5, 3: 0.51}) == {3}
+    write_trees(posterior, TAXA[:4], path)
+    assert read_trees(path, TAXA[:4]) == pytest.approx(posterior)
 
 
-@pytest.mark.parametrize("num_taxa", [5, 6])
-def test_fit_finds_the_exact_posterior(num_taxa, tmp_path):
-    # The weighted posterior has an error of its own: 5,000 draws, resampled from 20,000. Over seeds, the total
-    # variation is 0.01 to 0.02.
-    args = ["--quick", "--num-taxa", str(num_taxa), "--output", str(tmp_path)]
-    diagnostics, measures, log_evidence = main(parse(args))
+def test_edges_are_numbered_by_what_is_around_them():
+    # Primary subsplit pairs, read from the splits of the unrooted tree alone.
+    trees, whole = Support.all(TAXA), 0b111111
+    pairs = {}
+    for topology in all_topologies(6):
+        sides = {side for clade in [*topology, *(1 << i for i in range(5))] for side in (clade, whole ^ clade)}
+
+        def parts(side, sides=sides):
+            inside = [other for other in sides if other != side and other & side == other]
+            return frozenset(a for a in inside if side ^ a in inside)
+
+        edges = trees.edges(trees.entries(topology))
+        for split, below, above in zip(*map(np.asarray, edges)):
+            clade = trees.clades[split]
+            seen = (clade if clade.bit_count() > 1 else 0, parts(clade)), (whole ^ clade, parts(whole ^ clade))
+            for number, what in zip((("below", below), ("above", above)), seen):
+                assert pairs.setdefault(number, what) == what
+    assert len(set(pairs.values())) == len(pairs)  # no two numbers for one
+
+
+def test_simulated_sequences_differ_as_often_as_the_model_says():
+    # Tips at distance d differ at a share 3/4 (1 - exp(-4/3 d)) of 10,000 sites: bounds of 5 standard deviations.
+    children, lengths = np.array([[5, 2], [0, 1]]), np.array([0.2, 0.5, 0.1, 0.3, 0.7])
+    alignment = simulate(random.key(0), TAXA[:4], children, lengths, 10_000)
+    differs = 1 - np.sum(alignment.tips[0] * alignment.tips[1], axis=0) @ alignment.counts / 10_000
+    to_outgroup = 1 - np.sum(alignment.tips[2] * alignment.tips[3], axis=0) @ alignment.counts / 10_000
+    for share, distance in ((differs, 0.4), (to_outgroup, 0.5 + 0.7)):
+        expected = 0.75 * (1 - np.exp(-4 / 3 * distance))
+        assert abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / 10_000)
+
+
+def test_measures():
+    np.testing.assert_allclose([value.mean() for value in bounds(np.full(2000, 3.0)).values()], 3.0)
+    spread = bounds(np.log([1.0, 3.0] * 1000))
+    np.testing.assert_allclose([value.mean() for value in spread.values()], [np.log(3) / 2, np.log(2), np.log(2)])
+    trees = Support.all(TAXA[:4])
+    one, two, three = all_topologies(4)
+    assert total_variation({one: 1.0}, {two: 1.0}) == 1
+    assert total_variation({one: 0.5, two: 0.5}, {one: 0.25, three: 0.75}) == 0.75
+    uniform = trees.uniform_logits()
+    assert kl_divergence({one: 1 / 3, two: 1 / 3, three: 1 / 3}, trees, uniform) == pytest.approx(0, abs=1e-6)
+    assert kl_divergence({one: 1.0, two: 0.0}, trees, uniform) == pytest.approx(np.log(3), rel=1e-6)
+
+
+def test_power_rises_to_one_in_the_first_half():
+    np.testing.assert_allclose([fit_module.power_at(step, 100) for step in (0, 25, 50, 100)], [0.001, 0.5005, 1, 1])
+
+
+@pytest.mark.parametrize("options", [["--num-taxa", "5", "--no-pairs"], ["--num-taxa", "6"]])
+def test_fit_finds_the_exact_posterior(options, tmp_path, capsys):
+    # 5,000 draws, resampled from 20,000, have an error of their own: over seeds, the total variation is about 0.01.
+    diagnostics, measures = main(parse(["--quick", "--output", str(tmp_path), *options]))
+    log_evidence = float(re.search(r"Exact log evidence: (\S+)", capsys.readouterr().out)[1])
     assert measures["Total variation between exact and weighted draws"] < 0.05
     assert abs(diagnostics.log_evidence - log_evidence) < 0.2
-    assert {path.name for path in tmp_path.iterdir()} == {"phylogenetics.nc", "phylogenetics.png"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".nc", ".png", ".trees"}
 
 
 def test_fit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    trees, alignment = simulated(4, 20, random.key(0))
-    path = tmp_path / "fit.npz"
+    path = tmp_path / "new" / "fit.npz"
 
-    def run(checkpoint, seed=0):
+    def run(checkpoint, num_sites=20, seed=0):
+        trees, alignment = simulated(4, num_sites, random.key(0))
         objective = VIMCOStar(num_particles=3)
         return fit_module.fit(trees, alignment, objective, 20, seed=seed, checkpoint=checkpoint, progress_bar=False)
 
@@ -202,6 +257,7 @@ def test_fit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     save = fit_module._save
 
     def save_and_stop(path, state, done, settings):
+        assert " at 0x" not in settings  # the same in the next process
         save(path, state, done, settings)
         if done == 12:
             raise KeyboardInterrupt
@@ -213,8 +269,12 @@ def test_fit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     _, rest = run(path)
     assert len(rest.losses) == 8
     jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
-    with pytest.raises(ValueError, match="other settings or data"):
-        run(path, seed=1)
+    for other in {"seed": 1}, {"num_sites": 30}:
+        with pytest.raises(InputError, match=r"fit.npz: the checkpoint of a fit with other settings or data"):
+            run(path, **other)
+    path.write_text("junk")
+    with pytest.raises(InputError, match=r"fit.npz: no checkpoint of a fit"):
+        run(path)
 
 
 def test_compare(tmp_path, monkeypatch):
@@ -243,21 +303,26 @@ SEQUENCES = {"A": "ACGT", "B": "ACGA", "C": "AC-N", "D": "RCGT"}
         ({"C": "ACGJ"}, r"a.fasta: taxon 'C' has the letter 'J' at site 4, which is no nucleotide code"),
         ({"D": None}, r"a.fasta: 3 taxa; an unrooted tree"),
         ({"D": "ACGT\n>A\nACGT"}, r"a.fasta: taxon 'A' is there twice"),
+        (dict.fromkeys("ABCD", "\n"), r"a.fasta: taxon 'A' has no sites"),
     ],
 )
 def test_errors_of_an_alignment(change, message, tmp_path):
     sequences = {**SEQUENCES, **change}
     path = tmp_path / "a.fasta"
     path.write_text("".join(f">{name}\n{letters}\n" for name, letters in sequences.items() if letters))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         read_alignment(path)
 
 
-def test_an_outgroup_that_is_not_there(tmp_path):
+def test_alignment_as_read(tmp_path):
     path = tmp_path / "a.fasta"
-    path.write_text("".join(f">{name}\n{letters}\n" for name, letters in SEQUENCES.items()))
-    assert read_alignment(path, "B").taxa == ["A", "C", "D", "B"]
-    with pytest.raises(ValueError, match="no taxon 'Z' to be the outgroup"):
+    path.write_text("\ufeff>A x\nACGTA\n>B\nacgaa\n>C\nAC-\nNA\n>D\nRCUTR\n")
+    alignment = read_alignment(path, "B")
+    assert alignment.taxa == ["A", "C", "D", "B"]
+    columns = {tuple(map(tuple, np.asarray(alignment.tips[:, :, i], int))): alignment.counts[i] for i in range(4)}
+    a, c, g, t, r, n = (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 0), (1, 1, 1, 1)
+    assert columns == {(a, a, r, a): 2, (c, c, c, c): 1, (g, n, t, g): 1, (t, n, t, a): 1}
+    with pytest.raises(InputError, match="no taxon 'Z' to be the outgroup"):
         read_alignment(path, "Z")
 
 
@@ -274,20 +339,48 @@ def test_an_outgroup_that_is_not_there(tmp_path):
 def test_errors_of_trees(tree, message, tmp_path):
     path = tmp_path / "a.trees"
     path.write_text(f"((A,B),C,(D,E));\n{tree}\n")
-    with pytest.raises(ValueError, match=rf"a.trees, {message}"):
+    with pytest.raises(InputError, match=rf"a.trees, {message}"):
+        read_trees(path, TAXA[:5])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no trees; candidate trees are needed"),
+        ("((A,B),C,(D,E);", "no trees in Newick or NEXUS"),
+        ("#NEXUS\nbegin trees;\n tree a = [&W 0.0] ((A,B),C,(D,E));\nend;", "no weight on any of its trees"),
+        (
+            "#NEXUS\nbegin trees;\n tree a = (A,B),C,(D,E));\nend;",
+            "no trees in Newick or NEXUS",
+        ),
+    ],
+)
+def test_files_without_trees(text, message, tmp_path):
+    path = tmp_path / "a.trees"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"a.trees: {message}"):
         read_trees(path, TAXA[:5])
 
 
 def test_other_errors(tmp_path):
-    (tmp_path / "none").write_text("")
-    with pytest.raises(ValueError, match="none: no trees"):
-        read_trees(tmp_path / "none", TAXA)
-    with pytest.raises(ValueError, match="9 taxa have too many topologies"):
+    (tmp_path / "tree").write_text("((A,B),C,(D,E));")
+    with pytest.raises(InputError, match=r"tree: no FASTA file"):
+        read_alignment(tmp_path / "tree")
+    with pytest.raises(InputError, match="9 taxa have too many topologies"):
         Support.all(list("ABCDEFGHI"))
     trees = Support(list(all_topologies(6))[:1], TAXA)
     with pytest.raises(ValueError, match="holds 1 of 105 topologies"):
         UniformTopology(trees).sample(random.key(0))
     with pytest.raises(ValueError, match=r"logits have shape \(2, 2\)"):
         SubsplitBayesianNetwork(jnp.zeros((2, 2)), trees)
-    with pytest.raises(SystemExit):
-        parse(["--alignment", "a.fasta"])
+
+
+@pytest.mark.parametrize("options", ["--trees a", "--num-taxa 9", "--num-steps 0", "--alignment a --num-sites 5"])
+def test_options_that_do_not_fit(options):
+    with pytest.raises(SystemExit, match="2"):
+        parse(options.split())
+
+
+def test_a_user_sees_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: .*none.fasta"):
+        run(main, parse(["--alignment", str(tmp_path / "none.fasta")]))

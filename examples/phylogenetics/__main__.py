@@ -5,8 +5,9 @@
     python -m examples.phylogenetics --alignment DS1.fasta --trees DS1.trprobs      # real data
 
 The alignment is a FASTA file. The trees, in Newick or NEXUS, are candidates, such as bootstrap trees or a sample from
-MrBayes: the guide combines their subsplits. If they are weighted, the guide is compared with their weights, which the
-fit does not use. Without files, sequences are simulated and the guide is compared with the exact posterior.
+MrBayes: the guide combines their subsplits. It is compared with their weights or frequencies, which the fit does not
+use. With up to 8 taxa no trees are needed: the guide has all subsplits, and is compared with the exact posterior.
+Without files, sequences are simulated.
 """
 
 import argparse
@@ -18,13 +19,14 @@ import numpy as np
 
 from numpyro_vimco import VIMCOStar, importance_diagnostics, to_arviz
 
+from . import run
 from .alignment import Alignment, read_alignment, simulate
 from .exact import exact_posterior
 from .fit import fit
 from .model import PRIOR_MEAN_BRANCH
-from .report import bounds, draw_consensus, frequencies, kl_divergence, total_variation
+from .report import Posterior, bounds, draw_consensus, frequencies, kl_divergence, total_variation
 from .subsplits import Support, UniformTopology
-from .trees import all_topologies, read_trees
+from .trees import read_trees, write_trees
 
 
 def simulated(num_taxa: int, num_sites: int, rng_key) -> tuple[Support, Alignment]:
@@ -36,22 +38,29 @@ def simulated(num_taxa: int, num_sites: int, rng_key) -> tuple[Support, Alignmen
     return trees, simulate(sequences_key, trees.taxa, np.asarray(children), np.asarray(lengths), num_sites)
 
 
-def main(args):
-    """Fit, and say how good the fit is."""
+def load(args) -> tuple[Support, Alignment, Posterior, str]:
+    """The support, the sequences, and a posterior to compare with, with its name."""
     if args.alignment:
         alignment = read_alignment(args.alignment, args.outgroup)
-        reference, origin, log_evidence = read_trees(args.trees, alignment.taxa), args.trees.name, None
-        trees = Support(reference, alignment.taxa)
+    if args.trees:
+        reference = read_trees(args.trees, alignment.taxa)
+        return Support(reference, alignment.taxa), alignment, reference, args.trees.name
+    if args.alignment:
+        trees = Support.all(alignment.taxa)
     else:
         trees, alignment = simulated(args.num_taxa, args.num_sites, random.key(args.seed))
-        topologies = list(all_topologies(args.num_taxa))
-        probabilities, log_evidence = exact_posterior(topologies, trees, alignment, random.key(args.seed + 1))
-        reference, origin = dict(zip(topologies, probabilities)), "exact"
-        print(f"Exact log evidence: {log_evidence:.2f} nats")
+    reference, log_evidence = exact_posterior(trees, alignment, random.key(args.seed + 1))
+    print(f"Exact log evidence: {log_evidence:.2f} nats")
+    return trees, alignment, reference, "exact"
+
+
+def main(args):
+    """Fit, and say how good the fit is."""
+    trees, alignment, reference, origin = load(args)
+    print(f"{len(alignment.taxa)} taxa, {alignment.counts.sum():.0f} sites, {len(alignment.counts)} patterns")
     print(
-        f"{len(alignment.taxa)} taxa, {alignment.counts.sum():.0f} sites, {len(alignment.counts)} patterns; a support"
+        f"Support: {trees.ways()[0]:,} topologies, by {np.sum(trees.options > 0)} entries in {len(trees.options)} rows"
     )
-    print(f"of {np.sum(trees.options > 0)} table entries in {len(trees.options)} rows: {trees.ways()[0]:,} topologies")
 
     objective, start = VIMCOStar(args.alpha, args.num_particles), time.perf_counter()
     svi, result = fit(
@@ -59,9 +68,7 @@ def main(args):
     )
     seconds = time.perf_counter() - start
     if steps := len(result.losses):
-        print(
-            f"\n{steps} steps in {seconds / 60:.1f} minutes: {1000 * seconds / steps:.1f} ms each, compilation included"
-        )
+        print(f"\n{steps} steps in {seconds / 60:.1f} minutes, {1000 * seconds / steps:.1f} ms each with compilation")
 
     given = {"model_args": (trees, alignment), "rng_key": random.key(args.seed + 2)}
     diagnostics = importance_diagnostics(svi, result, num_samples=args.num_samples, **given)
@@ -79,9 +86,10 @@ def main(args):
 
     args.output.mkdir(parents=True, exist_ok=True)
     data.to_netcdf(args.output / "phylogenetics.nc")
+    write_trees(posterior, trees.taxa, args.output / "phylogenetics.trees")
     draw_consensus({"VIMCO-⋆": posterior, origin: reference}, trees.taxa, args.output / "phylogenetics.png")
-    print(f"\nSaved phylogenetics.nc and phylogenetics.png in {args.output}/")
-    return diagnostics, measures, log_evidence
+    print(f"\nSaved phylogenetics.nc, .trees (topologies, weighted) and .png in {args.output}/")
+    return diagnostics, measures
 
 
 def parse(argv=None):
@@ -92,11 +100,11 @@ def parse(argv=None):
     parser.add_argument("--alignment", type=Path, help="FASTA file")
     parser.add_argument("--trees", type=Path, help="Newick or NEXUS file of candidate trees")
     parser.add_argument("--outgroup", help="the taxon to root candidate trees at; defaults to the first")
-    parser.add_argument("--num-taxa", type=int, help="to simulate, 4 to 8; defaults to 8, or 6 if quick")
+    parser.add_argument("--num-taxa", type=int, choices=range(4, 9), help="to simulate; defaults to 8, or 6 if quick")
     parser.add_argument("--num-sites", type=int, help="to simulate; defaults to 300, or 100 if quick")
     parser.add_argument("--alpha", type=float, default=0.0, help="order of the bound")
     parser.add_argument("--num-particles", type=int, default=10)
-    parser.add_argument("--num-steps", type=int, help="defaults to 20,000, or 100,000 with files")
+    parser.add_argument("--num-steps", type=int, help="defaults to 100,000 with trees, else 20,000, or 5,000 if quick")
     parser.add_argument("--learning-rate", type=float, default=0.003)
     parser.add_argument("--no-pairs", dest="pairs", action="store_false", help="branch lengths by split only")
     parser.add_argument("--checkpoint", type=Path, help=".npz file to save the fit in, and to go on from if it exists")
@@ -104,14 +112,19 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output"))
     args = parser.parse_args(argv)
-    if (args.alignment is None) != (args.trees is None):
-        parser.error("--alignment and --trees belong together")
-    args.num_taxa = args.num_taxa or (6 if args.quick else 8)
-    args.num_sites = args.num_sites or (100 if args.quick else 300)
-    args.num_steps = args.num_steps or (5_000 if args.quick else 100_000 if args.alignment else 20_000)
+    if args.alignment and (args.num_taxa or args.num_sites):
+        parser.error("--num-taxa and --num-sites are for simulated sequences, not for those of --alignment")
+    if not args.alignment and (args.trees or args.outgroup):
+        parser.error("--trees and --outgroup need an --alignment")
+    defaults = {"num_taxa": (8, 6), "num_sites": (300, 100), "num_steps": (100_000 if args.trees else 20_000, 5_000)}
+    for name, (whole, quick) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else whole)
+        elif getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
     args.num_samples = 20_000
     return args
 
 
 if __name__ == "__main__":
-    main(parse())
+    run(main, parse())

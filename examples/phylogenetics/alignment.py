@@ -9,6 +9,8 @@ from jax import random
 import jax.numpy as jnp
 import numpy as np
 
+from . import InputError
+
 # The nucleotides that each letter stands for (IUPAC). Gaps are missing data: they stand for all.
 NUCLEOTIDES = {
     **{letter: letter for letter in "ACGT"},
@@ -20,6 +22,8 @@ NUCLEOTIDES = {
 
 class Alignment(NamedTuple):
     """An alignment of n taxa with S distinct site patterns. The last taxon is the outgroup.
+
+    No argument for `jax.jit`, as names are no arrays.
 
     :ivar taxa: names.
     :ivar tips: of shape (n, 4, S): 1 where the pattern admits the nucleotide, else 0.
@@ -36,42 +40,48 @@ def read_alignment(path: Path, outgroup: str | None = None) -> Alignment:
 
     :param outgroup: a taxon; defaults to the first. All results are the same whichever it is, but for the support
         of the guide, in which every tree is rooted there.
-    :raises ValueError: for fewer than 4 taxa, a taxon twice, rows of unequal length, or letters that stand for no
+    :raises InputError: for fewer than 4 taxa, a taxon twice, rows of unequal length, or letters that stand for no
         nucleotide.
     """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            records = list(SeqIO.parse(file, "fasta"))
+    except ValueError as error:
+        raise InputError(f"{path}: no FASTA file; it must begin with '>' and be text in UTF-8.") from error
     sequences: dict[str, str] = {}
-    with open(path) as file:
-        records = list(SeqIO.parse(file, "fasta"))
     for record in records:
         if record.id in sequences:
-            raise ValueError(f"{path}: taxon '{record.id}' is there twice; rename one of them.")
+            raise InputError(f"{path}: taxon '{record.id}' is there twice; names end at the first blank, rename one.")
         sequences[record.id] = str(record.seq).upper()
     if len(sequences) < 4:
-        raise ValueError(f"{path}: {len(sequences)} taxa; an unrooted tree has a topology to infer from 4 taxa on.")
-    first, length = next((taxon, len(letters)) for taxon, letters in sequences.items())
+        raise InputError(f"{path}: {len(sequences)} taxa; an unrooted tree has a topology to infer from 4 taxa on.")
+    first = next(iter(sequences))
+    length = len(sequences[first])
+    if not length:
+        raise InputError(f"{path}: taxon '{first}' has no sites.")
     for taxon, letters in sequences.items():
         if len(letters) != length:
-            raise ValueError(
+            raise InputError(
                 f"{path}: taxon '{taxon}' has {len(letters)} sites, but '{first}' has {length}; align the sequences."
             )
         if unknown := sorted(set(letters) - set(NUCLEOTIDES)):
-            raise ValueError(
+            raise InputError(
                 f"{path}: taxon '{taxon}' has the letter '{unknown[0]}' at site {letters.index(unknown[0]) + 1}, which "
                 f"is no nucleotide code; the codes are {''.join(NUCLEOTIDES)}."
             )
     outgroup = first if outgroup is None else outgroup
     if outgroup not in sequences:
-        raise ValueError(f"{path}: no taxon '{outgroup}' to be the outgroup; there are {', '.join(sequences)}.")
+        raise InputError(f"{path}: no taxon '{outgroup}' to be the outgroup; there are {', '.join(sequences)}.")
     sequences[outgroup] = sequences.pop(outgroup)  # last
     return compress(list(sequences), np.array([list(letters) for letters in sequences.values()]))
 
 
 def compress(taxa: list[str], letters: np.ndarray) -> Alignment:
     """The distinct columns of letters of shape (n, sites), and how often each is there."""
-    patterns, counts = np.unique(letters, axis=1, return_counts=True)
     admits = {letter: [float(base in bases) for base in "ACGT"] for letter, bases in NUCLEOTIDES.items()}
-    tips = np.moveaxis([[admits[letter] for letter in row] for row in patterns], 2, 1)
-    return Alignment(taxa, jnp.asarray(tips, float), jnp.asarray(counts, float))
+    tips = np.moveaxis([[admits[letter] for letter in row] for row in letters], 2, 1)
+    patterns, counts = np.unique(tips, axis=2, return_counts=True)
+    return Alignment(taxa, jnp.asarray(patterns, float), jnp.asarray(counts, float))
 
 
 def simulate(rng_key, taxa: list[str], children, branch_lengths, num_sites: int) -> Alignment:

@@ -1,4 +1,4 @@
-"""VIMCO-⋆, VIMCO and reweighted wake-sleep on the same tree problem, at the same number of likelihood evaluations.
+"""VIMCO-⋆, VIMCO and reweighted wake-sleep on the same trees, at the same number of likelihood evaluations.
 
 python -m examples.phylogenetics.compare --alignment DS1.fasta --trees DS1.trprobs
 """
@@ -19,8 +19,9 @@ import pandas as pd
 from numpyro_vimco import VIMCO, ReweightedWakeSleep, VIMCOStar, gradient_snr, importance_diagnostics
 from numpyro_vimco.diagnostics import GradientStatistics
 
+from . import run
 from .alignment import Alignment, read_alignment
-from .fit import make_svi, train
+from .fit import make_svi, power_at, train
 from .report import Posterior, bounds, kl_divergence
 from .subsplits import Support
 from .trees import read_trees
@@ -41,19 +42,21 @@ def compare(trees: Support, alignment: Alignment, reference: Posterior, args) ->
     """One row for each number of particles, objective, and point of training."""
     rows, data = [], (trees, alignment)
     for number, (name, objective) in itertools.product(args.num_particles, OBJECTIVES.items()):
-        num_steps = args.evaluations // number
+        num_steps = 4 * (args.evaluations // (4 * number))  # so that a quarter is a whole number
         svi = make_svi(objective(num_particles=number), num_steps, args.learning_rate)
         first, seconds, start = svi.init(random.PRNGKey(args.seed), *data), 0.0, time.perf_counter()
-        for done, state, _ in train(svi, first, data, num_steps, turns=20):
+        for done, state, _ in train(svi, first, data, num_steps, turns=4):
             jax.block_until_ready(state)
-            if done not in (num_steps // 4, num_steps // 2, num_steps):
+            if done == 3 * num_steps // 4:
                 continue
             seconds += time.perf_counter() - start
             result = SVIRunResult(svi.get_params(state), state, jnp.zeros(done))
-            given = {"model_args": data, "rng_key": random.key(args.seed + 1)}
-            weights = importance_diagnostics(svi, result, num_samples=args.num_samples, **given).log_weight
-            statistics = gradient_snr(svi, result.params, num_draws=args.num_draws, **given)
-            measures = [value.mean() for value in bounds(weights).values()]
+            key, tempered = random.key(args.seed + 1), (*data, power_at(done, num_steps))
+            diagnostics = importance_diagnostics(
+                svi, result, model_args=data, rng_key=key, num_samples=args.num_samples
+            )
+            statistics = gradient_snr(svi, result.params, model_args=tempered, rng_key=key, num_draws=args.num_draws)
+            measures = [value.mean() for value in bounds(diagnostics.log_weight).values()]
             measures += [
                 kl_divergence(reference, trees, result.params["logits"]),
                 snr(statistics["logits"], args.num_draws),
@@ -113,11 +116,16 @@ def parse(argv=None):
     parser.add_argument("--evaluations", type=int, default=200_000, help="of the likelihood, for each fit")
     parser.add_argument("--learning-rate", type=float, default=0.003)
     parser.add_argument("--num-samples", type=int, default=10_000, help="for bounds and evidence")
-    parser.add_argument("--num-draws", type=int, default=200, help="of the gradient, for the SNR")
+    parser.add_argument("--num-draws", type=int, default=1000, help="of the gradient, for the SNR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.evaluations < 4 * max(args.num_particles):
+        parser.error("--evaluations must be four times --num-particles or more: the fits are looked at in quarters")
+    if args.num_samples % 1000:
+        parser.error("--num-samples must be a multiple of 1,000, the number of samples of an estimate of the evidence")
+    return args
 
 
 if __name__ == "__main__":
-    main(parse())
+    run(main, parse())

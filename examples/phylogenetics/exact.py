@@ -1,6 +1,5 @@
 """The posterior over few taxa's topologies by enumeration, each one's branch lengths integrated out by brute force."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -14,27 +13,27 @@ from .alignment import Alignment
 from .likelihood import log_likelihood
 from .model import PRIOR_MEAN_BRANCH
 from .subsplits import Support, UniformTopology
-from .trees import Topology
+from .trees import Topology, all_topologies
 
 
 def exact_posterior(
-    topologies: Sequence[Topology],
     trees: Support,
     alignment: Alignment,
     rng_key,
     num_samples: int = 4000,
     within: float = 20.0,
-) -> tuple[np.ndarray, float]:
-    """The probabilities of topologies, and the log evidence in nats.
+) -> tuple[dict[Topology, float], float]:
+    """The posterior over all topologies, and the log evidence in nats.
 
     The logarithms of the branch lengths are integrated out by importance sampling, from a Student-t distribution around
     their most probable values with the curvature there.
 
-    :param topologies: all that there are.
+    :param trees: all topologies, by :meth:`Support.all`.
     :param num_samples: number of importance samples for each topology.
     :param within: topologies whose most probable branch lengths are so many nats less probable than the best are
         taken to have probability 0.
     """
+    topologies = list(all_topologies(len(trees.taxa)))
     children = jax.vmap(trees.children)(np.stack([trees.entries(topology) for topology in topologies]))
 
     def log_density(children, log_lengths):
@@ -73,4 +72,5 @@ def exact_posterior(
     log_integrals = np.full(len(topologies), -np.inf)
     log_integrals[kept] = jax.lax.map(lambda one: integrate(*one), chosen)
     total = np.logaddexp.reduce(log_integrals)
-    return np.exp(log_integrals - total), float(total - np.log(UniformTopology(trees).size))
+    posterior = dict(zip(topologies, np.exp(log_integrals - total).tolist()))
+    return posterior, float(total - np.log(UniformTopology(trees).size))

@@ -1,8 +1,10 @@
 """Fit the guide, with checkpoints."""
 
 from collections.abc import Iterator
+import hashlib
 import os
 from pathlib import Path
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 import optax
 from tqdm.auto import tqdm
 
+from . import InputError
 from .alignment import Alignment
 from .model import guide, model
 from .subsplits import Support
@@ -74,13 +77,15 @@ def fit(
     :param pairs: whether branch lengths are also looked up by primary subsplit pair.
     :param checkpoint: a file to save the fit in, a hundred times, and to go on from where it exists.
     :returns: the SVI object, and the result; its losses are those since the start or since the fit was taken up.
-    :raises ValueError: if the checkpoint is that of another fit.
+    :raises InputError: if the checkpoint is that of a fit with other settings or data.
     """
     svi = make_svi(objective, num_steps, learning_rate, pairs)
     state, done = svi.init(jax.random.PRNGKey(seed), trees, alignment), 0
-    settings = repr((num_steps, learning_rate, seed, type(objective).__name__, vars(objective)))
-    if checkpoint is not None and checkpoint.exists():
-        state, done = _restore(checkpoint, state, settings)
+    settings = _settings(trees, alignment, objective, num_steps, learning_rate, pairs, seed)
+    if checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            state, done = _restore(checkpoint, state, settings)
     losses = [jnp.zeros(0)]
     with tqdm(total=num_steps, initial=done, disable=not progress_bar, unit="step") as bar:
         turns = train(svi, state, (trees, alignment), num_steps, done)
@@ -93,21 +98,33 @@ def fit(
     return svi, SVIRunResult(svi.get_params(state), state, jnp.concatenate(losses))
 
 
+def _settings(trees: Support, alignment: Alignment, objective: ELBO, *numbers) -> str:
+    """All that a fit depends on."""
+    data = hashlib.sha256(repr((alignment.taxa, trees.clades)).encode())
+    for array in (alignment.tips, alignment.counts, trees.options, trees.splits):
+        data.update(np.asarray(array).tobytes())
+    # Names of functions, for their addresses differ between processes.
+    options = {name: getattr(value, "__qualname__", value) for name, value in vars(objective).items()}
+    return repr((type(objective).__name__, options, *numbers, data.hexdigest()[:16]))
+
+
 def _save(path: Path, state: SVIState, done: int, settings: str):
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
-    new = path.with_suffix(".new.npz")
+    new = path.with_name(path.name + ".new.npz")
     np.savez(new, done=done, settings=settings, **leaves)
     os.replace(new, path)  # never half a file
 
 
 def _restore(path: Path, state: SVIState, settings: str) -> tuple[SVIState, int]:
-    leaves, structure = jax.tree.flatten(state)
-    with np.load(path) as saved:
-        restored = [jnp.asarray(saved[name]) for name in saved.files if name.isdigit()]
-        done, fitted = int(saved["done"]), str(saved["settings"])
-    if fitted != settings or [leaf.shape for leaf in restored] != [jnp.shape(leaf) for leaf in leaves]:
-        raise ValueError(
-            f"{path} is the checkpoint of a fit with other settings or data ({fitted}, not {settings}): delete it, or "
+    try:
+        with np.load(path) as saved:
+            leaves = [jnp.asarray(saved[name]) for name in saved.files if name.isdigit()]
+            done, fitted = int(saved["done"]), str(saved["settings"])
+    except (ValueError, KeyError, BadZipFile) as error:
+        raise InputError(f"{path}: no checkpoint of a fit; name another file.") from error
+    if fitted != settings:
+        raise InputError(
+            f"{path}: the checkpoint of a fit with other settings or data ({fitted}, not {settings}); delete it, or "
             "name another file."
         )
-    return jax.tree.unflatten(structure, restored), done
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), done

@@ -22,6 +22,7 @@ import numpy as np
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
+from . import InputError
 from .trees import Topology, all_topologies, children_of
 
 Subsplit = tuple[int, int]
@@ -42,7 +43,7 @@ class Edges(NamedTuple):
     """What a topology looks like around each of its 2n - 3 edges, as numbers, ordered as in :mod:`.likelihood`.
 
     :ivar split: the edge's split of the taxa.
-    :ivar below: the subsplit of the clade below; 0 for a leaf.
+    :ivar below: the subsplit of the clade below; the same number, 0, for all leaves.
     :ivar above: the clade's place; 0 for the root's.
     """
 
@@ -88,7 +89,7 @@ class Support:
     def all(cls, taxa: Sequence[str]) -> "Support":
         """All topologies of up to 8 taxa."""
         if len(taxa) > 8:
-            raise ValueError(f"{len(taxa)} taxa have too many topologies to list them all; give candidate trees.")
+            raise InputError(f"{len(taxa)} taxa have too many topologies to list them all; give candidate trees.")
         return cls(all_topologies(len(taxa)), taxa)
 
     @property
@@ -156,6 +157,9 @@ class _Supported(constraints.Constraint):
 
     def __init__(self, trees: Support):
         self.trees = trees
+
+    def tree_flatten(self):
+        return (), ((), {"trees": self.trees})
 
     def __call__(self, x):
         trees = self.trees

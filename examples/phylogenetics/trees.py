@@ -7,42 +7,69 @@ has the n - 1 other taxa and n - 2 larger clades, of which the set of all n - 1 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 
 from Bio import Phylo
+from Bio.Nexus.Nexus import NexusError
+from Bio.Nexus.Trees import TreeError
 from Bio.Phylo.Newick import Clade, Tree
+from Bio.Phylo.NewickIO import NewickError, Writer
+
+from . import InputError
 
 Topology = frozenset[int]  # the clades of two or more taxa
 
 
 def read_trees(path: Path, taxa: Sequence[str]) -> dict[Topology, float]:
-    """Distinct topologies in a Newick or NEXUS file, and their probabilities: weights `[&W ...]` or else frequencies.
+    """Distinct topologies in a Newick or NEXUS file, and their probabilities: in NEXUS by weights `[&W 0.28]`, if there
+    are any; else by frequency.
 
     :param taxa: names of the taxa that all trees must have; the last is the outgroup.
-    :raises ValueError: for no trees, other taxa, or a tree that is not binary once unrooted.
+    :raises InputError: for no trees, other taxa, or a tree that is not binary once unrooted.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig").lstrip()
+        kind = "nexus" if text.upper().startswith("#NEXUS") else "newick"
+        parsed = list(Phylo.parse(StringIO(text), kind))
+    except (NewickError, NexusError, TreeError, ValueError) as error:
+        raise InputError(f"{path}: no trees in Newick or NEXUS that Biopython can read: {error}") from error
     weights: Counter[Topology] = Counter()
-    with open(path) as file:
-        is_nexus = file.read(6).upper() == "#NEXUS"
-        file.seek(0)
-        for number, tree in enumerate(Phylo.parse(file, "nexus" if is_nexus else "newick"), 1):
-            weight = 1.0 if tree.weight is None else tree.weight
-            weights[topology_of(tree, taxa, f"{path}, tree {number}")] += weight
-    if not weights:
-        raise ValueError(f"{path}: no trees; a Newick or NEXUS file of candidate trees is needed.")
+    for number, tree in enumerate(parsed, 1):
+        for leaf in tree.get_terminals():
+            if kind == "nexus" and leaf.name[:1] == leaf.name[-1:] == "'":
+                leaf.name = leaf.name[1:-1].replace("''", "'")  # Biopython leaves quotes there
+        weight = 1.0 if tree.weight is None else tree.weight
+        weights[topology_of(tree, taxa, f"{path}, tree {number}")] += weight
     total = sum(weights.values())
+    if not total > 0:
+        raise InputError(
+            f"{path}: {'no' if not parsed else 'no weight on any of its'} trees; candidate trees are needed."
+        )
     return {topology: weight / total for topology, weight in weights.items()}
+
+
+def write_trees(posterior: Mapping[Topology, float], taxa: Sequence[str], path: Path) -> None:
+    """A NEXUS file of weighted topologies."""
+    lines = [
+        f" tree tree_{number} = [&W {probability:.6f}] {to_newick(topology, taxa)}"
+        for number, (topology, probability) in enumerate(posterior.items(), 1)
+    ]
+    path.write_text("\n".join(["#NEXUS", "begin trees;", *lines, "end;", ""]))
 
 
 def topology_of(tree: Tree, taxa: Sequence[str], where: str) -> Topology:
     """The clades of a Biopython tree, wherever it is rooted. ``where`` is named in errors."""
+    root = tree.root
+    while len(root.clades) == 1:
+        root = root.clades[0]
     names = [leaf.name for leaf in tree.get_terminals()]
     for taxon, count in Counter(names).items():
         if count > 1 or taxon not in taxa:
-            raise ValueError(f"{where}: taxon '{taxon}' is {'there twice' if count > 1 else 'not in the alignment'}.")
+            raise InputError(f"{where}: taxon '{taxon}' is {'there twice' if count > 1 else 'not in the alignment'}.")
     if missing := [taxon for taxon in taxa if taxon not in names]:
-        raise ValueError(f"{where}: taxon '{missing[0]}' of the alignment is missing.")
+        raise InputError(f"{where}: taxon '{missing[0]}' of the alignment is missing.")
     bit = {taxon: 1 << index for index, taxon in enumerate(taxa)}
     whole, outgroup = (1 << len(taxa)) - 1, bit[taxa[-1]]
     clades: set[int] = set()
@@ -51,9 +78,9 @@ def topology_of(tree: Tree, taxa: Sequence[str], where: str) -> Topology:
         clade = bit[node.name] if node.is_terminal() else sum(below[id(child)] for child in node)
         below[id(node)] = clade
         clades.add(whole ^ clade if clade & outgroup else clade)
-        if len(node.clades) > (3 if node is tree.root else 2):
+        if len(node.clades) > (3 if node is root else 2):
             some = min(node.get_terminals(), key=lambda leaf: leaf.name).name
-            raise ValueError(
+            raise InputError(
                 f"{where}: not binary, {len(node.clades)} branches leave the node above taxon '{some}'; resolve it."
             )
     return frozenset(clade for clade in clades if clade.bit_count() > 1)
@@ -116,6 +143,12 @@ def to_tree(
     root.clades.append(Clade(name=taxa[-1], branch_length=root.branch_length))
     root.branch_length = None
     return Tree(root=root)
+
+
+def to_newick(clades: Topology, taxa: Sequence[str], lengths: Mapping[int, float] = MappingProxyType({})) -> str:
+    """The same as a line of Newick."""
+    (line,) = Writer([to_tree(clades, taxa, lengths)]).to_strings(plain=not lengths)
+    return line
 
 
 def clade_probabilities(posterior: Mapping[Topology, float]) -> dict[int, float]:
