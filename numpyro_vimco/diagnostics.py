@@ -19,8 +19,6 @@ from numpyro.infer.svi import SVIRunResult
 from scipy.special import logsumexp
 import xarray as xr
 
-from numpyro_vimco.densities import is_latent_site
-from numpyro_vimco.plates import sample_sites
 from numpyro_vimco.proposals import (
     Fit,
     can_have_particles,
@@ -29,6 +27,7 @@ from numpyro_vimco.proposals import (
     pareto_smooth,
     propose,
 )
+from numpyro_vimco.sites import is_latent_site, sample_sites
 from numpyro_vimco.validation import check_number
 
 # Where "good" ends: weights of infinite variance, and an effective sample size relative to the draws.

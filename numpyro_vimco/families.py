@@ -21,7 +21,8 @@ import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.util import not_jax_tracer
 
-from numpyro_vimco.distributions import DiscretizedLogistic, IntervalCategorical, unwrapped
+from numpyro_vimco.distributions import DiscretizedLogistic, IntervalCategorical
+from numpyro_vimco.sites import unwrapped
 from numpyro_vimco.validation import bounds_error, no_automatic_guide_error
 
 SPREAD, JITTER, GIVEN = 0.01, 0.1, 0.9
@@ -143,14 +144,6 @@ def family_of(site: dict, rng_key: Array) -> Family:
     if isinstance(support, constraints.integer_greater_than):
         return Count.of_prior(_bound(site, support.lower_bound), site["fn"], rng_key)
     raise no_automatic_guide_error(site)
-
-
-def is_discrete(site: dict) -> bool:
-    """Whether a site is discrete; one that does not know is."""
-    try:
-        return site["fn"].support.is_discrete
-    except NotImplementedError:
-        return True
 
 
 def jitter(family: Family, params: dict[str, Array], rng_key: Array) -> dict[str, Array]:

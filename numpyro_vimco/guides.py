@@ -25,8 +25,8 @@ from numpyro.infer.autoguide import (
 )
 
 from numpyro_vimco.conditional_normal import ConditionalNormal
-from numpyro_vimco.densities import is_latent_site
-from numpyro_vimco.families import Family, family_of, has_common_bounds, is_discrete, jitter
+from numpyro_vimco.families import Family, family_of, has_common_bounds, jitter
+from numpyro_vimco.sites import is_discrete, is_latent_site
 from numpyro_vimco.validation import bounds_error, moving_continuous_error, moving_support_error, scan_plate_error
 
 

@@ -17,9 +17,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 
 from numpyro_vimco import proposals
-from numpyro_vimco.densities import is_latent_site
-from numpyro_vimco.distributions import unwrapped
-from numpyro_vimco.plates import Structure, sample_sites
+from numpyro_vimco.plates import Structure
 from numpyro_vimco.proposals import (
     Fit,
     effective_sample_size,
@@ -29,7 +27,8 @@ from numpyro_vimco.proposals import (
     propose,
     take,
 )
-from numpyro_vimco.validation import Trace, check_number
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
+from numpyro_vimco.validation import check_number
 
 GROUPS = ("posterior_predictive", "log_likelihood", "prior")
 

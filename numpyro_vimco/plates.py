@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_vimco.validation import Trace, subsample_error
+from numpyro_vimco.sites import Trace, sample_sites
+from numpyro_vimco.validation import subsample_error
 
 T = TypeVar("T")
 Density = Float[Array, "*plates"]
@@ -119,11 +120,6 @@ def aligned_shape(plates: tuple[int, ...], batch_ndim: int, event_dim: int) -> t
 def level_of(site: dict, plate_particles: Iterable[str]) -> str | None:
     """The named plate that a site is in, or None."""
     return next((frame.name for frame in site["cond_indep_stack"] if frame.name in plate_particles), None)
-
-
-def sample_sites(tr: Trace) -> list[dict]:
-    """The sample sites of a trace."""
-    return [site for site in tr.values() if site["type"] == "sample"]
 
 
 def _common_plates(sites: list[dict]) -> set:

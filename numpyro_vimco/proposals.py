@@ -25,10 +25,10 @@ from numpyro.infer import SVI
 from scipy.special import logsumexp
 
 from numpyro_vimco import control_variates as cv
-from numpyro_vimco.densities import Program, is_latent_site
-from numpyro_vimco.plates import Structure, aligned_shape, sample_sites
+from numpyro_vimco.densities import Program
+from numpyro_vimco.plates import Structure, aligned_shape
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 from numpyro_vimco.validation import (
-    Trace,
     check_fit,
     check_latents,
     check_not_subsampled,

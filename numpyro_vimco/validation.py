@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
 
-from numpyro_vimco.distributions import unwrapped
-
-Trace = dict[str, dict]
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
 
 
 def check_particles(argument: str, number: int) -> None:
@@ -105,7 +103,7 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
 
 def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
     for name, site in guide_trace.items():
-        if site["type"] != "sample" or site["is_observed"]:
+        if not is_latent_site(site):
             continue
         other = model_trace.get(name)
         if other is None or other["type"] != "sample":
@@ -120,7 +118,7 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
                 "remove `obs` from the model's site."
             )
     for name, site in model_trace.items():
-        if site["type"] != "sample" or site["is_observed"]:
+        if not is_latent_site(site):
             continue
         other = guide_trace.get(name)
         if other is None or other["type"] != "sample":
@@ -141,9 +139,9 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
     :raises ValueError: for a plate that does not exist, one nested in another named one, one inside of `scan`, or
         one that no latent site of the guide is in.
     """
-    sites = [site for tr in (model_trace, guide_trace) for site in tr.values() if site["type"] == "sample"]
+    sites = sample_sites(model_trace) + sample_sites(guide_trace)
     stacks = {site["name"]: [frame.name for frame in site["cond_indep_stack"]] for site in sites}
-    latent = [name for name, site in guide_trace.items() if site["type"] == "sample" and not site["is_observed"]]
+    latent = [name for name, site in guide_trace.items() if is_latent_site(site)]
     for plate in plate_particles:
         if not any(plate in stack for stack in stacks.values()):
             known = sorted({name for stack in stacks.values() for name in stack})
@@ -334,7 +332,7 @@ def check_latents(model_trace: Trace) -> None:
 
     :raises ValueError: in that case.
     """
-    if not any(site["type"] == "sample" and not site["is_observed"] for site in model_trace.values()):
+    if not any(is_latent_site(site) for site in model_trace.values()):
         raise ValueError(
             "The model has no latent site, so that there is no posterior to describe. Pass model arguments with which "
             "what is to be inferred is not observed."
