@@ -19,14 +19,8 @@ from numpyro.infer.svi import SVIRunResult
 from scipy.special import logsumexp
 import xarray as xr
 
-from numpyro_vimco.proposals import (
-    Fit,
-    can_have_particles,
-    effective_sample_size,
-    log_evidence,
-    pareto_smooth,
-    propose,
-)
+from numpyro_vimco.fits import Fit
+from numpyro_vimco.proposals import can_have_particles, effective_sample_size, log_evidence, pareto_smooth, propose
 from numpyro_vimco.sites import is_latent_site, sample_sites
 from numpyro_vimco.validation import check_number
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import operator
 import warnings
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
@@ -58,6 +57,15 @@ def check_sharding(sharding: Sharding, num_particles: int, chunk_size: int | Non
             f"`particle_sharding` spreads particles over {devices} devices, but {argument} is {number}: "
             f"{_either(below or above, above)} would do."
         )
+
+
+def check_number(argument: str, number: int, least: int, why: str) -> None:
+    """Raise unless an argument is an integer that is large enough.
+
+    :raises ValueError: otherwise.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ValueError(f"`{argument}` is {number!r}, but must be an integer of at least {least}: {why}.")
 
 
 def _check_integer(argument: str, number: int) -> None:
@@ -281,86 +289,3 @@ def bounds_error(site: dict, why: str) -> ValueError:
         f"numpyro_vimco.distributions.IntervalCategorical(logits, low, high), say; "
         f"AutoMixed(numpyro.handlers.block(model, hide=['{site['name']}'])) can guide the others."
     )
-
-
-def model_arguments_error(fn, error: TypeError) -> ValueError:
-    """Arguments that a model or a guide cannot be called with."""
-    name = getattr(fn, "__name__", type(fn).__name__)
-    return ValueError(
-        f"`model_args` and `model_kwargs` do not fit `{name}`: {error}. Pass what `svi.run` was given after the number "
-        "of steps."
-    )
-
-
-def check_fit(program: str, declared: Trace, params: Mapping) -> None:
-    """Raise unless the parameters are those that a model or a guide declares.
-
-    :raises ValueError: for a parameter that is missing or has another shape.
-    """
-    for name, site in declared.items():
-        if site["type"] != "param":
-            continue
-        if name not in params:
-            raise ValueError(
-                f"The {program} has a parameter '{name}', which the given ones lack: {', '.join(map(repr, params))}. "
-                "Pass the result of its own fit."
-            )
-        expected, given = (jax.tree.map(jnp.shape, value) for value in (site["value"], params[name]))
-        if expected != given:
-            raise ValueError(
-                f"The {program}'s parameter '{name}' has shape {expected}, but {given} was given. Pass the result of "
-                "its own fit, and the model arguments that it was fitted with."
-            )
-
-
-def check_not_subsampled(tr: Trace) -> None:
-    """Raise for a subsampled plate: weights would be those of the subsample's posterior.
-
-    :raises ValueError: naming the plate.
-    """
-    for name, site in tr.items():
-        if site["type"] == "plate" and len(site["value"]) != site["args"][0]:
-            raise ValueError(
-                f"Plate '{name}' is subsampled ({len(site['value'])} of {site['args'][0]}). The posterior is that of "
-                "all data: call with model arguments for which the plate is whole. An automatic guide subsamples as at "
-                "its first call, unless it is given `create_plates`."
-            )
-
-
-def check_latents(model_trace: Trace) -> None:
-    """Raise for a model without latents.
-
-    :raises ValueError: in that case.
-    """
-    if not any(is_latent_site(site) for site in model_trace.values()):
-        raise ValueError(
-            "The model has no latent site, so that there is no posterior to describe. Pass model arguments with which "
-            "what is to be inferred is not observed."
-        )
-
-
-def check_weights(log_weight) -> None:
-    """Raise unless there are importance weights to work with; of shape ``(N, *plates)``.
-
-    :raises ValueError: for NaN weights, and where all are zero.
-    """
-    nan = int(jnp.isnan(log_weight).reshape(len(log_weight), -1).any(1).sum())
-    if nan:
-        raise ValueError(
-            f"{nan:,} of {len(log_weight):,} draws of the guide have a NaN weight: model or guide has a NaN "
-            "log-density there. `jax.config.update('jax_debug_nans', True)` finds where."
-        )
-    if bool(jnp.isneginf(log_weight).all(0).any()):
-        raise ValueError(
-            f"None of {len(log_weight):,} draws of the guide has a density under the model: the guide proposes nothing "
-            "that the posterior holds. Look at the supports of both, and at what the data rule out."
-        )
-
-
-def check_number(argument: str, number: int, least: int, why: str) -> None:
-    """Raise unless an argument is an integer that is large enough.
-
-    :raises ValueError: otherwise.
-    """
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"`{argument}` is {number!r}, but must be an integer of at least {least}: {why}.")
