@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
 
-from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 
 def check_particles(argument: str, number: int) -> None:
@@ -234,58 +234,3 @@ def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
     while shape and shape[0] == 1:
         shape = shape[1:]
     return shape
-
-
-def no_automatic_guide_error(site: dict) -> NotImplementedError:
-    """A discrete site with a support that there is no automatic guide for."""
-    name, fn = site["name"], site["fn"]
-    shape, kind = jnp.shape(site["value"]), type(unwrapped(fn)).__name__
-    if "Multinomial" in kind:
-        proposal = "dist.Multinomial(total_count, logits=logits)"
-    else:
-        proposal = f"dist.Bernoulli(logits=logits).to_event({fn.event_dim})  # or what fits the site's support"
-    return NotImplementedError(
-        f"There is no automatic guide for site '{name}', a {kind} of shape {shape}. Write one "
-        "by hand, in the plates of the site, beside an automatic guide for the other latents:\n\n"
-        f"    others = AutoMixed(numpyro.handlers.block(model, hide=['{name}']))  # if there are any\n\n"
-        "    def guide(*args, **kwargs):\n"
-        "        others(*args, **kwargs)\n"
-        f"        logits = numpyro.param('{name}_logits', jnp.zeros({shape}))\n"
-        f"        numpyro.sample('{name}', {proposal})\n"
-    )
-
-
-def moving_support_error(name: str) -> ValueError:
-    """A discrete site whose support depends on other latents."""
-    return ValueError(
-        f"The bounds of the discrete site '{name}' depend on other latents, so that no automatic guide can know its "
-        "support. Write a guide by hand that draws these latents first, and the site from a distribution within the "
-        f"same bounds: numpyro.sample('{name}', dist.Binomial(bound, logits=numpyro.param('{name}_logits', 0.1))). "
-        f"AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
-    )
-
-
-def moving_continuous_error(name: str) -> ValueError:
-    """A continuous site whose support depends on a discrete latent."""
-    return ValueError(
-        f"The support of the continuous site '{name}' depends on a discrete latent, so that no automatic guide can "
-        "know it. Write the model with a site whose support is fixed (Uniform(0, 1), say) and scale it, or write a "
-        f"guide by hand for this site; AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
-    )
-
-
-def scan_plate_error(plate: str) -> ValueError:
-    """Latents in a plate inside of `scan`, which NumPyro's automatic guides do not know either."""
-    return ValueError(
-        f"Latent sites are in the plate '{plate}' inside of `scan`, which automatic guides cannot reach. Move the "
-        "plate outside of `scan`, or write a guide by hand for these sites."
-    )
-
-
-def bounds_error(site: dict, why: str) -> ValueError:
-    """A discrete site with bounds that an automatic guide cannot use."""
-    return ValueError(
-        f"The bounds of the discrete site '{site['name']}' {why}. Write a guide by hand for this site, with "
-        f"numpyro_vimco.distributions.IntervalCategorical(logits, low, high), say; "
-        f"AutoMixed(numpyro.handlers.block(model, hide=['{site['name']}'])) can guide the others."
-    )
