@@ -107,8 +107,7 @@ class Program:
             values: Levels[dict[str, Array]] = Levels({}, {name: {} for name in self.plate_particles})
             for name, site in guide_trace.items():
                 if is_latent_site(site) and name in model_trace:
-                    level = level_of(site, self.plate_particles)
-                    (values.shared if level is None else values.local[level])[name] = site["value"]
+                    values.at(level_of(site, self.plate_particles))[name] = site["value"]
             return map_levels(lambda *parts: parts, values, densities), structure
 
         return self._run(params, rng_key, propose)
@@ -217,10 +216,9 @@ class Program:
         levels: Levels[Draws] = Levels({}, {name: {} for name in self.plate_particles})
         for name, site in guide_trace.items():
             if is_drawn(site):
-                level = level_of(site, self.plate_particles)
                 log_prob = _log_prob(site) if self.by_score(site) else None
-                draws = levels.shared if level is None else levels.local[level]
-                draws[name] = Draw(site["value"], log_prob, site["fn"].event_dim)
+                draw = Draw(site["value"], log_prob, site["fn"].event_dim)
+                levels.at(level_of(site, self.plate_particles))[name] = draw
         return levels
 
     # Levels.

@@ -16,7 +16,6 @@ import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIRunResult
-from scipy.special import logsumexp
 import xarray as xr
 
 from numpyro_vimco.fits import Fit
@@ -113,7 +112,7 @@ def importance_diagnostics(
 def _bound(log_weight: np.ndarray, num_particles: int) -> float:
     groups = len(log_weight) // num_particles
     grouped = log_weight[: groups * num_particles].reshape(groups, num_particles, *log_weight.shape[1:])
-    return float((logsumexp(grouped, axis=1) - np.log(num_particles)).mean(0).sum())
+    return float(log_evidence(grouped.swapaxes(0, 1)).mean(0).sum())
 
 
 def _reading(k: float, ess: float, num_samples: int) -> str:
