@@ -152,12 +152,18 @@ class AutoMixed(StructuralGuide):
         return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
-        """Medians of all latents, as the two guides have them."""
+        """Medians of all latents, as the two guides have them.
+
+        :raises NotImplementedError: with ``conditional=True``: a mixture has no closed quantiles.
+        """
         self._check_marginals()
         return {name: value for part in self._parts for name, value in part.median(params).items()}
 
     def quantiles(self, params, quantiles) -> dict[str, Array]:
-        """Quantiles of all latents, as the two guides have them."""
+        """Quantiles of all latents, as the two guides have them.
+
+        :raises NotImplementedError: as :meth:`median`.
+        """
         self._check_marginals()
         return {name: value for part in self._parts for name, value in part.quantiles(params, quantiles).items()}
 
