@@ -143,7 +143,7 @@ def path_factor(log_weights: LogWeights, alpha: float) -> PerParticle:
 
 def log_mean_weight(local_log_weights: LogWeights) -> Float[Array, "*plates"]:
     r""":math:`\log \tfrac1M \sum_m v_m`, the log-weight of a plate element with M local particles."""
-    return logsumexp(local_log_weights, axis=0) - jnp.log(local_log_weights.shape[0])
+    return vr_iwae_bound(local_log_weights, alpha=0.0)
 
 
 def local_vimco_star_signal(
@@ -165,17 +165,18 @@ def local_vimco_star_signal(
     :param local_log_weights: log v_m in nats, of shape ``(local_particles, *plates)``.
     """
     local = normalized_weights(local_log_weights, 0.0)
-    log_others = (1 - alpha) * log_one_minus_share(local_log_weights, 0.0)  # log of (1 - V)^(1 - α)
+    log_one_minus_v = log_one_minus_share(local_log_weights, 0.0)
     # s = h(x) / (1 - α) + W k with x = W [1 - (1 - V)^(1 - α)] and k = [1 - (1 - V)^(1 - α)] / (1 - α) - V,
     # each of second order in V: the difference of first-order terms would cancel.
     if alpha == 1:
-        return share * _h(local, log_one_minus_share(local_log_weights, 0.0))
+        return share * _h(local, log_one_minus_v)
+    log_others = (1 - alpha) * log_one_minus_v
     x = -share * jnp.expm1(log_others)
     log_rest = jnp.where(x <= 0.5, jnp.log1p(-x), jnp.logaddexp(log_one_minus_w, jnp.log(share) + log_others))
     if alpha == 0:
         return _h(x, log_rest)
     # k = α V²/2! + α (α+1) V³/3! + …
-    rising = [math.prod((alpha + i) / (i + 2) for i in range(k)) for k in range(1, 8)]
+    rising = [math.prod((alpha + i) / (i + 2) for i in range(n)) for n in range(1, 8)]
     k = jnp.where(local < 0.01, _series(rising, local), -jnp.expm1(log_others) / (1 - alpha) - local)
     return _h(x, log_rest) / (1 - alpha) + share * k
 

@@ -3,11 +3,8 @@
 
 """Model and guide in, log-densities of one particle out. Knows NumPyro, no estimator.
 
-A *score-function site* is a latent guide site whose distribution has no reparameterised sampler
-(``has_rsample`` is False): no gradient flows through its sample. All other latent guide sites are *path sites*;
-:func:`is_drawn` tells which of them a doubly reparameterised gradient may treat as draws from a fixed density.
-
-What plates do to densities is in :mod:`numpyro_vimco.plates`.
+What plates do to densities is in :mod:`numpyro_vimco.plates`, what kinds of sites there are in
+:mod:`numpyro_vimco.sites`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,13 +18,12 @@ from jax import random
 from jax.lax import stop_gradient
 import jax.numpy as jnp
 from jaxtyping import Array
-from numpyro import distributions as dist
-from numpyro.distributions import constraints
 from numpyro.handlers import replay, substitute, trace
 from numpyro.primitives import Messenger
 
-from numpyro_vimco.plates import Density, Levels, Structure, level_of, map_levels, plate_structure, sample_sites
-from numpyro_vimco.validation import Trace, check_plate_particles, check_shape, check_traces, dependence_error
+from numpyro_vimco.plates import Density, Levels, Structure, level_of, map_levels, plate_structure
+from numpyro_vimco.sites import Trace, is_drawn, is_latent_site, sample_sites
+from numpyro_vimco.validation import check_plate_particles, check_shape, check_traces, dependence_error
 
 
 class Densities(NamedTuple):
@@ -77,49 +73,6 @@ class Draw:
 Draws = dict[str, Draw]
 
 
-def is_latent_site(site: dict) -> bool:
-    """Whether ``site`` is latent."""
-    return site["type"] == "sample" and not site["is_observed"]
-
-
-def is_score_function_site(site: dict) -> bool:
-    """Whether ``site`` is latent and its distribution has no reparameterised sampler.
-
-    A discrete distribution or a mixture never has one, whatever its ``has_rsample`` says: that is True by default
-    for a distribution without ``arg_constraints``, which mixtures were before NumPyro 0.22.
-    """
-    if not is_latent_site(site):
-        return False
-    fn = site["fn"]
-    if not fn.has_rsample or getattr(fn.support, "is_discrete", False):
-        return True
-    return any(isinstance(base, (dist.MixtureSameFamily, dist.MixtureGeneral)) for base in _base_distributions(fn))
-
-
-def is_drawn(site: dict) -> bool:
-    """Whether ``site`` is latent, and has a density that a doubly reparameterised gradient may hold fixed.
-
-    The others are functions of the parameters and of noise, with plain gradients: Delta; distributions whose support
-    may move with a parameter, for which the score does not have mean zero; masked ones, which have no score.
-    """
-    if not is_latent_site(site):
-        return False
-    if is_score_function_site(site):
-        return True
-    bases = _base_distributions(site["fn"])
-    transformed = any(isinstance(base, dist.TransformedDistribution) for base in bases)
-    return not (
-        isinstance(bases[-1], dist.Delta)
-        or any(isinstance(base, dist.MaskedDistribution) for base in bases)
-        or any(isinstance(leaf, jax.Array) for base in bases for leaf in jax.tree.leaves(base.support))
-        or (transformed and not _is_real(bases[-1].support))
-    )
-
-
-def _is_real(support: constraints.Constraint) -> bool:
-    return getattr(support, "base_constraint", support) in (constraints.real, constraints.real_vector)
-
-
 @dataclass(frozen=True)
 class Program:
     """A model and its guide with their arguments, to be evaluated one particle at a time.
@@ -154,8 +107,7 @@ class Program:
             values: Levels[dict[str, Array]] = Levels({}, {name: {} for name in self.plate_particles})
             for name, site in guide_trace.items():
                 if is_latent_site(site) and name in model_trace:
-                    level = level_of(site, self.plate_particles)
-                    (values.shared if level is None else values.local[level])[name] = site["value"]
+                    values.at(level_of(site, self.plate_particles))[name] = site["value"]
             return map_levels(lambda *parts: parts, values, densities), structure
 
         return self._run(params, rng_key, propose)
@@ -264,10 +216,9 @@ class Program:
         levels: Levels[Draws] = Levels({}, {name: {} for name in self.plate_particles})
         for name, site in guide_trace.items():
             if is_drawn(site):
-                level = level_of(site, self.plate_particles)
                 log_prob = _log_prob(site) if self.by_score(site) else None
-                draws = levels.shared if level is None else levels.local[level]
-                draws[name] = Draw(site["value"], log_prob, site["fn"].event_dim)
+                draw = Draw(site["value"], log_prob, site["fn"].event_dim)
+                levels.at(level_of(site, self.plate_particles))[name] = draw
         return levels
 
     # Levels.
@@ -346,14 +297,6 @@ class _SeedLevels(Messenger):
         plates = (frame.name for frame in msg.get("cond_indep_stack", ()))
         level = next((name for name in plates if name in self.keys), None)
         self.keys[level], msg["kwargs"]["rng_key"] = random.split(self.keys[level])
-
-
-def _base_distributions(fn: dist.Distribution) -> list[dist.Distribution]:
-    """A distribution and those that it wraps."""
-    found = [fn]
-    while hasattr(found[-1], "base_dist"):
-        found.append(found[-1].base_dist)
-    return found
 
 
 def _log_prob(site: dict) -> Array:

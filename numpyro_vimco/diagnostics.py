@@ -16,19 +16,11 @@ import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIRunResult
-from scipy.special import logsumexp
 import xarray as xr
 
-from numpyro_vimco.densities import is_latent_site
-from numpyro_vimco.plates import sample_sites
-from numpyro_vimco.proposals import (
-    Fit,
-    can_have_particles,
-    effective_sample_size,
-    log_evidence,
-    pareto_smooth,
-    propose,
-)
+from numpyro_vimco.fits import Fit
+from numpyro_vimco.proposals import can_have_particles, effective_sample_size, log_evidence, pareto_smooth, propose
+from numpyro_vimco.sites import is_latent_site, sample_sites
 from numpyro_vimco.validation import check_number
 
 # Where "good" ends: weights of infinite variance, and an effective sample size relative to the draws.
@@ -120,7 +112,7 @@ def importance_diagnostics(
 def _bound(log_weight: np.ndarray, num_particles: int) -> float:
     groups = len(log_weight) // num_particles
     grouped = log_weight[: groups * num_particles].reshape(groups, num_particles, *log_weight.shape[1:])
-    return float((logsumexp(grouped, axis=1) - np.log(num_particles)).mean(0).sum())
+    return float(log_evidence(grouped.swapaxes(0, 1)).mean(0).sum())
 
 
 def _reading(k: float, ess: float, num_samples: int) -> str:

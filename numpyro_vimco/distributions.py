@@ -130,10 +130,3 @@ class DiscretizedLogistic(dist.Distribution):
         log_survival = jnp.log1p(-q) + self._log_above
         logit = jnp.log(-jnp.expm1(log_survival)) - log_survival
         return jnp.maximum(jnp.ceil(self.loc + self.scale * logit - 0.5), self.low).astype(jnp.result_type(int))
-
-
-def unwrapped(fn: dist.Distribution) -> dist.Distribution:
-    """A distribution without what only reshapes or masks it."""
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return fn

@@ -3,9 +3,7 @@
 
 """From the support of a discrete site to a family of distributions for its guide, and to the parameters to begin with.
 
-A fit begins near the prior, given what the site depends on, and slightly off: 1% of the probability is spread evenly
-over finite supports, so that every value is proposed, and all parameters are moved by 0.1 standard normals in
-unconstrained space, so that symmetric models (mixtures) can leave the symmetric point.
+Why they begin there: :class:`~numpyro_vimco.AutoDiscrete`.
 """
 
 from dataclasses import dataclass
@@ -21,9 +19,10 @@ import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.util import not_jax_tracer
 
-from numpyro_vimco.distributions import DiscretizedLogistic, IntervalCategorical, unwrapped
-from numpyro_vimco.validation import bounds_error, no_automatic_guide_error
+from numpyro_vimco.distributions import DiscretizedLogistic, IntervalCategorical
+from numpyro_vimco.sites import unwrapped
 
+# At the start: probability spread evenly, standard normals in unconstrained space, probability of a given value.
 SPREAD, JITTER, GIVEN = 0.01, 0.1, 0.9
 
 
@@ -133,7 +132,7 @@ def family_of(site: dict, rng_key: Array) -> Family:
     try:
         support = site["fn"].support
     except NotImplementedError:
-        raise no_automatic_guide_error(site) from None
+        raise _no_automatic_guide_error(site) from None
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     if isinstance(support, type(constraints.boolean)):
@@ -142,15 +141,35 @@ def family_of(site: dict, rng_key: Array) -> Family:
         return Interval(_bound(site, support.lower_bound), _bound(site, support.upper_bound))
     if isinstance(support, constraints.integer_greater_than):
         return Count.of_prior(_bound(site, support.lower_bound), site["fn"], rng_key)
-    raise no_automatic_guide_error(site)
+    raise _no_automatic_guide_error(site)
 
 
-def is_discrete(site: dict) -> bool:
-    """Whether a site is discrete; one that does not know is."""
-    try:
-        return site["fn"].support.is_discrete
-    except NotImplementedError:
-        return True
+def bounds_error(site: dict, why: str) -> ValueError:
+    """A discrete site with bounds that an automatic guide cannot use."""
+    return ValueError(
+        f"The bounds of the discrete site '{site['name']}' {why}. Write a guide by hand for this site, with "
+        f"numpyro_vimco.distributions.IntervalCategorical(logits, low, high), say; "
+        f"AutoMixed(numpyro.handlers.block(model, hide=['{site['name']}'])) can guide the others."
+    )
+
+
+def _no_automatic_guide_error(site: dict) -> NotImplementedError:
+    """A discrete site with a support that there is no automatic guide for."""
+    name, fn = site["name"], site["fn"]
+    shape, kind = jnp.shape(site["value"]), type(unwrapped(fn)).__name__
+    if "Multinomial" in kind:
+        proposal = "dist.Multinomial(total_count, logits=logits)"
+    else:
+        proposal = f"dist.Bernoulli(logits=logits).to_event({fn.event_dim})  # or what fits the site's support"
+    return NotImplementedError(
+        f"There is no automatic guide for site '{name}', a {kind} of shape {shape}. Write one "
+        "by hand, in the plates of the site, beside an automatic guide for the other latents:\n\n"
+        f"    others = AutoMixed(numpyro.handlers.block(model, hide=['{name}']))  # if there are any\n\n"
+        "    def guide(*args, **kwargs):\n"
+        "        others(*args, **kwargs)\n"
+        f"        logits = numpyro.param('{name}_logits', jnp.zeros({shape}))\n"
+        f"        numpyro.sample('{name}', {proposal})\n"
+    )
 
 
 def jitter(family: Family, params: dict[str, Array], rng_key: Array) -> dict[str, Array]:

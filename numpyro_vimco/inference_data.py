@@ -17,19 +17,11 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 
 from numpyro_vimco import proposals
-from numpyro_vimco.densities import is_latent_site
-from numpyro_vimco.distributions import unwrapped
-from numpyro_vimco.plates import Structure, sample_sites
-from numpyro_vimco.proposals import (
-    Fit,
-    effective_sample_size,
-    in_chunks,
-    log_evidence,
-    pareto_smooth,
-    propose,
-    take,
-)
-from numpyro_vimco.validation import Trace, check_number
+from numpyro_vimco.fits import Fit
+from numpyro_vimco.plates import Structure
+from numpyro_vimco.proposals import effective_sample_size, in_chunks, log_evidence, pareto_smooth, propose, take
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
+from numpyro_vimco.validation import check_number
 
 GROUPS = ("posterior_predictive", "log_likelihood", "prior")
 

@@ -18,8 +18,9 @@ from numpyro.infer.elbo import ELBO
 
 from numpyro_vimco import control_variates, gradients
 from numpyro_vimco.control_variates import LogWeights, PerParticle
-from numpyro_vimco.densities import Densities, Program, is_latent_site, is_score_function_site
+from numpyro_vimco.densities import Densities, Program
 from numpyro_vimco.gradients import Weights
+from numpyro_vimco.sites import is_latent_site, is_score_function_site
 from numpyro_vimco.validation import check_chunk_size, check_particles, check_sharding
 
 

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_vimco.validation import Trace, subsample_error
+from numpyro_vimco.sites import Trace, sample_sites
+from numpyro_vimco.validation import subsample_error
 
 T = TypeVar("T")
 Density = Float[Array, "*plates"]
@@ -30,6 +31,10 @@ class Levels(NamedTuple, Generic[T]):
 
     shared: T
     local: dict[str, T]
+
+    def at(self, level: str | None) -> T:
+        """What is for a named plate, or for what is shared (None): see :func:`level_of`."""
+        return self.shared if level is None else self.local[level]
 
 
 def map_levels(fn: Callable, *levels: Levels) -> Levels:
@@ -63,7 +68,7 @@ class Structure:
 
     def sum_to_level(self, log_prob: Array, level: str | None) -> Density:
         """Sum a log-density over all dimensions but those of its level, which are kept."""
-        keep = self.dims.shared if level is None else self.dims.local[level]
+        keep = self.dims.at(level)
         ndim = jnp.ndim(log_prob)
         summed = jnp.sum(log_prob, axis=[i for i in range(ndim) if i - ndim not in keep], keepdims=True)
         return summed.reshape((1,) * (self.ndim - ndim) + summed.shape[max(ndim - self.ndim, 0) :])
@@ -85,18 +90,18 @@ def plate_structure(
     sites = sample_sites(model_trace) + sample_sites(guide_trace)
     plate_sites = {**guide_trace, **model_trace}
     common = _common_plates(sites)
-    units = {
+    local = {
         name: _common_plates([site for site in sites if level_of(site, plate_particles) == name])
         for name in plate_particles
     }
-    scale, local_scale = 1.0, dict.fromkeys(units, 1.0)
+    scale, local_scale = 1.0, dict.fromkeys(local, 1.0)
     for frame in {frame for site in sites for frame in site["cond_indep_stack"]}:
         # A plate inside of `scan` is not recorded in the trace, and cannot be subsampled there.
         size = plate_sites[frame.name]["args"][0] if frame.name in plate_sites else frame.size
         if size == frame.size:
             continue
         inside = {level_of(site, plate_particles) for site in sites if frame in site["cond_indep_stack"]} - {None}
-        level = next((name for name in units if frame in units[name]), None)
+        level = next((name for name in local if frame in local[name]), None)
         if frame in common:
             scale *= size / frame.size
         elif linear and level is not None:
@@ -104,7 +109,7 @@ def plate_structure(
         elif not linear or inside:
             raise subsample_error(frame, size, [s["name"] for s in sites if frame not in s["cond_indep_stack"]])
     deepest = min((frame.dim for site in sites for frame in site["cond_indep_stack"]), default=0)
-    dims = Levels(_dims(common), {name: _dims(plates) for name, plates in units.items()})
+    dims = Levels(_dims(common), {name: _dims(plates) for name, plates in local.items()})
     return Structure(-deepest, dims, scale, local_scale)
 
 
@@ -119,11 +124,6 @@ def aligned_shape(plates: tuple[int, ...], batch_ndim: int, event_dim: int) -> t
 def level_of(site: dict, plate_particles: Iterable[str]) -> str | None:
     """The named plate that a site is in, or None."""
     return next((frame.name for frame in site["cond_indep_stack"] if frame.name in plate_particles), None)
-
-
-def sample_sites(tr: Trace) -> list[dict]:
-    """The sample sites of a trace."""
-    return [site for site in tr.values() if site["type"] == "sample"]
 
 
 def _common_plates(sites: list[dict]) -> set:

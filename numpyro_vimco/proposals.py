@@ -11,7 +11,6 @@ weights.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-import inspect
 from typing import Any
 
 import arviz as az
@@ -20,79 +19,12 @@ from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.handlers import seed, substitute, trace
-from numpyro.infer import SVI
 from scipy.special import logsumexp
 
 from numpyro_vimco import control_variates as cv
-from numpyro_vimco.densities import Program, is_latent_site
-from numpyro_vimco.plates import Structure, aligned_shape, sample_sites
-from numpyro_vimco.validation import (
-    Trace,
-    check_fit,
-    check_latents,
-    check_not_subsampled,
-    check_weights,
-    model_arguments_error,
-)
-
-# Elements of the largest array of a chunk of particles: 64 MiB in single precision.
-CHUNK_ELEMENTS = 2**24
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A fitted model and guide with their arguments.
-
-    :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
-    """
-
-    svi: SVI
-    params: dict[str, Any]
-    args: tuple
-    kwargs: dict[str, Any]
-    model_trace: Trace
-
-    @classmethod
-    def of(cls, svi: SVI, params: dict[str, Any], model_args, model_kwargs, whole: bool = True) -> "Fit":
-        """Trace a fit.
-
-        :param whole: whether all data must be there, not a subsample.
-        :raises ValueError: for arguments that do not fit the model, parameters that do not fit model and guide, a
-            model without latents, or a subsampled plate.
-        """
-        args, kwargs = tuple(model_args), {**svi.static_kwargs, **(model_kwargs or {})}
-        for fn in (svi.model, svi.guide):
-            try:
-                inspect.signature(fn).bind(*args, **kwargs)
-            except TypeError as error:
-                raise model_arguments_error(fn, error) from None
-        check_fit("guide", trace(seed(svi.guide, random.key(0))).get_trace(*args, **kwargs), params)
-        guide_trace = trace(substitute(seed(svi.guide, random.key(0)), data=params)).get_trace(*args, **kwargs)
-        if whole:
-            check_not_subsampled(guide_trace)
-        latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
-        model = substitute(seed(svi.model, random.key(1)), data=latents)
-        check_fit("model", trace(model).get_trace(*args, **kwargs), params)
-        model = substitute(seed(svi.model, random.key(1)), data={**params, **latents})
-        model_trace = trace(model).get_trace(*args, **kwargs)
-        if whole:
-            check_not_subsampled(model_trace)
-        check_latents(model_trace)
-        return cls(svi, params, args, kwargs, model_trace)
-
-    @property
-    def plate_particles(self) -> Mapping[str, int]:
-        """Particles of their own that plates have."""
-        return getattr(self.svi.loss, "plate_particles", {})
-
-    def chunk_size(self) -> int:
-        """How many particles to evaluate at a time: as the objective, or by the size of the model."""
-        if getattr(self.svi.loss, "chunk_size", None):
-            return self.svi.loss.chunk_size
-        sizes = [np.size(site["value"]) for site in sample_sites(self.model_trace)]
-        local = np.prod([1, *self.plate_particles.values()])
-        return int(np.clip(CHUNK_ELEMENTS // (max(sizes) * local), 1, 2**14))
+from numpyro_vimco.densities import Program
+from numpyro_vimco.fits import Fit
+from numpyro_vimco.plates import Structure, aligned_shape
 
 
 @dataclass(frozen=True)
@@ -138,8 +70,26 @@ def propose(fit: Fit, rng_key: Array, num_proposals: int) -> Proposals:
 
     keys = random.split(rng_key, num_proposals)
     values, log_p, log_q, log_weight = in_chunks(particle, fit.chunk_size(), keys)
-    check_weights(log_weight)
+    _check_weights(log_weight)
     return Proposals(values, log_p.astype(float), log_q.astype(float), log_weight.astype(float), structures[0])
+
+
+def _check_weights(log_weight: np.ndarray) -> None:
+    """Raise unless there are importance weights to work with; of shape ``(N, *plates)``.
+
+    :raises ValueError: for NaN weights, and where all are zero.
+    """
+    nan = int(np.isnan(log_weight).reshape(len(log_weight), -1).any(1).sum())
+    if nan:
+        raise ValueError(
+            f"{nan:,} of {len(log_weight):,} draws of the guide have a NaN weight: model or guide has a NaN "
+            "log-density there. `jax.config.update('jax_debug_nans', True)` finds where."
+        )
+    if bool(np.isneginf(log_weight).all(0).any()):
+        raise ValueError(
+            f"None of {len(log_weight):,} draws of the guide has a density under the model: the guide proposes nothing "
+            "that the posterior holds. Look at the supports of both, and at what the data rule out."
+        )
 
 
 def can_have_particles(fit: Fit, plate: str) -> bool:

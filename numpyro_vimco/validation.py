@@ -10,14 +10,11 @@ from collections.abc import Mapping
 import operator
 import warnings
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
 
-from numpyro_vimco.distributions import unwrapped
-
-Trace = dict[str, dict]
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 
 def check_particles(argument: str, number: int) -> None:
@@ -60,6 +57,15 @@ def check_sharding(sharding: Sharding, num_particles: int, chunk_size: int | Non
             f"`particle_sharding` spreads particles over {devices} devices, but {argument} is {number}: "
             f"{_either(below or above, above)} would do."
         )
+
+
+def check_number(argument: str, number: int, least: int, why: str) -> None:
+    """Raise unless an argument is an integer that is large enough.
+
+    :raises ValueError: otherwise.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ValueError(f"`{argument}` is {number!r}, but must be an integer of at least {least}: {why}.")
 
 
 def _check_integer(argument: str, number: int) -> None:
@@ -105,7 +111,7 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
 
 def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
     for name, site in guide_trace.items():
-        if site["type"] != "sample" or site["is_observed"]:
+        if not is_latent_site(site):
             continue
         other = model_trace.get(name)
         if other is None or other["type"] != "sample":
@@ -120,7 +126,7 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
                 "remove `obs` from the model's site."
             )
     for name, site in model_trace.items():
-        if site["type"] != "sample" or site["is_observed"]:
+        if not is_latent_site(site):
             continue
         other = guide_trace.get(name)
         if other is None or other["type"] != "sample":
@@ -141,9 +147,9 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
     :raises ValueError: for a plate that does not exist, one nested in another named one, one inside of `scan`, or
         one that no latent site of the guide is in.
     """
-    sites = [site for tr in (model_trace, guide_trace) for site in tr.values() if site["type"] == "sample"]
+    sites = sample_sites(model_trace) + sample_sites(guide_trace)
     stacks = {site["name"]: [frame.name for frame in site["cond_indep_stack"]] for site in sites}
-    latent = [name for name, site in guide_trace.items() if site["type"] == "sample" and not site["is_observed"]]
+    latent = [name for name, site in guide_trace.items() if is_latent_site(site)]
     for plate in plate_particles:
         if not any(plate in stack for stack in stacks.values()):
             known = sorted({name for stack in stacks.values() for name in stack})
@@ -228,141 +234,3 @@ def _squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
     while shape and shape[0] == 1:
         shape = shape[1:]
     return shape
-
-
-def no_automatic_guide_error(site: dict) -> NotImplementedError:
-    """A discrete site with a support that there is no automatic guide for."""
-    name, fn = site["name"], site["fn"]
-    shape, kind = jnp.shape(site["value"]), type(unwrapped(fn)).__name__
-    if "Multinomial" in kind:
-        proposal = "dist.Multinomial(total_count, logits=logits)"
-    else:
-        proposal = f"dist.Bernoulli(logits=logits).to_event({fn.event_dim})  # or what fits the site's support"
-    return NotImplementedError(
-        f"There is no automatic guide for site '{name}', a {kind} of shape {shape}. Write one "
-        "by hand, in the plates of the site, beside an automatic guide for the other latents:\n\n"
-        f"    others = AutoMixed(numpyro.handlers.block(model, hide=['{name}']))  # if there are any\n\n"
-        "    def guide(*args, **kwargs):\n"
-        "        others(*args, **kwargs)\n"
-        f"        logits = numpyro.param('{name}_logits', jnp.zeros({shape}))\n"
-        f"        numpyro.sample('{name}', {proposal})\n"
-    )
-
-
-def moving_support_error(name: str) -> ValueError:
-    """A discrete site whose support depends on other latents."""
-    return ValueError(
-        f"The bounds of the discrete site '{name}' depend on other latents, so that no automatic guide can know its "
-        "support. Write a guide by hand that draws these latents first, and the site from a distribution within the "
-        f"same bounds: numpyro.sample('{name}', dist.Binomial(bound, logits=numpyro.param('{name}_logits', 0.1))). "
-        f"AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
-    )
-
-
-def moving_continuous_error(name: str) -> ValueError:
-    """A continuous site whose support depends on a discrete latent."""
-    return ValueError(
-        f"The support of the continuous site '{name}' depends on a discrete latent, so that no automatic guide can "
-        "know it. Write the model with a site whose support is fixed (Uniform(0, 1), say) and scale it, or write a "
-        f"guide by hand for this site; AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
-    )
-
-
-def scan_plate_error(plate: str) -> ValueError:
-    """Latents in a plate inside of `scan`, which NumPyro's automatic guides do not know either."""
-    return ValueError(
-        f"Latent sites are in the plate '{plate}' inside of `scan`, which automatic guides cannot reach. Move the "
-        "plate outside of `scan`, or write a guide by hand for these sites."
-    )
-
-
-def bounds_error(site: dict, why: str) -> ValueError:
-    """A discrete site with bounds that an automatic guide cannot use."""
-    return ValueError(
-        f"The bounds of the discrete site '{site['name']}' {why}. Write a guide by hand for this site, with "
-        f"numpyro_vimco.distributions.IntervalCategorical(logits, low, high), say; "
-        f"AutoMixed(numpyro.handlers.block(model, hide=['{site['name']}'])) can guide the others."
-    )
-
-
-def model_arguments_error(fn, error: TypeError) -> ValueError:
-    """Arguments that a model or a guide cannot be called with."""
-    name = getattr(fn, "__name__", type(fn).__name__)
-    return ValueError(
-        f"`model_args` and `model_kwargs` do not fit `{name}`: {error}. Pass what `svi.run` was given after the number "
-        "of steps."
-    )
-
-
-def check_fit(program: str, declared: Trace, params: Mapping) -> None:
-    """Raise unless the parameters are those that a model or a guide declares.
-
-    :raises ValueError: for a parameter that is missing or has another shape.
-    """
-    for name, site in declared.items():
-        if site["type"] != "param":
-            continue
-        if name not in params:
-            raise ValueError(
-                f"The {program} has a parameter '{name}', which the given ones lack: {', '.join(map(repr, params))}. "
-                "Pass the result of its own fit."
-            )
-        expected, given = (jax.tree.map(jnp.shape, value) for value in (site["value"], params[name]))
-        if expected != given:
-            raise ValueError(
-                f"The {program}'s parameter '{name}' has shape {expected}, but {given} was given. Pass the result of "
-                "its own fit, and the model arguments that it was fitted with."
-            )
-
-
-def check_not_subsampled(tr: Trace) -> None:
-    """Raise for a subsampled plate: weights would be those of the subsample's posterior.
-
-    :raises ValueError: naming the plate.
-    """
-    for name, site in tr.items():
-        if site["type"] == "plate" and len(site["value"]) != site["args"][0]:
-            raise ValueError(
-                f"Plate '{name}' is subsampled ({len(site['value'])} of {site['args'][0]}). The posterior is that of "
-                "all data: call with model arguments for which the plate is whole. An automatic guide subsamples as at "
-                "its first call, unless it is given `create_plates`."
-            )
-
-
-def check_latents(model_trace: Trace) -> None:
-    """Raise for a model without latents.
-
-    :raises ValueError: in that case.
-    """
-    if not any(site["type"] == "sample" and not site["is_observed"] for site in model_trace.values()):
-        raise ValueError(
-            "The model has no latent site, so that there is no posterior to describe. Pass model arguments with which "
-            "what is to be inferred is not observed."
-        )
-
-
-def check_weights(log_weight) -> None:
-    """Raise unless there are importance weights to work with; of shape ``(N, *plates)``.
-
-    :raises ValueError: for NaN weights, and where all are zero.
-    """
-    nan = int(jnp.isnan(log_weight).reshape(len(log_weight), -1).any(1).sum())
-    if nan:
-        raise ValueError(
-            f"{nan:,} of {len(log_weight):,} draws of the guide have a NaN weight: model or guide has a NaN "
-            "log-density there. `jax.config.update('jax_debug_nans', True)` finds where."
-        )
-    if bool(jnp.isneginf(log_weight).all(0).any()):
-        raise ValueError(
-            f"None of {len(log_weight):,} draws of the guide has a density under the model: the guide proposes nothing "
-            "that the posterior holds. Look at the supports of both, and at what the data rule out."
-        )
-
-
-def check_number(argument: str, number: int, least: int, why: str) -> None:
-    """Raise unless an argument is an integer that is large enough.
-
-    :raises ValueError: otherwise.
-    """
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"`{argument}` is {number!r}, but must be an integer of at least {least}: {why}.")

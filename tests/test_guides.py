@@ -24,65 +24,9 @@ from numpyro.infer.autoguide import (
 )
 import optax
 import pytest
-from scipy.stats import logistic
 from sklearn.datasets import load_iris
 
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar
-from numpyro_vimco.distributions import DiscretizedLogistic, IntervalCategorical
-
-# Distributions.
-
-
-def test_discretized_logistic_is_its_definition(x64):
-    loc, scale, low = np.array([0.2, 3.0, 40.0, -20.0]), np.array([0.3, 0.05, 9.0, 4.0]), np.array([0, 1, 0, 2])
-    fn = DiscretizedLogistic(jnp.array(loc), jnp.array(scale), jnp.array(low))
-    k = low + np.arange(600)[:, None]
-    rounded = logistic(loc, scale)
-    expected = (rounded.cdf(k + 0.5) - rounded.cdf(k - 0.5)) / rounded.sf(low - 0.5)
-    np.testing.assert_allclose(np.exp(fn.log_prob(k)), expected, atol=1e-12)
-    np.testing.assert_allclose(np.exp(fn.log_prob(k)).sum(0), 1, atol=1e-12)
-    for q in (0.01, 0.3, 0.5, 0.99):
-        quantile = low + (expected.cumsum(0) < q).sum(0)
-        np.testing.assert_array_equal(fn.icdf(jnp.full(4, q)), quantile)
-
-
-def test_discretized_logistic_draws_have_its_probabilities():
-    fn = DiscretizedLogistic(2.0, 1.5, 1)
-    draws = fn.sample(random.key(0), (100_000,))
-    assert jnp.issubdtype(draws.dtype, jnp.integer)
-    k = jnp.arange(1, 12)
-    probability = jnp.exp(fn.log_prob(k))
-    # 11 frequencies of 100,000 draws, each within 5.5 standard errors: fails once in 2 million runs.
-    error = jnp.sqrt(probability * (1 - probability) / len(draws))
-    assert jnp.all(jnp.abs((draws == k[:, None]).mean(1) - probability) < 5.5 * error)
-
-
-def test_discretized_logistic_is_narrower_and_wider_than_poisson():
-    k = jnp.arange(400)
-    for scale, narrower in [(0.5, True), (8.0, False)]:
-        probability = jnp.exp(DiscretizedLogistic(20.0, scale).log_prob(k))
-        mean = probability @ k
-        assert (probability @ (k - mean) ** 2 < mean / 2) == narrower
-
-
-@pytest.mark.parametrize("loc, scale", [(1e-6, 1e-3), (3.0, 1e-3), (1e5, 1e-2), (5.0, 1e6)])
-def test_discretized_logistic_has_finite_gradients(loc, scale):
-    value = jnp.array([0, 1, 100, 10**6])
-    log_prob = lambda loc, scale: DiscretizedLogistic(loc, scale).log_prob(value)  # noqa: E731
-    assert jnp.all(jnp.isfinite(log_prob(loc, scale)))
-    assert jnp.all(jnp.isfinite(jnp.array(jax.jacobian(log_prob, (0, 1))(loc, scale))))
-
-
-def test_interval_categorical_with_bounds_of_each_element():
-    fn = IntervalCategorical(
-        jnp.log(jnp.array([[1.0, 2.0, 1.0], [1.0, 3.0, 99.0]])), jnp.array([0, 5]), jnp.array([2, 6])
-    )
-    np.testing.assert_allclose(jnp.exp(fn.log_prob(jnp.array([1, 6]))), [0.5, 0.75], rtol=1e-6)
-    np.testing.assert_array_equal(jax.jit(fn.log_prob)(jnp.array([3, 4])), [-jnp.inf, -jnp.inf])  # as in a fit
-    np.testing.assert_array_equal(fn.icdf(jnp.array([[0.2], [0.5], [1.0]])), [[0, 5], [1, 6], [2, 6]])
-    draws = fn.sample(random.key(0), (1000,))
-    assert set(np.unique(draws[:, 0])) == {0, 1, 2} and set(np.unique(draws[:, 1])) == {5, 6}
-
 
 # Every discrete distribution of NumPyro as a prior.
 
@@ -317,14 +261,14 @@ def test_median_and_quantiles(fitted):
         with pytest.raises(NotImplementedError, match="mixture over the discrete values"):
             guide.median(params)
         return
-    draws = guide.sample_posterior(random.key(1), params, sample_shape=(4_000,))
+    draws = guide.sample_posterior(random.key(1), params, sample_shape=(20_000,))
     quantiles = guide.quantiles(params, [0.1, 0.9])
     for name, value in quantiles.items():
         below = (draws[name] <= value[:, None] + 1e-6).mean(1)
-        # 0.1 and 0.9 with 20,000 draws: 5 standard errors are 0.0106.
-        assert jnp.all(below[0] > 0.089) and jnp.all(below[1] > 0.889)
+        # 0.1 and 0.9 with 20,000 draws, about 20 elements: 6 standard errors are 0.0127.
+        assert jnp.all(below[0] > 0.0873) and jnp.all(below[1] > 0.8873)
         if jnp.issubdtype(value.dtype, jnp.floating):
-            assert jnp.all(below[0] < 0.111)
+            assert jnp.all(below[0] < 0.1127)
     np.testing.assert_array_equal(guide.median(params)["kind"], guide.quantiles(params, [0.5])["kind"][0])
 
 
@@ -485,7 +429,17 @@ def test_sites_in_scan():
     assert logits.shape == (5,) and jnp.all((logits > 0) == (x > 1))
 
 
-# Real data.
+# Fits.
+
+
+def test_discrete_guide_reaches_the_exact_posterior():
+    """In a mean-field model the guide can be exact."""
+    guide = AutoDiscrete(discrete_model)
+    svi = SVI(discrete_model, guide, optax.adam(optax.cosine_decay_schedule(0.1, 1500)), VIMCOStar(num_particles=8))
+    params = svi.run(random.key(0), 1500, X, progress_bar=False).params
+    log_joint = jnp.log(jnp.array([0.2, 0.3, 0.5])) + dist.Normal(jnp.arange(3), 1.0).log_prob(X[:, None])
+    # At the start the largest error is above 0.3.
+    np.testing.assert_allclose(jax.nn.softmax(params["z_auto_logits"]), jax.nn.softmax(log_joint), atol=0.1)
 
 
 def test_mixture_of_iris_with_local_particles():
@@ -585,19 +539,3 @@ def test_bounds_that_are_traced_are_refused():
 
     with pytest.raises(ValueError, match="'z' are traced by JAX when the guide is first called"):
         jax.jit(lambda trials: seed(AutoDiscrete(model), 0)(trials)["z"])(3)
-
-
-def test_supports_that_differ_cannot_be_enumerated_together():
-    fn = IntervalCategorical(jnp.zeros((2, 3)), jnp.array([0, 1]), 2)
-    with pytest.raises(NotImplementedError, match="supports of their own"):
-        fn.enumerate_support()
-
-
-def test_discrete_guide_reaches_the_exact_posterior():
-    """In a mean-field model the guide can be exact."""
-    guide = AutoDiscrete(discrete_model)
-    svi = SVI(discrete_model, guide, optax.adam(optax.cosine_decay_schedule(0.1, 1500)), VIMCOStar(num_particles=8))
-    params = svi.run(random.key(0), 1500, X, progress_bar=False).params
-    log_joint = jnp.log(jnp.array([0.2, 0.3, 0.5])) + dist.Normal(jnp.arange(3), 1.0).log_prob(X[:, None])
-    # At the start the largest error is above 0.3.
-    np.testing.assert_allclose(jax.nn.softmax(params["z_auto_logits"]), jax.nn.softmax(log_joint), atol=0.1)

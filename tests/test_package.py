@@ -46,7 +46,7 @@ EXPECTED = [
     'note: Revealed type is "str"',
     'note: Revealed type is "numpyro_vimco.objectives.VIMCOStar"',
     'note: Revealed type is "int | None"',
-    'note: Revealed type is "numpyro_vimco.guides.AutoMixed"',
+    'note: Revealed type is "numpyro_vimco.auto_mixed.AutoMixed"',
     'Argument "num_particles" to "VIMCOStar" has incompatible type "str"; expected "int"',
     'Unexpected keyword argument "aplha" for "VIMCOStar"',
     'Dict entry 0 has incompatible type "str": "str"; expected "str": "int"',

@@ -1,0 +1,119 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A model and its guide after a fit, checked against parameters and arguments before anything is computed from them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+import inspect
+from typing import Any
+
+import jax
+from jax import random
+import jax.numpy as jnp
+import numpy as np
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer import SVI
+
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
+
+# Elements of the largest array of a chunk of particles: 64 MiB in single precision.
+CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model and guide with their arguments.
+
+    :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
+    """
+
+    svi: SVI
+    params: dict[str, Any]
+    args: tuple
+    kwargs: dict[str, Any]
+    model_trace: Trace
+
+    @classmethod
+    def of(cls, svi: SVI, params: dict[str, Any], model_args, model_kwargs, whole: bool = True) -> "Fit":
+        """Trace a fit.
+
+        :param whole: whether all data must be there, not a subsample.
+        :raises ValueError: for arguments that do not fit the model, parameters that do not fit model and guide, a
+            model without latents, or a subsampled plate.
+        """
+        args, kwargs = tuple(model_args), {**svi.static_kwargs, **(model_kwargs or {})}
+        for fn in (svi.model, svi.guide):
+            try:
+                inspect.signature(fn).bind(*args, **kwargs)
+            except TypeError as error:
+                name = getattr(fn, "__name__", type(fn).__name__)
+                raise ValueError(
+                    f"`model_args` and `model_kwargs` do not fit `{name}`: {error}. Pass what `svi.run` was given "
+                    "after the number of steps."
+                ) from None
+        _check_params("guide", trace(seed(svi.guide, random.key(0))).get_trace(*args, **kwargs), params)
+        guide_trace = trace(substitute(seed(svi.guide, random.key(0)), data=params)).get_trace(*args, **kwargs)
+        if whole:
+            _check_not_subsampled(guide_trace)
+        latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
+        model = substitute(seed(svi.model, random.key(1)), data=latents)
+        _check_params("model", trace(model).get_trace(*args, **kwargs), params)
+        model = substitute(seed(svi.model, random.key(1)), data={**params, **latents})
+        model_trace = trace(model).get_trace(*args, **kwargs)
+        if whole:
+            _check_not_subsampled(model_trace)
+        if not any(is_latent_site(site) for site in model_trace.values()):
+            raise ValueError(
+                "The model has no latent site, so that there is no posterior to describe. Pass model arguments with "
+                "which what is to be inferred is not observed."
+            )
+        return cls(svi, params, args, kwargs, model_trace)
+
+    @property
+    def plate_particles(self) -> Mapping[str, int]:
+        """Particles of their own that plates have."""
+        return getattr(self.svi.loss, "plate_particles", {})
+
+    def chunk_size(self) -> int:
+        """How many particles to evaluate at a time: as the objective, or by the size of the model."""
+        if getattr(self.svi.loss, "chunk_size", None):
+            return self.svi.loss.chunk_size
+        sizes = [np.size(site["value"]) for site in sample_sites(self.model_trace)]
+        local = np.prod([1, *self.plate_particles.values()])
+        return int(np.clip(CHUNK_ELEMENTS // (max(sizes) * local), 1, 2**14))
+
+
+def _check_params(program: str, declared: Trace, params: Mapping) -> None:
+    """Raise unless the parameters are those that a model or a guide declares.
+
+    :raises ValueError: for a parameter that is missing or has another shape.
+    """
+    for name, site in declared.items():
+        if site["type"] != "param":
+            continue
+        if name not in params:
+            raise ValueError(
+                f"The {program} has a parameter '{name}', which the given ones lack: {', '.join(map(repr, params))}. "
+                "Pass the result of its own fit."
+            )
+        expected, given = (jax.tree.map(jnp.shape, value) for value in (site["value"], params[name]))
+        if expected != given:
+            raise ValueError(
+                f"The {program}'s parameter '{name}' has shape {expected}, but {given} was given. Pass the result of "
+                "its own fit, and the model arguments that it was fitted with."
+            )
+
+
+def _check_not_subsampled(tr: Trace) -> None:
+    """Raise for a subsampled plate: weights would be those of the subsample's posterior.
+
+    :raises ValueError: naming the plate.
+    """
+    for name, site in tr.items():
+        if site["type"] == "plate" and len(site["value"]) != site["args"][0]:
+            raise ValueError(
+                f"Plate '{name}' is subsampled ({len(site['value'])} of {site['args'][0]}). The posterior is that of "
+                "all data: call with model arguments for which the plate is whole. An automatic guide subsamples as at "
+                "its first call, unless it is given `create_plates`."
+            )
