@@ -3,12 +3,9 @@
 
 """VIMCO-⋆ and its relatives for NumPyro: stochastic variational inference where latents cannot be reparameterised."""
 
-from numpyro_vimco import plots
-from numpyro_vimco.auto_discrete import AutoDiscrete
-from numpyro_vimco.auto_mixed import AutoMixed
-from numpyro_vimco.diagnostics import compare_objectives, gradient_snr, importance_diagnostics
-from numpyro_vimco.inference_data import to_arviz
+from numpyro_vimco.guides import AutoDiscrete, AutoMixed
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
+from numpyro_vimco.posterior import compare_objectives, gradient_snr, importance_diagnostics, plots, to_arviz
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ from jaxtyping import install_import_hook
 import pytest
 
 # Elsewhere, pytrees pass through JAX with other leaves than arrays, which a run-time check would refuse.
-with install_import_hook("numpyro_vimco.control_variates", "beartype.beartype"):
+with install_import_hook("numpyro_vimco.objectives.control_variates", "beartype.beartype"):
     import numpyro_vimco  # noqa: F401
 
 

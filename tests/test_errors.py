@@ -42,7 +42,7 @@ def messages_of(source):
 
 
 def of_package():
-    messages, texts = zip(*(messages_of(path.read_text()) for path in PACKAGE.glob("*.py")))
+    messages, texts = zip(*(messages_of(path.read_text()) for path in PACKAGE.rglob("*.py")))
     return set().union(*messages), set().union(*texts)
 
 

@@ -21,7 +21,7 @@ from sklearn.datasets import load_diabetes
 
 from helpers import arviz_psislw, load_example
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, to_arviz
-from numpyro_vimco.proposals import pareto_smooth, resample
+from numpyro_vimco.posterior.proposals import pareto_smooth, resample
 
 matplotlib.use("agg")
 X = jnp.array([0.3, 2.1, 1.7, -0.2])

@@ -18,8 +18,8 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 
-from numpyro_vimco.auto_discrete import AutoDiscrete, StructuralGuide
-from numpyro_vimco.conditional_normal import ConditionalNormal
+from numpyro_vimco.guides.auto_discrete import AutoDiscrete, StructuralGuide
+from numpyro_vimco.guides.conditional_normal import ConditionalNormal
 from numpyro_vimco.sites import is_discrete, is_latent_site
 
 

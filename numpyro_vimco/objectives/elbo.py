@@ -16,12 +16,12 @@ from jaxtyping import Array, Float
 from numpyro.handlers import seed
 from numpyro.infer.elbo import ELBO
 
-from numpyro_vimco import control_variates, gradients
-from numpyro_vimco.control_variates import LogWeights, PerParticle
-from numpyro_vimco.densities import Densities, Program
-from numpyro_vimco.gradients import Weights
+from numpyro_vimco.objectives import control_variates, gradients
+from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding
+from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
+from numpyro_vimco.objectives.densities import Densities, Program
+from numpyro_vimco.objectives.gradients import Weights
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
-from numpyro_vimco.validation import check_chunk_size, check_particles, check_sharding
 
 
 class ImportanceWeightedELBO(ELBO):
@@ -107,9 +107,9 @@ class ImportanceWeightedELBO(ELBO):
     ):
         if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` is {alpha!r}, but must be a number in [0, 1]: 0 is the IWAE bound, 1 the ELBO.")
-        check_particles("`num_particles`", num_particles)
+        num_particles = check_particles("num_particles", num_particles)
         if chunk_size is not None:
-            check_chunk_size(chunk_size, num_particles)
+            chunk_size = check_chunk_size(chunk_size, num_particles)
         if particle_sharding is not None:
             check_sharding(particle_sharding, num_particles, chunk_size)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
@@ -200,7 +200,7 @@ class VIMCOStar(ImportanceWeightedELBO):
     .. math:: s_j = -\frac{\log(1 - W_j) + \log(1 + \alpha/(N-1))}{1-\alpha} - W_j,
 
     the paper's at α = 0; the constant for 0 < α < 1 is derived in this project
-    (:func:`~numpyro_vimco.control_variates.vimco_star_signal`). It is unbiased, and costs O(N).
+    (:func:`~numpyro_vimco.objectives.control_variates.vimco_star_signal`). It is unbiased, and costs O(N).
 
     The parameters are those of :class:`ImportanceWeightedELBO`, and
 
@@ -208,9 +208,9 @@ class VIMCOStar(ImportanceWeightedELBO):
         particle of what is outside of it: ``{"data": 8}``. With latents in a plate beside global ones, the joint
         weight is a product over the plate's elements, and one particle takes all of it; with local particles each
         element averages its own. Plates inside of a named one belong to it. Defaults to none; derived in this
-        project (:func:`~numpyro_vimco.control_variates.local_vimco_star_signal`). Densities inside of the plate cost
-        ``num_particles`` times as many evaluations as given here, those outside none more. The plate may be
-        subsampled where α = 1.
+        project (:func:`~numpyro_vimco.objectives.control_variates.local_vimco_star_signal`). Densities inside of the
+        plate cost ``num_particles`` times as many evaluations as given here, those outside none more. The plate may
+        be subsampled where α = 1.
     :raises ValueError: also for fewer than two local particles, and at the first step for a plate that does not
         exist, has no latents, is nested in another named one, or whose latents a site outside of it depends on.
 
@@ -251,9 +251,10 @@ class VIMCOStar(ImportanceWeightedELBO):
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,
         )
-        self.plate_particles = dict(plate_particles or {})
-        for name, number in self.plate_particles.items():
-            check_particles(f"`plate_particles['{name}']`", number)
+        self.plate_particles = {
+            name: check_particles(f"plate_particles['{name}']", number)
+            for name, number in (plate_particles or {}).items()
+        }
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
         return control_variates.vimco_star_signal(log_weights, self.alpha)

@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import biject_to
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_vimco.families import Family
+from numpyro_vimco.guides.families import Family
 from numpyro_vimco.sites import is_latent_site
 
 Samples = dict[str, Array]

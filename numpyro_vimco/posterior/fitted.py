@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fitted:
     """A fitted model and guide with their arguments.
 
     :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
@@ -35,7 +35,7 @@ class Fit:
     model_trace: Trace
 
     @classmethod
-    def of(cls, svi: SVI, params: dict[str, Any], model_args, model_kwargs, whole: bool = True) -> "Fit":
+    def of(cls, svi: SVI, params: dict[str, Any], model_args, model_kwargs, whole: bool = True) -> "Fitted":
         """Trace a fit.
 
         :param whole: whether all data must be there, not a subsample.

@@ -7,37 +7,33 @@ Every message names the argument, the site or the plate, says what is wrong, and
 """
 
 from collections.abc import Mapping
-import operator
 import warnings
 
 import jax.numpy as jnp
 from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
 
+from numpyro_vimco.arguments import check_integer
 from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 
-def check_particles(argument: str, number: int) -> None:
-    """Raise unless ``number`` is an integer of at least 2."""
-    _check_integer(argument, number)
-    if number < 2:
-        raise ValueError(
-            f"{argument} is {number}, but must be at least 2: the bound and its gradient compare particles with each "
-            "other."
-        )
+def check_particles(argument: str, number: int) -> int:
+    """An argument as an ``int`` of at least 2."""
+    return check_integer(argument, number, 2, "the bound and its gradient compare particles with each other")
 
 
-def check_chunk_size(chunk_size: int, num_particles: int) -> None:
-    """Raise unless ``chunk_size`` divides ``num_particles``."""
-    _check_integer("`chunk_size`", chunk_size)
-    if chunk_size < 1 or num_particles % chunk_size:
-        near = min(max(chunk_size, 1), num_particles)
+def check_chunk_size(chunk_size: int, num_particles: int) -> int:
+    """``chunk_size`` as an ``int`` that divides ``num_particles``."""
+    chunk_size = check_integer("chunk_size", chunk_size, 1, "so many particles are evaluated at a time")
+    if num_particles % chunk_size:
+        near = min(chunk_size, num_particles)
         below = next(size for size in range(near, 0, -1) if num_particles % size == 0)
         above = next(size for size in range(near, num_particles + 1) if num_particles % size == 0)
         raise ValueError(
-            f"`chunk_size` is {chunk_size}, but must be a positive divisor of `num_particles`, which is "
-            f"{num_particles}: {_either(below, above)} would do."
+            f"`chunk_size` is {chunk_size}, but must be a divisor of `num_particles`, which is {num_particles}: "
+            f"{_either(below, above)} would do."
         )
+    return chunk_size
 
 
 def check_sharding(sharding: Sharding, num_particles: int, chunk_size: int | None) -> None:
@@ -57,22 +53,6 @@ def check_sharding(sharding: Sharding, num_particles: int, chunk_size: int | Non
             f"`particle_sharding` spreads particles over {devices} devices, but {argument} is {number}: "
             f"{_either(below or above, above)} would do."
         )
-
-
-def check_number(argument: str, number: int, least: int, why: str) -> None:
-    """Raise unless an argument is an integer that is large enough.
-
-    :raises ValueError: otherwise.
-    """
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"`{argument}` is {number!r}, but must be an integer of at least {least}: {why}.")
-
-
-def _check_integer(argument: str, number: int) -> None:
-    try:
-        operator.index(number)
-    except TypeError:
-        raise ValueError(f"{argument} is {number!r}, but must be an integer.") from None
 
 
 def _either(below: int, above: int) -> str:

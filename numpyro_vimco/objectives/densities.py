@@ -3,7 +3,7 @@
 
 """Model and guide in, log-densities of one particle out. Knows NumPyro, no estimator.
 
-What plates do to densities is in :mod:`numpyro_vimco.plates`, what kinds of sites there are in
+What plates do to densities is in :mod:`numpyro_vimco.objectives.plates`, what kinds of sites there are in
 :mod:`numpyro_vimco.sites`.
 """
 
@@ -21,9 +21,9 @@ from jaxtyping import Array
 from numpyro.handlers import replay, substitute, trace
 from numpyro.primitives import Messenger
 
-from numpyro_vimco.plates import Density, Levels, Structure, level_of, map_levels, plate_structure
+from numpyro_vimco.objectives.checks import check_plate_particles, check_shape, check_traces, dependence_error
+from numpyro_vimco.objectives.plates import Density, Levels, Structure, level_of, map_levels, plate_structure
 from numpyro_vimco.sites import Trace, is_drawn, is_latent_site, sample_sites
-from numpyro_vimco.validation import check_plate_particles, check_shape, check_traces, dependence_error
 
 
 class Densities(NamedTuple):
@@ -82,7 +82,7 @@ class Program:
     :ivar linear: whether the objective is linear in the log-weights (α = 1), so that plates that are not common
         to all sites may be subsampled.
 
-    All methods raise the errors of :mod:`numpyro_vimco.validation`.
+    All methods raise the errors of :mod:`numpyro_vimco.objectives.checks`.
     """
 
     model: Callable

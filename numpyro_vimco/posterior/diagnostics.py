@@ -18,10 +18,16 @@ from numpyro.infer.elbo import ELBO
 from numpyro.infer.svi import SVIRunResult
 import xarray as xr
 
-from numpyro_vimco.fits import Fit
-from numpyro_vimco.proposals import can_have_particles, effective_sample_size, log_evidence, pareto_smooth, propose
+from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.proposals import (
+    can_have_particles,
+    effective_sample_size,
+    log_evidence,
+    pareto_smooth,
+    propose,
+)
 from numpyro_vimco.sites import is_latent_site, sample_sites
-from numpyro_vimco.validation import check_number
 
 # Where "good" ends: weights of infinite variance, and an effective sample size relative to the draws.
 HEAVY_TAIL, LOW_ESS = 0.5, 0.1
@@ -88,8 +94,8 @@ def importance_diagnostics(
     :param int num_samples: number of draws, at least 100. Defaults to 10,000: a tail is fitted to them.
     :raises ValueError: as :func:`~numpyro_vimco.to_arviz`.
     """
-    check_number("num_samples", num_samples, 100, "the tail of the weights is fitted to them")
-    fit = Fit.of(svi, svi_result.params, model_args, model_kwargs)
+    num_samples = check_integer("num_samples", num_samples, 100, "the tail of the weights is fitted to them")
+    fit = Fitted.of(svi, svi_result.params, model_args, model_kwargs)
     log_weight = propose(fit, rng_key, num_samples).log_weight
     smoothed, k = pareto_smooth(log_weight)
     ess = effective_sample_size(smoothed)
@@ -121,7 +127,7 @@ def _reading(k: float, ess: float, num_samples: int) -> str:
     return "good" if k < HEAVY_TAIL and ess >= num_samples * LOW_ESS else "usable"
 
 
-def _advice(fit: Fit, reading: str, k: float, relative_ess: float) -> str:
+def _advice(fit: Fitted, reading: str, k: float, relative_ess: float) -> str:
     if reading == "good":
         return "Importance-weighted estimates can be trusted."
     if reading == "usable":
@@ -147,7 +153,7 @@ def _advice(fit: Fit, reading: str, k: float, relative_ess: float) -> str:
     )
 
 
-def _joint_plate(fit: Fit) -> str | None:
+def _joint_plate(fit: Fitted) -> str | None:
     """A plate with latents of its own beside others, whose elements share a weight."""
     sites = sample_sites(fit.model_trace)
     for site in filter(is_latent_site, sites):
@@ -198,7 +204,7 @@ def gradient_snr(
     :raises ValueError: for too few draws, arguments that do not fit the model, parameters that do not fit model and
         guide, or a model without latents.
     """
-    check_number("num_draws", num_draws, 2, "a standard deviation needs as many")
+    num_draws = check_integer("num_draws", num_draws, 2, "a standard deviation needs as many")
     gradient = _gradient(svi, svi.loss, params, model_args, model_kwargs)
     mean, std = _moments(gradient, random.split(rng_key, num_draws), params)
     statistics = {}
@@ -235,7 +241,7 @@ def compare_objectives(
         element, ``loc[0]``), and ``seconds`` per gradient over the first two, the best of five once compiled.
     :raises ValueError: for too few draws.
     """
-    check_number("num_draws", num_draws, 2, "a standard deviation needs as many")
+    num_draws = check_integer("num_draws", num_draws, 2, "a standard deviation needs as many")
     keys = random.split(rng_key, num_draws)
     snr, variance, seconds = [], [], []
     for make in objectives.values():
@@ -258,7 +264,7 @@ def compare_objectives(
 
 
 def _gradient(svi: SVI, objective: ELBO, params, model_args, model_kwargs) -> Callable:
-    fit = Fit.of(svi, params, model_args, model_kwargs, whole=False)
+    fit = Fitted.of(svi, params, model_args, model_kwargs, whole=False)
 
     def loss(params, rng_key):
         return objective.loss(rng_key, params, svi.model, svi.guide, *fit.args, **fit.kwargs)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import logsumexp
 import xarray as xr
 
-from numpyro_vimco.diagnostics import ImportanceDiagnostics
+from numpyro_vimco.posterior.diagnostics import ImportanceDiagnostics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,12 +16,19 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 
-from numpyro_vimco import proposals
-from numpyro_vimco.fits import Fit
-from numpyro_vimco.plates import Structure
-from numpyro_vimco.proposals import effective_sample_size, in_chunks, log_evidence, pareto_smooth, propose, take
+from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.objectives.plates import Structure
+from numpyro_vimco.posterior import proposals
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.proposals import (
+    effective_sample_size,
+    in_chunks,
+    log_evidence,
+    pareto_smooth,
+    propose,
+    take,
+)
 from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
-from numpyro_vimco.validation import check_number
 
 GROUPS = ("posterior_predictive", "log_likelihood", "prior")
 
@@ -74,16 +81,16 @@ def to_arviz(
     :raises ValueError: for parameters that do not fit the guide, arguments that do not fit the model, a
         subsampled plate, a model without latents, no draws, fewer proposals than draws, or an unknown group.
     """
-    check_number("num_samples", num_samples, 1, "it is the number of posterior draws")
+    num_samples = check_integer("num_samples", num_samples, 1, "it is the number of posterior draws")
     if num_proposals is None or not resample:
         num_proposals = 4 * num_samples if resample else num_samples
-    check_number(
+    num_proposals = check_integer(
         "num_proposals", num_proposals, num_samples, "draws are chosen among them, and each should be there once"
     )
     unknown = set(groups) - set(GROUPS)
     if unknown:
         raise ValueError(f"`groups` has {', '.join(map(repr, sorted(unknown)))}, but must be some of {GROUPS}.")
-    fit = Fit.of(svi, svi_result.params, model_args, model_kwargs)
+    fit = Fitted.of(svi, svi_result.params, model_args, model_kwargs)
     proposal_key, choice_key, follow_key, prior_key = random.split(rng_key, 4)
     drawn = propose(fit, proposal_key, num_proposals)
     smoothed, k = pareto_smooth(drawn.log_weight)
@@ -129,7 +136,7 @@ def to_arviz(
     return tree
 
 
-def _follow(fit: Fit, parts: Collection[str]):
+def _follow(fit: Fitted, parts: Collection[str]):
     """What follows from the latents of one draw: all of them, with deterministic sites, new data, log-likelihoods.
 
     Latents that are not given are drawn from the prior.
@@ -166,7 +173,7 @@ def _whole(site: dict) -> dist.Distribution:
     return fn.expand(np.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim]))
 
 
-def _dims(fit: Fit) -> dict[str, list[str]]:
+def _dims(fit: Fitted) -> dict[str, list[str]]:
     """Names of the dimensions of each site: its plates, then its ``event_dims``."""
     named = {}
     for name, site in fit.model_trace.items():
@@ -185,7 +192,7 @@ def _dims(fit: Fit) -> dict[str, list[str]]:
     return named
 
 
-def _common_dims(fit: Fit, structure: Structure) -> list[str]:
+def _common_dims(fit: Fitted, structure: Structure) -> list[str]:
     frames = {frame for site in sample_sites(fit.model_trace) for frame in site["cond_indep_stack"]}
     common = sorted((frame for frame in frames if frame.dim in structure.dims.shared), key=lambda frame: frame.dim)
     return [frame.name for frame in common]

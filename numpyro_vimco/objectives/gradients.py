@@ -17,9 +17,9 @@ from jax.lax import stop_gradient
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_vimco import control_variates as cv
-from numpyro_vimco.densities import Draws, Program
-from numpyro_vimco.plates import Levels, Structure, aligned_shape, map_levels
+from numpyro_vimco.objectives import control_variates as cv
+from numpyro_vimco.objectives.densities import Draws, Program
+from numpyro_vimco.objectives.plates import Levels, Structure, aligned_shape, map_levels
 
 
 class Weights(NamedTuple):

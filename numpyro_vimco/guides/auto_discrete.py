@@ -17,7 +17,7 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import Predictive, init_to_median
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_vimco.families import Family, bounds_error, family_of, has_common_bounds, jitter
+from numpyro_vimco.guides.families import Family, bounds_error, family_of, has_common_bounds, jitter
 from numpyro_vimco.sites import is_discrete, is_latent_site
 
 

@@ -19,7 +19,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.util import not_jax_tracer
 
-from numpyro_vimco.distributions import DiscretizedLogistic, IntervalCategorical
+from numpyro_vimco.guides.distributions import DiscretizedLogistic, IntervalCategorical
 from numpyro_vimco.sites import unwrapped
 
 # At the start: probability spread evenly, standard normals in unconstrained space, probability of a given value.

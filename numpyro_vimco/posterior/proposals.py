@@ -21,10 +21,10 @@ from jaxtyping import Array
 import numpy as np
 from scipy.special import logsumexp
 
-from numpyro_vimco import control_variates as cv
-from numpyro_vimco.densities import Program
-from numpyro_vimco.fits import Fit
-from numpyro_vimco.plates import Structure, aligned_shape
+from numpyro_vimco.objectives import control_variates as cv
+from numpyro_vimco.objectives.densities import Program
+from numpyro_vimco.objectives.plates import Structure, aligned_shape
+from numpyro_vimco.posterior.fitted import Fitted
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Proposals:
     structure: Structure
 
 
-def propose(fit: Fit, rng_key: Array, num_proposals: int) -> Proposals:
+def propose(fit: Fitted, rng_key: Array, num_proposals: int) -> Proposals:
     """Draw from the guide, chunk by chunk.
 
     :raises ValueError: for NaN weights, and where all are zero.
@@ -92,7 +92,7 @@ def _check_weights(log_weight: np.ndarray) -> None:
         )
 
 
-def can_have_particles(fit: Fit, plate: str) -> bool:
+def can_have_particles(fit: Fitted, plate: str) -> bool:
     """Whether a plate can be named in ``plate_particles``."""
     program = _program(fit, {**fit.plate_particles, plate: 2})
     try:
@@ -102,7 +102,7 @@ def can_have_particles(fit: Fit, plate: str) -> bool:
     return True
 
 
-def _program(fit: Fit, plate_particles: Mapping[str, int]) -> Program:
+def _program(fit: Fitted, plate_particles: Mapping[str, int]) -> Program:
     return Program(
         model=fit.svi.model,
         guide=fit.svi.guide,

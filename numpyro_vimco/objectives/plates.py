@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_vimco.objectives.checks import subsample_error
 from numpyro_vimco.sites import Trace, sample_sites
-from numpyro_vimco.validation import subsample_error
 
 T = TypeVar("T")
 Density = Float[Array, "*plates"]

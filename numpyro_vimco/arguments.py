@@ -1,0 +1,36 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks of arguments that are plain values. Each message names the argument, and says what it must be and why."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_integer(argument: str, number: Any, least: int, why: str) -> int:
+    """An argument as an ``int``; integers of NumPy and JAX are integers too.
+
+    :raises ValueError: unless it is an integer of at least ``least``.
+    """
+    try:
+        integer = None if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        integer = None
+    if integer is None or integer < least:
+        raise ValueError(f"`{argument}` is {number!r}, but must be an integer of at least {least}: {why}.")
+    return integer
+
+
+def check_key(rng_key: Any) -> None:
+    """Raise unless ``rng_key`` is one key of :func:`jax.random.key` or :func:`jax.random.PRNGKey`.
+
+    :raises ValueError: otherwise.
+    """
+    if isinstance(rng_key, jax.Array):
+        typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+        if rng_key.ndim == 0 if typed else rng_key.ndim == 1 and rng_key.dtype == jnp.uint32:
+            return
+    raise ValueError(f"`rng_key` is {rng_key!r}, but must be one key, such as `jax.random.key(0)`.")

@@ -1,0 +1,101 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The one owner of randomness: every key of this package is derived here.
+
+The rule: a key is split once, into as many children as are needed, or handed to one consumer; it is never used again.
+With JAX's default keys, ``fold_in(key, i)`` is ``split(key)[i]``, so that nothing here folds. A test holds all other
+modules to this one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array
+from numpyro.primitives import Messenger
+
+__all__ = ["ParticleKeys", "SeedLevels", "SeedPlates", "particle_keys", "split", "split_by_name"]
+
+split = jax.random.split
+
+
+def split_by_name(rng_key: Array, names: Iterable[str]) -> dict[str, Array]:
+    """A key for each name."""
+    names = list(names)
+    return dict(zip(names, split(rng_key, len(names)))) if names else {}
+
+
+class ParticleKeys(NamedTuple):
+    """The keys of one particle.
+
+    :ivar model: for sample statements of the model that the guide has no value for.
+    :ivar guide: for the guide's sites outside of named plates.
+    :ivar local: for each named plate, one key for each of its local particles.
+    """
+
+    model: Array
+    guide: Array
+    local: dict[str, Array]
+
+
+def particle_keys(rng_key: Array, plate_particles: Mapping[str, int]) -> ParticleKeys:
+    """The keys of one particle. Without named plates they are those of :class:`numpyro.infer.RenyiELBO`.
+
+    :param plate_particles: number of local particles of each named plate.
+    """
+    model, guide, *local = split(rng_key, 2 + len(plate_particles))
+    keys = {name: split(key, number) for (name, number), key in zip(plate_particles.items(), local)}
+    return ParticleKeys(model, guide, keys)
+
+
+class _Seed(Messenger):
+    """Hands keys to messages that have none, as :class:`numpyro.handlers.seed` does."""
+
+    types: tuple[str, ...] = ("sample", "prng_key", "plate", "control_flow")
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] in self.types and msg["kwargs"]["rng_key"] is None and msg["value"] is None:
+            msg["kwargs"]["rng_key"] = self.key_for(msg)
+
+    def key_for(self, msg: dict) -> Array:
+        """A key of its own for a message."""
+        raise NotImplementedError
+
+
+class SeedLevels(_Seed):
+    """`numpyro.handlers.seed`, with a key of its own for each named plate."""
+
+    def __init__(self, fn: Callable, key: Array, local_keys: Mapping[str, Array]):
+        super().__init__(fn)
+        self.keys: dict[str | None, Array] = {None: key}
+        self.keys.update(local_keys)
+
+    def key_for(self, msg: dict) -> Array:
+        plates = (frame.name for frame in msg.get("cond_indep_stack", ()))
+        level = next((name for name in plates if name in self.keys), None)
+        self.keys[level], key = split(self.keys[level])
+        return key
+
+
+class SeedPlates(_Seed):
+    """Keys of subsampled plates, by name: a plate has one subsample in model and guide, and for all particles.
+
+    The first plate has the key that :class:`numpyro.infer.RenyiELBO` gives it.
+
+    :param names: names of plates in the order in which they were met; shared by the handlers of model and guide.
+    """
+
+    types = ("plate",)
+
+    def __init__(self, fn: Callable, key: Array, names: list[str]):
+        super().__init__(fn)
+        self.key, self.names = key, names
+
+    def key_for(self, msg: dict) -> Array:
+        if msg["name"] not in self.names:
+            self.names.append(msg["name"])
+        rest, key = split(self.key)
+        for _ in range(self.names.index(msg["name"])):
+            rest, key = split(rest)
+        return key
