@@ -59,8 +59,8 @@ class _Seed(Messenger):
             msg["kwargs"]["rng_key"] = self.key_for(msg)
 
     def key_for(self, msg: dict) -> Array:
-        """A key of its own for a message."""
-        raise NotImplementedError
+        """A key of its own for a message; each subclass has its rule."""
+        ...
 
 
 class SeedLevels(_Seed):
