@@ -49,21 +49,7 @@ def particle_keys(rng_key: Array, plate_particles: Mapping[str, int]) -> Particl
     return ParticleKeys(model, guide, keys)
 
 
-class _Seed(Messenger):
-    """Hands keys to messages that have none, as :class:`numpyro.handlers.seed` does."""
-
-    types: tuple[str, ...] = ("sample", "prng_key", "plate", "control_flow")
-
-    def process_message(self, msg: dict) -> None:
-        if msg["type"] in self.types and msg["kwargs"]["rng_key"] is None and msg["value"] is None:
-            msg["kwargs"]["rng_key"] = self.key_for(msg)
-
-    def key_for(self, msg: dict) -> Array:
-        """A key of its own for a message; each subclass has its rule."""
-        ...
-
-
-class SeedLevels(_Seed):
+class SeedLevels(Messenger):
     """`numpyro.handlers.seed`, with a key of its own for each named plate."""
 
     def __init__(self, fn: Callable, key: Array, local_keys: Mapping[str, Array]):
@@ -71,14 +57,14 @@ class SeedLevels(_Seed):
         self.keys: dict[str | None, Array] = {None: key}
         self.keys.update(local_keys)
 
-    def key_for(self, msg: dict) -> Array:
-        plates = (frame.name for frame in msg.get("cond_indep_stack", ()))
-        level = next((name for name in plates if name in self.keys), None)
-        self.keys[level], key = split(self.keys[level])
-        return key
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] in ("sample", "prng_key", "plate", "control_flow") and _wants_key(msg):
+            plates = (frame.name for frame in msg.get("cond_indep_stack", ()))
+            level = next((name for name in plates if name in self.keys), None)
+            self.keys[level], msg["kwargs"]["rng_key"] = split(self.keys[level])
 
 
-class SeedPlates(_Seed):
+class SeedPlates(Messenger):
     """Keys of subsampled plates, by name: a plate has one subsample in model and guide, and for all particles.
 
     The first plate has the key that :class:`numpyro.infer.RenyiELBO` gives it.
@@ -86,16 +72,18 @@ class SeedPlates(_Seed):
     :param names: names of plates in the order in which they were met; shared by the handlers of model and guide.
     """
 
-    types = ("plate",)
-
     def __init__(self, fn: Callable, key: Array, names: list[str]):
         super().__init__(fn)
         self.key, self.names = key, names
 
-    def key_for(self, msg: dict) -> Array:
-        if msg["name"] not in self.names:
-            self.names.append(msg["name"])
-        rest, key = split(self.key)
-        for _ in range(self.names.index(msg["name"])):
-            rest, key = split(rest)
-        return key
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "plate" and _wants_key(msg):
+            if msg["name"] not in self.names:
+                self.names.append(msg["name"])
+            rest = self.key
+            for _ in range(self.names.index(msg["name"]) + 1):
+                rest, msg["kwargs"]["rng_key"] = split(rest)
+
+
+def _wants_key(msg: dict) -> bool:
+    return msg["kwargs"]["rng_key"] is None and msg["value"] is None
