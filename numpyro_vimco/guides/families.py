@@ -6,6 +6,7 @@
 Why they begin there: :class:`~numpyro_vimco.AutoDiscrete`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 import math
 from typing import Any, ClassVar
@@ -32,6 +33,9 @@ class Boolean:
 
     constraints: ClassVar = {"logits": constraints.real}
     event_dim: ClassVar = 0
+    num_shifts: ClassVar = 1
+    num_features: ClassVar = 1
+    support: ClassVar = constraints.boolean
 
     def start(self, site: dict, given: Array | None) -> dict[str, Array]:
         """Parameters to begin with, one for each element of the site's value."""
@@ -42,9 +46,17 @@ class Boolean:
         """The family's member."""
         return dist.BernoulliLogits(logits)
 
+    def shifted(self, shifts: Array, logits: Array) -> dict[str, Array]:
+        """Parameters, moved by shifts in a new axis at the end."""
+        return {"logits": logits + shifts[..., 0]}
+
+    def over(self, arrange: Callable[[Array], Array]) -> "Boolean":
+        """The family, with what there is for each element rearranged."""
+        return self
+
     def quantile(self, q: np.ndarray, logits: Array) -> Array:
         """The smallest value whose cumulative probability is at least ``q``."""
-        return (q > jax.nn.sigmoid(-logits)).astype(int)
+        return (jnp.asarray(q) > jax.nn.sigmoid(-logits)).astype(int)
 
     def features(self, value: Array) -> Array:
         """What other sites may depend on, in a new axis at the end."""
@@ -70,11 +82,30 @@ class Interval:
     def distribution(self, logits):
         return IntervalCategorical(logits, self.low, self.high)
 
+    def shifted(self, shifts, logits):
+        return {"logits": logits + shifts}
+
+    def over(self, arrange):
+        bounds = (arrange(bound) if isinstance(bound, np.ndarray) else bound for bound in (self.low, self.high))
+        return Interval(*bounds)
+
+    @property
+    def support(self):
+        return constraints.integer_interval(self.low, self.high)
+
+    @property
+    def num_shifts(self) -> int:
+        return int(np.max(self.high - self.low)) + 1
+
+    @property
+    def num_features(self) -> int:
+        return self.num_shifts
+
     def quantile(self, q, logits):
         return self.distribution(logits).icdf(q)
 
     def features(self, value):
-        return jax.nn.one_hot(value - self.low, np.max(self.high - self.low) + 1)
+        return jax.nn.one_hot(value - self.low, self.num_shifts)
 
 
 @dataclass(frozen=True)
@@ -93,6 +124,8 @@ class Count:
     scale: Array
     constraints: ClassVar = {"loc": constraints.positive, "scale": constraints.positive}
     event_dim: ClassVar = 0
+    num_shifts: ClassVar = 2
+    num_features: ClassVar = 1
 
     @classmethod
     def of_prior(cls, site: dict, low: Any, rng_key: Array) -> "Count":
@@ -117,6 +150,17 @@ class Count:
 
     def distribution(self, loc, scale):
         return DiscretizedLogistic(self.low + loc, scale, self.low)
+
+    def shifted(self, shifts, loc, scale):
+        return {"loc": loc * jnp.exp(shifts[..., 0]), "scale": scale * jnp.exp(shifts[..., 1])}
+
+    def over(self, arrange):
+        low = arrange(self.low) if isinstance(self.low, np.ndarray) else self.low
+        return Count(low, self.loc, self.scale)
+
+    @property
+    def support(self):
+        return constraints.integer_greater_than(self.low)
 
     def quantile(self, q, loc, scale):
         return self.distribution(loc, scale).icdf(q)

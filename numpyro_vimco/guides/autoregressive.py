@@ -1,0 +1,219 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Distributions of one site whose elements depend on those before them.
+
+Each element has a density of its own, given the elements before it: shapes and plates are those of independent
+elements, and the sum over them is the joint density.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+import math
+
+import jax
+from jax import lax, random
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+
+from numpyro_vimco.randomness import split
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The elements of a site, in the order in which they are drawn: all but those of local plates.
+
+    :ivar batch_ndim: number of batch dimensions of the site's values.
+    :ivar event_dim: number of event dimensions.
+    :ivar local_dims: batch dimensions of local plates, negative.
+    """
+
+    batch_ndim: int
+    event_dim: int
+    local_dims: tuple[int, ...]
+
+    @property
+    def _order(self) -> list[int]:
+        local = [self.batch_ndim + dim for dim in sorted(self.local_dims)]
+        return local + [i for i in range(self.batch_ndim + self.event_dim) if i not in local]
+
+    def _local_shape(self, shape: tuple[int, ...]) -> list[int]:
+        deepest = min(self.local_dims, default=0)
+        return [shape[self.batch_ndim + dim] if dim in self.local_dims else 1 for dim in range(deepest, 0)]
+
+    def count(self, shape: tuple[int, ...]) -> int:
+        """n, of values of a shape ``(*batch, *event)``."""
+        return math.prod(shape) // math.prod(self._local_shape(shape))
+
+    def gather(self, x: Array) -> Array:
+        """From ``(*batch, *event, *rest)`` to ``(*local, n, *rest)``; plates that are not local have size 1 in it."""
+        ndim = self.batch_ndim + self.event_dim
+        moved = x.transpose(*self._order, *range(ndim, x.ndim))
+        return moved.reshape(*self._local_shape(x.shape), -1, *x.shape[ndim:])
+
+    def scatter(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """From ``(*local, n, *rest)`` to ``(*shape, *rest)`` with shape ``(*batch, *event)``; local dimensions of size
+        1 are repeated.
+        """
+        local, order = self._local_shape(shape), self._order
+        rest = x.shape[len(local) + 1 :]
+        x = jnp.broadcast_to(x, (*local, *x.shape[len(local) :])).reshape(*(shape[i] for i in order), *rest)
+        return x.transpose(*(order.index(i) for i in range(len(order))), *range(len(order), x.ndim))
+
+
+class FullCoupling:
+    """Couplings of each element to each before it, by a matrix.
+
+    :param matrix: of shape ``(*local, n, k, n, f)``; what is not below the diagonal of the n is not used.
+    """
+
+    def __init__(self, matrix: Array):
+        n = matrix.shape[-2]
+        below = jnp.arange(n)[:, None] > jnp.arange(n)
+        self.matrix = jnp.where(below[:, None, :, None], matrix, 0)
+
+    def apply(self, features: Array) -> Array:
+        """From features ``(*local, n, f)`` to shifts ``(*local, n, k)``."""
+        return jnp.einsum("...ikjf,...jf->...ik", self.matrix, features)
+
+    def solve(self, right: Array, gate: Array) -> Array:
+        """The u of shape ``(*local, n)`` with u = right + gate · coupling(gate · u); k and f are 1."""
+        matrix = jnp.eye(right.shape[-1]) - gate[..., :, None] * self.matrix[..., 0, :, 0] * gate[..., None, :]
+        matrix = jnp.broadcast_to(matrix, (*right.shape, right.shape[-1]))
+        return solve_triangular(matrix, right[..., None], lower=True, unit_diagonal=True)[..., 0]
+
+
+class LowRankCoupling:
+    """Couplings of each element to each before it, by a product of two matrices.
+
+    :param left: of shape ``(*local, n, k, rank)``.
+    :param right: of shape ``(n, f, rank)``.
+    """
+
+    def __init__(self, left: Array, right: Array):
+        self.left, self.right = left, right
+
+    def apply(self, features: Array) -> Array:
+        """As :class:`FullCoupling`."""
+        summed = jnp.cumsum(jnp.einsum("jfr,...jf->...jr", self.right, features), axis=-2)
+        before = jnp.pad(summed[..., :-1, :], [(0, 0)] * (summed.ndim - 2) + [(1, 0), (0, 0)])
+        return jnp.einsum("...ikr,...ir->...ik", self.left, before)
+
+    def solve(self, right: Array, gate: Array) -> Array:
+        """As :class:`FullCoupling`."""
+        shape = (*right.shape, self.left.shape[-1])
+        left = jnp.broadcast_to(gate[..., None] * self.left[..., 0, :], shape)
+        weights = jnp.broadcast_to(gate[..., None] * self.right[..., 0, :], shape)
+
+        def step(before, element):
+            right, left, weights = element
+            u = right + jnp.sum(left * before, axis=-1)
+            return before + weights * u[..., None], u
+
+        over = (jnp.moveaxis(right, -1, 0), jnp.moveaxis(left, -2, 0), jnp.moveaxis(weights, -2, 0))
+        _, u = lax.scan(step, jnp.zeros((*right.shape[:-1], shape[-1])), over)
+        return jnp.moveaxis(u, 0, -1)
+
+
+Coupling = FullCoupling | LowRankCoupling
+
+
+class AutoregressiveDiscrete(dist.Distribution):
+    """
+    Discrete elements, each with a distribution that depends on those before it.
+
+    :param conditional: from values ``(*local, n)`` to the distribution of each element given those before it.
+    :param elements: the order of elements.
+    :param support: of the values.
+    :param start: any values, of shape ``(*local, n)``.
+    :param shape: of values, ``(*batch, *event)``; the distribution has no event dimensions.
+    """
+
+    pytree_data_fields = ("_support",)
+    pytree_aux_fields = ("conditional", "elements", "start")
+    has_rsample = False
+
+    def __init__(self, conditional: Callable[[Array], dist.Distribution], elements: Elements, support, start, shape):
+        self.conditional, self.elements, self._support, self.start = conditional, elements, support, start
+        super().__init__(batch_shape=shape)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self):
+        """That of each element."""
+        return self._support
+
+    def sample(self, key, sample_shape=()):
+        """Draw values of shape ``(*sample_shape, *batch)``.
+
+        The same noise is taken again, given the values so far, until nothing changes: the first element is right after
+        one pass, the second after two at most, so that the end is what element after element would give. [1]
+
+        1. Song et al. 2021, *Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving*,
+           arXiv 2002.03629
+        """
+        draw = self._sample
+        for _ in sample_shape:
+            draw = jax.vmap(draw)
+        return draw(split(key, sample_shape) if sample_shape else key)
+
+    def _sample(self, key):
+        def improve(state):
+            values, _, passes = state
+            new = lax.stop_gradient(self.conditional(values).sample(key))
+            return new, jnp.any(new != values), passes + 1
+
+        def is_unfinished(state):
+            _, is_new, passes = state
+            return is_new & (passes < self.start.shape[-1])
+
+        values, *_ = lax.while_loop(is_unfinished, improve, (self.start, jnp.array(True), 0))
+        return self.elements.scatter(values, self.batch_shape)
+
+    def log_prob(self, value):
+        """Log-probability of each element given those before it, in nats."""
+        values = self.elements.gather(value)
+        return self.elements.scatter(self.conditional(values).log_prob(values), jnp.shape(value))
+
+
+class AutoregressiveNormal(dist.Distribution):
+    r"""
+    Normal elements, each with a mean that is linear in those before it:
+    :math:`u_i \sim \mathrm{Normal}(loc_i + g_i \sum_{j<i} C_{ij} g_j u_j, \; scale_i)`.
+
+    :param loc: of shape ``(*local, n)``.
+    :param scale: likewise.
+    :param gate: g, likewise.
+    :param coupling: C.
+    :param elements: the order of elements.
+    :param shape: of values, ``(*batch, *event)``; the distribution has no event dimensions.
+    """
+
+    pytree_data_fields = ("loc", "scale", "gate")
+    pytree_aux_fields = ("coupling", "elements")
+    support = constraints.real
+
+    def __init__(self, loc: Array, scale: Array, gate: Array, coupling: Coupling, elements: Elements, shape):
+        self.loc, self.scale, self.gate, self.coupling, self.elements = loc, scale, gate, coupling, elements
+        super().__init__(batch_shape=shape)
+
+    has_rsample = True
+
+    def sample(self, key, sample_shape=()):
+        """Draw values of shape ``(*sample_shape, *batch)``, differentiable."""
+
+        def draw(noise):
+            right = self.loc + self.scale * self.elements.gather(noise)
+            return self.elements.scatter(self.coupling.solve(right, self.gate), self.batch_shape)
+
+        for _ in sample_shape:
+            draw = jax.vmap(draw)
+        return draw(random.normal(key, sample_shape + self.batch_shape))
+
+    def log_prob(self, value):
+        """Log-density of each element given those before it, in nats."""
+        u = self.elements.gather(value)
+        loc = self.loc + self.gate * self.coupling.apply((self.gate * u)[..., None])[..., 0]
+        return self.elements.scatter(dist.Normal(loc, self.scale).log_prob(u), jnp.shape(value))
