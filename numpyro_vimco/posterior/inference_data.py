@@ -99,7 +99,7 @@ def to_arviz(
         index = proposals.resample(choice_key, smoothed, num_samples)
         latents = {name: take(value, index, fit.model_trace[name]["fn"].event_dim) for name, value in latents.items()}
         stats = {name: take(value, index) for name, value in stats.items()}
-    summed = tuple(dim for dim in range(-drawn.structure.ndim, 0) if dim not in drawn.structure.dims.shared)
+    summed = tuple(dim for dim in range(-drawn.structure.ndim, 0) if dim not in drawn.structure.dims)
     stats = {name: value.squeeze(summed) for name, value in stats.items()}
 
     parts = [group.removeprefix("posterior_") for group in groups]
@@ -194,7 +194,7 @@ def _dims(fit: Fitted) -> dict[str, list[str]]:
 
 def _common_dims(fit: Fitted, structure: Structure) -> list[str]:
     frames = {frame for site in sample_sites(fit.model_trace) for frame in site["cond_indep_stack"]}
-    common = sorted((frame for frame in frames if frame.dim in structure.dims.shared), key=lambda frame: frame.dim)
+    common = sorted((frame for frame in frames if frame.dim in structure.dims), key=lambda frame: frame.dim)
     return [frame.name for frame in common]
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from scipy.special import logsumexp
 
 from numpyro_vimco.objectives import control_variates as cv
-from numpyro_vimco.objectives.densities import Program
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
+from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.posterior.fitted import Fitted
 
 
@@ -110,6 +110,7 @@ def _program(fit: Fitted, plate_particles: Mapping[str, int]) -> Program:
         kwargs=fit.kwargs,
         by_score=lambda site: False,
         plate_particles=plate_particles,
+        joint_plates=getattr(fit.svi.loss, "joint_plates", frozenset()),
         linear=False,
     )
 

@@ -1,0 +1,56 @@
+"""A program for test_fit.py: starts spread over two CPU devices give what one device gives.
+
+    python tests/devices_of_fit.py
+
+It prints "held" last.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+
+import jax
+from jax import random
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI
+import optax
+
+from numpyro_vimco import VIMCOStar, fit
+
+assert len(jax.devices()) == 2
+SPREAD = NamedSharding(Mesh(np.array(jax.devices()), ("starts",)), PartitionSpec("starts"))
+
+
+def model(x):
+    with numpyro.plate("switch", 2):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+    numpyro.sample("x", dist.Normal(z.sum(), 1.0), obs=x)
+
+
+def guide(x):
+    logits = numpyro.param("logits", lambda key: random.normal(key, (2,)))
+    with numpyro.plate("switch", 2):
+        numpyro.sample("z", dist.Bernoulli(logits=logits))
+
+
+def run(num_steps, **options):
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
+    return fit(svi, random.key(0), num_steps, 0.7, anneal=lambda step: 0.5, progress_bar=False, **options)
+
+
+if __name__ == "__main__":
+    one, two = run(20), run(20, start_sharding=SPREAD)
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
+    np.testing.assert_allclose(two.log_evidence, one.log_evidence, rtol=1e-5)
+    logits = two.state.svi.optim_state[1][0]["logits"]
+    assert logits.sharding.is_equivalent_to(SPREAD, 2) and logits.sharding.shard_shape(logits.shape) == (2, 2)
+    assert np.isfinite(two.best.params["logits"]).all()
+    # To go on, on two devices or on one.
+    half = run(12, start_sharding=SPREAD)
+    for options in ({"start_sharding": SPREAD}, {}):
+        rest = run(8, init_state=half.state, **options)
+        np.testing.assert_allclose(rest.losses, one.losses[:, 12:], rtol=1e-5)
+    print("held", flush=True)
