@@ -46,7 +46,7 @@ def model(disasters):
         numpyro.sample("disasters", dist.Poisson(rate), obs=disasters)
 
 
-guide = AutoMixed(model, conditional=True)
+guide = AutoMixed(model, structure="conditional")
 
 
 def exact_posterior(disasters):

@@ -42,7 +42,7 @@ def model(predictors, response):
 
 
 # Indicators, then coefficients given their own indicators: a Normal each for the spike and for the slab.
-guide = AutoMixed(model, conditional=True)
+guide = AutoMixed(model, structure="conditional")
 
 
 def exact_posterior(predictors, response):

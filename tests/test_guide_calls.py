@@ -71,7 +71,7 @@ def run_plainly(svi):
     return svi.run(random.key(0), 2, 1.0, progress_bar=False).params
 
 
-CONDITIONAL = partial(AutoMixed, conditional=True)
+CONDITIONAL = partial(AutoMixed, structure="conditional")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_no_rank_is_promoted():
             u = numpyro.sample("u", dist.Normal(0.0, 1.0))
             numpyro.sample("x", dist.Normal((z + k + n) * u, 1), obs=x)
 
-    guide = AutoMixed(model, conditional=True)
+    guide = AutoMixed(model, structure="conditional")
     with jax.numpy_rank_promotion("raise"):
         _, tr = log_density(seed(guide, 0), (jnp.ones(2),), {}, {})
         params = {name: site["value"] for name, site in tr.items() if site["type"] == "param"}
@@ -190,7 +190,7 @@ def test_point_mass_in_a_prior(kind, with_discrete):
         numpyro.sample("y", dist.Normal(namespace["b"], 1), obs=y)
 
     if kind == "mixture" and with_discrete:
-        svi = SVI(written_instead, AutoMixed(written_instead, conditional=True), optax.adam(0.05), VIMCOStar())
+        svi = SVI(written_instead, AutoMixed(written_instead, structure="conditional"), optax.adam(0.05), VIMCOStar())
         result = svi.run(random.key(0), 300, 0.4, progress_bar=False)
         diagnostics = importance_diagnostics(svi, result, model_args=(0.4,), rng_key=random.key(2), num_samples=10_000)
         # A good guide's error with 10,000 draws is about 0.002; without the mass the evidence is -1.999.

@@ -318,7 +318,7 @@ def test_an_element_depends_on_what_its_own_plate_element_has():
             z = numpyro.sample("z", dist.Bernoulli(jnp.full((2, 3), 0.5)))
             numpyro.sample("u", dist.Normal(z.sum(0), 1))
 
-    guide = AutoMixed(model, conditional=True)
+    guide = AutoMixed(model, structure="conditional")
     z = jnp.array([[1, 0, 0], [1, 1, 0]])
     weights = jnp.arange(6.0).reshape(3, 2) + 1
     fixed = {**start(guide), "z": z, "u_auto_loc": jnp.zeros(3), "u_auto_loc_z": weights}
@@ -377,7 +377,7 @@ def test_continuous_guides(continuous):
 def test_in_an_auto_guide_list():
     guide = AutoGuideList(block(mixed_model, hide=["count", "score", "active", "kind"]))
     guide.append(AutoDelta(block(mixed_model, expose=["rate"])))
-    guide.append(AutoMixed(block(mixed_model, hide=["rate", "mean"]), conditional=True))
+    guide.append(AutoMixed(block(mixed_model, hide=["rate", "mean"]), structure="conditional"))
     svi = SVI(mixed_model, guide, optax.adam(0.05), VIMCOStar(num_particles=4))
     result = svi.run(random.key(0), 10, X, progress_bar=False)
     assert jnp.isfinite(result.losses).all()
@@ -496,7 +496,7 @@ def test_mixture_of_iris_with_local_particles():
         (AutoMixed(lambda x: numpyro.sample("x", dist.Normal(0, 1), obs=x)), "no latent site"),
         (AutoMixed(mixed_model, continuous=AutoDAIS), "AutoDAIS, which needs the model's density"),
         (
-            AutoMixed(mixed_model, continuous=AutoMultivariateNormal, conditional=True),
+            AutoMixed(mixed_model, continuous=AutoMultivariateNormal, structure="conditional"),
             "must be AutoNormal, but it is AutoM",
         ),
     ],
@@ -566,7 +566,7 @@ def without_dependence():
 )
 def test_conditional_that_changes_nothing_is_said(model, why):
     with pytest.warns(UserWarning, match=f"changes nothing: {why}"):
-        seed(AutoMixed(model, conditional=True), 0)()
+        seed(AutoMixed(model, structure="conditional"), 0)()
 
 
 def test_plates_inside_of_scan_are_refused():

@@ -29,7 +29,7 @@ def fit(svi: SVI, result) -> None:
 reveal_type(numpyro_vimco.__version__)
 reveal_type(VIMCOStar(alpha=0.5, num_particles=8, plate_particles={"data": 4}))
 reveal_type(VIMCOStar().chunk_size)
-reveal_type(AutoMixed(print, conditional=True))
+reveal_type(AutoMixed(print, structure="conditional"))
 VIMCOStar(num_particles="8")
 VIMCOStar(aplha=0.5)
 VIMCOStar(plate_particles={"data": "4"})

@@ -4,22 +4,22 @@
 """An automatic guide for discrete latents."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-import numpyro
 from numpyro.distributions.util import periodic_repeat
 from numpyro.handlers import seed, substitute
 from numpyro.infer import init_to_median
 
-from numpyro_vimco.guides.families import Family, bounds_error, family_of, has_common_bounds, jitter
+from numpyro_vimco.guides.families import Family, bounds_error, family_of, has_common_bounds
+from numpyro_vimco.guides.options import check_couplings, check_structure
+from numpyro_vimco.guides.plan import discrete_sites
 from numpyro_vimco.guides.structural import StructuralGuide
-from numpyro_vimco.randomness import split_by_name
+from numpyro_vimco.guides.structured import Sampler, Site
+from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_discrete, is_latent_site
 
 
@@ -76,12 +76,18 @@ class AutoDiscrete(StructuralGuide):
         model: Callable,
         *,
         prefix: str = "auto",
+        structure: str = "mean_field",
+        coupling_speed: float = 0.3,
+        rank: int | None = None,
         init_loc_fn: Callable = init_to_median,
         create_plates: Callable | None = None,
     ):
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn, create_plates=create_plates)
+        self.structure = check_structure(structure, ["mean_field", "autoregressive"])
+        self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
         self.families: dict[str, Family] = {}
         self._start: dict[str, dict[str, Array]] = {}
+        self.sites: list[Site] = []
 
     def _setup_prototype(self, *args, **kwargs) -> None:
         # The structure is the same at each call, so that it depends on no key of the call.
@@ -109,10 +115,16 @@ class AutoDiscrete(StructuralGuide):
             start = family.start(site, given.get(name))
             self._start[name] = {k: self._full_size(site, v, event_dim + family.event_dim) for k, v in start.items()}
         self._check_bounds(*args, **kwargs)
+        self.sites = discrete_sites(self.prototype_trace, self.families, self._start)
+        if self.structure == "autoregressive":
+            self.sites = self._couple(self.sites, *args, **kwargs)
 
     def _forget(self) -> None:
         super()._forget()
-        self.families, self._start = {}, {}
+        self.families, self._start, self.sites = {}, {}, []
+
+    def _sampler(self) -> Sampler:
+        return Sampler(tuple(self.sites), self.prefix, self.coupling_speed, self.rank)
 
     def _check_bounds(self, *args, **kwargs) -> None:
         """Raise for bounds that are not known for every element at every call."""
@@ -146,25 +158,7 @@ class AutoDiscrete(StructuralGuide):
         :return: the samples, keyed by site.
         """
         with self._known_structure(args, kwargs):
-            plates = self._plates_of_call(*args, **kwargs)
-            return {name: self._sample_site(name, family, plates) for name, family in self.families.items()}
-
-    def _sample_site(self, name: str, family: Family, plates: dict[str, numpyro.plate]) -> Array:
-        site = self.prototype_trace[name]
-        event_dim = site["fn"].event_dim
-        with ExitStack() as stack:
-            for frame in site["cond_indep_stack"]:
-                stack.enter_context(plates[frame.name])
-            params = {
-                k: numpyro.param(
-                    f"{name}_{self.prefix}_{k}",
-                    partial(jitter, start, family.constraints[k]),
-                    constraint=family.constraints[k],
-                    event_dim=event_dim + family.event_dim,
-                )
-                for k, start in self._start[name].items()
-            }
-            return numpyro.sample(name, family.distribution(**params).to_event(event_dim))
+            return self._draw_in_guide(self._sampler(), *args, **kwargs)
 
     def _params(self, name: str, params: dict[str, Any]) -> dict[str, Any]:
         return {k: params[f"{name}_{self.prefix}_{k}"] for k in self._start[name]}
@@ -172,12 +166,9 @@ class AutoDiscrete(StructuralGuide):
     def sample_posterior(self, rng_key, params, *args, sample_shape=(), **kwargs) -> dict[str, Array]:
         """As in NumPyro. Deterministic sites are included if all latents of the model are discrete."""
         with self._known_structure(args, kwargs):
-            keys = split_by_name(rng_key, ["", *self.families])
-            samples = {
-                name: family.distribution(**self._params(name, params)).sample(keys[name], sample_shape)
-                for name, family in self.families.items()
-            }
-            return self._with_deterministic(keys[""], params, samples, sample_shape, args, kwargs)
+            draw_key, rng_key = split(rng_key)
+            samples = self._draw_at_params(self._sampler(), draw_key, params, sample_shape)
+            return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
         """The smallest value of each element whose cumulative probability is at least ½."""

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array
 import numpyro
 from numpyro.handlers import block, seed, substitute
+from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import (
     AutoDAIS,
     AutoGuide,
@@ -20,10 +21,12 @@ from numpyro.infer.autoguide import (
 )
 
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
-from numpyro_vimco.guides.conditional_normal import ConditionalNormal, Samples
+from numpyro_vimco.guides.options import check_couplings, check_structure
+from numpyro_vimco.guides.plan import conditional, continuous_sites
 from numpyro_vimco.guides.point_masses import check_no_point_mass
 from numpyro_vimco.guides.private import set_up
 from numpyro_vimco.guides.structural import StructuralGuide
+from numpyro_vimco.guides.structured import ContinuousSite, Sampler, Samples, Site
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, is_latent_site
 
@@ -78,12 +81,19 @@ class AutoMixed(StructuralGuide):
         *,
         continuous: Callable = AutoNormal,
         discrete: Callable = AutoDiscrete,
-        conditional: bool = False,
+        structure: str = "mean_field",
+        coupling_speed: float = 0.3,
+        rank: int | None = None,
         **kwargs,
     ):
+        self.structure = check_structure(structure, ["mean_field", "conditional", "autoregressive"])
+        if self.structure != "mean_field":
+            kwargs = {"init_loc_fn": init_to_median, **kwargs}
         super().__init__(model, **kwargs)
-        self.continuous, self.discrete, self.conditional = continuous, discrete, conditional
+        self.continuous, self.discrete = continuous, discrete
+        self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
         self._arguments = kwargs
+        self._sites: list[Site] = []
         self._parts: list[AutoGuide] = []
         self.plates: dict[str, numpyro.plate] = {}
 
@@ -107,13 +117,33 @@ class AutoMixed(StructuralGuide):
             if discrete:
                 model = block(substitute(model, data=discrete), hide_fn=_is_beside_continuous)
             guide = self.continuous(model, **self._arguments)
-            self._parts.append(_checked(guide, self.conditional) if discrete else guide)
+            is_alone = not discrete and self.structure != "autoregressive"
+            self._parts.append(guide if is_alone else _checked(guide, self.structure))
         for part in self._parts:
             set_up(part, *args, **kwargs)
             if len(self._parts) == 2:
                 part.create_plates = self._shared_plates
-        if self.conditional:
-            self._warn_if_independent(discrete, continuous)
+        if self.structure != "mean_field":
+            self._structure_sites(discrete, continuous, *args, **kwargs)
+
+    def _structure_sites(self, discrete: Samples, continuous: Samples, *args, **kwargs) -> None:
+        """Find out what the sites of a guide with dependences depend on."""
+        sites = self._parts[0].sites if discrete else []
+        if continuous:
+            sites = [*sites, *continuous_sites(self._parts[-1])]
+        if self.structure == "autoregressive":
+            self._sites = self._couple(sites, *args, **kwargs)
+            return
+        self._sites = conditional(sites)
+        if not any(isinstance(site, ContinuousSite) and site.own for site in self._sites):
+            why = "each discrete site is in a plate that no continuous site is in"
+            if not discrete or not continuous:
+                why = f"the model has no {'continuous' if discrete else 'discrete'} latent"
+            warnings.warn(f"structure='conditional' changes nothing: {why}. Leave it out.", stacklevel=2)
+            self._sites = []
+
+    def _sampler(self) -> Sampler:
+        return Sampler(tuple(self._sites), self.prefix, self.coupling_speed, self.rank)
 
     def _check_continuous(self, names: Iterable[str], latents: Samples, *args, **kwargs) -> None:
         """Raise for continuous sites that no Normal in a fixed unconstrained space can propose."""
@@ -127,18 +157,9 @@ class AutoMixed(StructuralGuide):
                 f"AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
             )
 
-    def _warn_if_independent(self, discrete: Samples, continuous: Samples) -> None:
-        if not discrete or not continuous:
-            why = f"the model has no {'continuous' if discrete else 'discrete'} latent"
-        elif self._given_discrete().is_independent():
-            why = "each discrete site is in a plate that no continuous site is in"
-        else:
-            return
-        warnings.warn(f"conditional=True changes nothing: {why}. Leave it out.", stacklevel=2)
-
     def _forget(self) -> None:
         super()._forget()
-        self._parts, self.plates = [], {}
+        self._parts, self._sites, self.plates = [], [], {}
 
     def _shared_plates(self, *args, **kwargs) -> list[numpyro.plate]:
         """The plates of this call: both guides must see the same subsample."""
@@ -151,40 +172,28 @@ class AutoMixed(StructuralGuide):
         :return: the samples, keyed by site.
         """
         with self._known_structure(args, kwargs):
+            if self._sites:
+                return self._draw_in_guide(self._sampler(), *args, **kwargs)
             if len(self._parts) == 1:
                 return self._parts[0](*args, **kwargs)
-            discrete, continuous = self._parts
-            given_discrete = self._given_discrete()
             self.plates = self._plates_of_call(*args, **kwargs)
             try:
-                samples = discrete(*args, **kwargs)
-                if self.conditional:
-                    return {**samples, **given_discrete.sample(self.plates, samples)}
-                return {**samples, **continuous(*args, **kwargs)}
+                return {name: value for part in self._parts for name, value in part(*args, **kwargs).items()}
             finally:
                 self.plates = {}  # a subsample is of this call alone
-
-    def _given_discrete(self) -> ConditionalNormal:
-        discrete, continuous = self._parts
-        return ConditionalNormal(
-            continuous, {name: discrete.prototype_trace[name] for name in discrete.families}, discrete.families
-        )
 
     def sample_posterior(self, rng_key, params, *args, sample_shape=(), **kwargs) -> dict[str, Array]:
         """As in NumPyro, with deterministic sites."""
         with self._known_structure(args, kwargs):
-            if len(self._parts) == 1:
+            if not self._sites and len(self._parts) == 1:
                 return self._parts[0].sample_posterior(rng_key, params, *args, sample_shape=sample_shape, **kwargs)
-            discrete, continuous = self._parts
-            given_discrete = self._given_discrete()
-            discrete_key, continuous_key, rng_key = split(rng_key, 3)
-            samples = discrete.sample_posterior(discrete_key, params, *args, sample_shape=sample_shape, **kwargs)
-            if self.conditional:
-                samples.update(given_discrete.sample_posterior(continuous_key, params, samples, sample_shape))
+            *keys, rng_key = split(rng_key, 3)
+            if self._sites:
+                samples = self._draw_at_params(self._sampler(), keys[0], params, sample_shape)
             else:
-                samples.update(
-                    continuous.sample_posterior(continuous_key, params, *args, sample_shape=sample_shape, **kwargs)
-                )
+                samples = {}
+                for part, key in zip(self._parts, keys):
+                    samples |= part.sample_posterior(key, params, *args, sample_shape=sample_shape, **kwargs)
             return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
@@ -206,9 +215,9 @@ class AutoMixed(StructuralGuide):
             return {name: value for part in self._parts for name, value in part.quantiles(params, quantiles).items()}
 
     def _check_marginals(self) -> None:
-        if self.conditional and len(self._parts) == 2:
+        if self._sites:
             raise NotImplementedError(
-                "With conditional=True the marginal of a continuous latent is a mixture over the discrete values, and "
+                f"With structure='{self.structure}' the marginal of a latent is a mixture over what it depends on, and "
                 "has no closed quantiles. Use those of `sample_posterior(rng_key, params, sample_shape=(10_000,))`."
             )
 
@@ -218,16 +227,16 @@ def _is_beside_continuous(site: dict) -> bool:
     return site["type"] == "deterministic" or (site["type"] == "sample" and (site["is_observed"] or is_discrete(site)))
 
 
-def _checked(guide: AutoGuide, conditional: bool) -> AutoGuide:
+def _checked(guide: AutoGuide, structure: str) -> AutoGuide:
     name = type(guide).__name__
     if isinstance(guide, AutoDAIS | AutoSemiDAIS | AutoSurrogateLikelihoodDAIS | AutoLaplaceApproximation):
         raise ValueError(
             f"`continuous` is {name}, which needs the model's density as a function of the continuous latents alone. "
             "Use AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, a flow, or AutoDelta."
         )
-    if conditional and type(guide) is not AutoNormal:
+    if structure != "mean_field" and type(guide) is not AutoNormal:
         raise ValueError(
-            f"With conditional=True `continuous` must be AutoNormal, but it is {name}. Leave `continuous` out, or use "
-            "conditional=False."
+            f"With structure='{structure}' `continuous` must be AutoNormal, but it is {name}. Leave `continuous` out, "
+            "or use structure='mean_field'."
         )
     return guide

@@ -31,11 +31,13 @@ SPREAD, JITTER, GIVEN = 0.01, 0.1, 0.9
 class Boolean:
     """Bernoulli."""
 
+    support: ClassVar = constraints.boolean
     constraints: ClassVar = {"logits": constraints.real}
     event_dim: ClassVar = 0
+    low: ClassVar = 0
+    num_values: ClassVar = 2
     num_shifts: ClassVar = 1
     num_features: ClassVar = 1
-    support: ClassVar = constraints.boolean
 
     def start(self, site: dict, given: Array | None) -> dict[str, Array]:
         """Parameters to begin with, one for each element of the site's value."""
@@ -50,7 +52,7 @@ class Boolean:
         """Parameters, moved by shifts in a new axis at the end."""
         return {"logits": logits + shifts[..., 0]}
 
-    def over(self, arrange: Callable[[Array], Array]) -> "Boolean":
+    def over(self, arrange: Callable[[Any], Any]) -> "Boolean":
         """The family, with what there is for each element rearranged."""
         return self
 
@@ -94,18 +96,17 @@ class Interval:
         return constraints.integer_interval(self.low, self.high)
 
     @property
-    def num_shifts(self) -> int:
+    def num_values(self) -> int:
+        """The largest number of values that an element has."""
         return int(np.max(self.high - self.low)) + 1
 
-    @property
-    def num_features(self) -> int:
-        return self.num_shifts
+    num_shifts = num_features = num_values
 
     def quantile(self, q, logits):
         return self.distribution(logits).icdf(q)
 
     def features(self, value):
-        return jax.nn.one_hot(value - self.low, self.num_shifts)
+        return jax.nn.one_hot(value - self.low, self.num_values)
 
 
 @dataclass(frozen=True)

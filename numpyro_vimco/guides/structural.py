@@ -9,10 +9,14 @@ from contextlib import contextmanager
 import jax
 from jaxtyping import Array
 from numpyro.handlers import block, seed, substitute, trace
-from numpyro.infer import Predictive
+from numpyro.infer import Predictive, init_to_uniform
 
 from numpyro_vimco.dependence import dependence
+from numpyro_vimco.guides.couplings import Graph, local_plates, log_densities
+from numpyro_vimco.guides.plan import autoregressive, gated
 from numpyro_vimco.guides.private import PrototypeGuide, set_up
+from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
+from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_latent_site
 
 
@@ -62,6 +66,29 @@ class StructuralGuide(PrototypeGuide):
                 )
         self._set_frames({frame.name: frame for frame in frames}, full_sizes)
         self._prototype_arguments = args, kwargs
+
+    def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
+        """Sites in the order in which an autoregressive guide draws them, with what the model couples them to."""
+        values = {site["name"]: site["value"] for site in self.prototype_trace.values() if is_latent_site(site)}
+        elsewhere = substitute(seed(self.model, jax.random.key(1)), substitute_fn=init_to_uniform)
+        with block():
+            other_trace = trace(elsewhere).get_trace(*args, **kwargs)
+        other = {name: other_trace[name]["value"] for name in values}
+        evaluate = log_densities(self.model, args, kwargs)
+        graph = Graph.of(evaluate, values)
+        local = local_plates(graph, self.prototype_trace, evaluate, other)
+        return gated(autoregressive(sites, graph, local), evaluate, values, other)
+
+    def _draw_in_guide(self, sampler: Sampler, *args, **kwargs) -> Samples:
+        return sampler.run(InGuide(self._plates_of_call(*args, **kwargs)))
+
+    def _draw_at_params(self, sampler: Sampler, rng_key: Array, params: Samples, sample_shape: tuple) -> Samples:
+        def draw(rng_key):
+            return sampler.run(FromParams(params, split_by_name(rng_key, [site.name for site in sampler.sites])))
+
+        for _ in sample_shape:
+            draw = jax.vmap(draw)
+        return draw(split(rng_key, sample_shape) if sample_shape else rng_key)
 
     def _moving_supports(self, names: Iterable[str], latents: dict[str, Array], *args, **kwargs) -> list[str]:
         """The sites whose support depends on latents."""

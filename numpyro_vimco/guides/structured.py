@@ -1,11 +1,18 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sites of a guide, drawn one after the other, each given those before it. The formula: :class:`.AutoMixed`."""
+"""Sites of a guide, drawn one after the other, each given those before it. The formula: :class:`.AutoMixed`.
 
+Values have the shape of their site, ``(*batch, *event)``. Couplings see a site's *elements*, in an order: arrays of
+shape ``(*local, n, …)``, where ``local`` are the sizes of plates whose elements share nothing, and n is the number of
+all other elements. What is in fewer local plates has size 1 there, so that it is for each of their elements.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+import math
 from typing import Any, Protocol
 
 import jax
@@ -14,7 +21,8 @@ from jaxtyping import Array
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.distributions import biject_to, constraints
+from numpyro.distributions import biject_to
+from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_vimco.guides.autoregressive import (
     AutoregressiveDiscrete,
@@ -28,16 +36,16 @@ from numpyro_vimco.guides.families import Family, jitter
 
 Samples = dict[str, Array]
 
-# A matrix of couplings of one site has at most so many entries, of 360 switches to each other, say; beyond, it is of
-# low rank.
+# The couplings of one site are a full matrix up to so many entries, 360 switches with each other, say. Beyond, they are
+# a product of two matrices of this rank.
 FULL_ENTRIES, RANK = 2**17, 16
 
 
 class Statements(Protocol):
-    """How a guide states its parameters and samples: as NumPyro's statements, or from parameters that are known."""
+    """How parameters and draws are stated: to NumPyro in a guide, or at parameters that are known."""
 
-    def plates(self, site: dict) -> Any:
-        """A context of the site's plates."""
+    def plates(self, site: dict) -> ExitStack:
+        """A context of a site's plates."""
 
     def param(self, name: str, start: Any, **kwargs) -> Array:
         """A parameter."""
@@ -51,14 +59,21 @@ class InGuide:
 
     def __init__(self, plates: dict[str, numpyro.plate]):
         self._plates = plates
-        self.param, self.sample = numpyro.param, numpyro.sample
 
-    def plates(self, site: dict) -> Any:
-        """A context of the site's plates."""
+    def plates(self, site: dict) -> ExitStack:
+        """A context of a site's plates."""
         stack = ExitStack()
         for frame in site["cond_indep_stack"]:
             stack.enter_context(self._plates[frame.name])
         return stack
+
+    def param(self, name: str, start: Any, **kwargs) -> Array:
+        """A parameter."""
+        return numpyro.param(name, start, **kwargs)
+
+    def sample(self, name: str, fn: dist.Distribution) -> Array:
+        """A draw."""
+        return numpyro.sample(name, fn)
 
 
 class FromParams:
@@ -67,12 +82,12 @@ class FromParams:
     def __init__(self, params: Samples, keys: dict[str, Array]):
         self._params, self._keys = params, keys
 
-    def plates(self, site: dict) -> Any:
+    def plates(self, site: dict) -> ExitStack:
         """Nothing: parameters are of full plates."""
         return ExitStack()
 
     def param(self, name: str, start: Any, **kwargs) -> Array:
-        """The parameter's value."""
+        """A parameter."""
         return self._params[name]
 
     def sample(self, name: str, fn: dist.Distribution) -> Array:
@@ -80,242 +95,255 @@ class FromParams:
         return fn.sample(self._keys[name])
 
 
-@dataclass(frozen=True)
-class Site:
+@dataclass(frozen=True, kw_only=True)
+class Site(ABC):
     """A site of the guide, and what it depends on.
 
-    :ivar name: its name.
-    :ivar site: as traced in the model.
-    :ivar start: its parameters to begin with, of full plates: of a discrete site, those of the family; of a continuous
-        one, `loc` in unconstrained space, and `scale`.
-    :ivar family: of a discrete site; None if it is continuous.
-    :ivar event_dim: event dimensions of the parameters, those of the family left out.
-    :ivar elements: the order of its elements.
-    :ivar own: discrete sites that a continuous one depends on at full speed.
-    :ivar coupled: earlier sites that it depends on through slow couplings.
+    :ivar site: the site as traced in the model.
+    :ivar start: values of its parameters to begin with, of full plates.
+    :ivar event_dim: event dimensions of its elements.
+    :ivar elements: their order.
+    :ivar coupled: earlier sites that it depends on through couplings.
     :ivar is_coupled_within: whether its elements depend on each other.
-    :ivar gates: for discrete sites of the same shape, which values leave a continuous site without effect: 0 there.
     """
 
     name: str
     site: dict
     start: Samples
-    family: Family | None
     event_dim: int
     elements: Elements
-    own: tuple[str, ...] = ()
     coupled: tuple[str, ...] = ()
     is_coupled_within: bool = False
-    gates: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    @abstractmethod
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of its elements in full plates, ``(*batch, *event)``."""
+
+    @abstractmethod
+    def draw(self, earlier: "Earlier") -> tuple[Array, Array]:
+        """Its value, and features for later sites, of shape ``(*local, n, f)``."""
 
 
 @dataclass(frozen=True)
 class Sampler:
     """The sites of a guide, in the order in which they are drawn.
 
-    :ivar speed: factor on couplings that are not `own`.
-    :ivar rank: rank of couplings; None for full matrices up to :data:`FULL_ENTRIES`.
+    :ivar prefix: of the names of parameters.
+    :ivar speed: factor on couplings.
+    :ivar rank: of couplings; None for full matrices up to :data:`FULL_ENTRIES`.
     """
 
     sites: tuple[Site, ...]
     prefix: str
     speed: float
     rank: int | None
-    scale_constraint: constraints.Constraint = constraints.softplus_positive
 
     def run(self, statements: Statements) -> Samples:
         """Draw all sites."""
-        drawn = _Drawn(self, {}, {}, {})
+        earlier = Earlier(self, statements, {}, {}, {})
         for site in self.sites:
-            if site.family is None:
-                self._draw_continuous(site, statements, drawn)
-            else:
-                self._draw_discrete(site, statements, drawn)
-        return drawn.values
-
-    def sample_posterior(self, keys: dict[str, Array], params: Samples) -> Samples:
-        """Draw all sites at known parameters."""
-        return self.run(FromParams(params, keys))
-
-    # Discrete sites.
-
-    def _draw_discrete(self, site: Site, statements: Statements, drawn: "_Drawn") -> None:
-        family = site.family
-        with statements.plates(site.site):
-            params = {
-                k: statements.param(
-                    f"{site.name}_{self.prefix}_{k}",
-                    lambda key, start=start, k=k: jitter(start, family.constraints[k], key),
-                    constraint=family.constraints[k],
-                    event_dim=site.event_dim + family.event_dim,
-                )
-                for k, start in site.start.items()
-            }
-            shape = jnp.shape(next(iter(params.values())))
-            shape = shape[: len(shape) - family.event_dim]
-            gather = site.elements.gather
-            shift, within = self._couplings(site, "weights", site.coupled, family.num_shifts, statements, drawn)
-            if shift is None and within is None:
-                fn = family.distribution(**params)
-            else:
-                ordered = {k: gather(value) for k, value in params.items()}
-                if shift is not None:
-                    ordered = family.shifted(shift, **ordered)
-                if within is None:
-                    fn = family.distribution(**{k: site.elements.scatter(v, shape) for k, v in ordered.items()})
-                else:
-                    fn = self._autoregressive(site, family, ordered, within, shape)
-            value = statements.sample(site.name, fn.to_event(site.event_dim))
-        drawn.values[site.name] = value
-        drawn.features[site.name] = gather(family.features(value))
-
-    def _autoregressive(
-        self, site: Site, family: Family, params: Samples, within: Coupling, shape
-    ) -> dist.Distribution:
-        arranged = family.over(lambda bound: np.asarray(site.elements.gather(np.broadcast_to(bound, shape))))
-
-        def conditional(values: Array) -> dist.Distribution:
-            return arranged.distribution(**arranged.shifted(within.apply(arranged.features(values)), **params))
-
-        first = next(iter(params.values()))
-        ndim = first.ndim - family.event_dim
-        start = jnp.broadcast_to(jnp.asarray(arranged.low if hasattr(arranged, "low") else 0), first.shape[:ndim])
-        return AutoregressiveDiscrete(conditional, site.elements, family.support, start, shape)
-
-    # Continuous sites.
-
-    def _draw_continuous(self, site: Site, statements: Statements, drawn: "_Drawn") -> None:
-        loc, log_scale = site.start["loc"], 0.0
-        event_dim = site.event_dim
-        names = {k: f"{site.name}_{self.prefix}_{k}" for k in ("loc", "scale")}
-        with statements.plates(site.site):
-            scale = statements.param(
-                names["scale"], site.start["scale"], constraint=self.scale_constraint, event_dim=event_dim
-            )
-            loc = statements.param(names["loc"], site.start["loc"], event_dim=event_dim)
-            shape = jnp.shape(loc)
-            for parent in site.own:
-                features = drawn.own_features(site, parent)
-                zeros = jnp.zeros((*jnp.shape(site.start["loc"]), features.shape[-1]))
-                own = [
-                    statements.param(f"{site.name}_{self.prefix}_{part}_{parent}", zeros, event_dim=event_dim + 1)
-                    for part in ("loc", "log_scale")
-                ]
-                loc = loc + jnp.sum(own[0] * features, axis=-1)
-                log_scale = log_scale + jnp.sum(own[1] * features, axis=-1)
-            gather = site.elements.gather
-            gate = drawn.gate(site, shape)
-            is_discrete = {other.name: other.family is not None for other in self.sites}
-            discrete = [name for name in site.coupled if is_discrete[name]]
-            continuous = [name for name in site.coupled if not is_discrete[name]]
-            of_scale, _ = self._couplings(site, "log_scale_weights", discrete, 1, statements, drawn, within=False)
-            of_discrete, _ = self._couplings(site, "loc_weights", discrete, 1, statements, drawn, within=False)
-            of_continuous, within = self._couplings(site, "loc_couplings", continuous, 1, statements, drawn)
-
-            ordered = gather(loc)
-            for shift, factor in ((of_discrete, 1.0), (of_continuous, gather(gate))):
-                if shift is not None:
-                    ordered = ordered + factor * shift[..., 0]
-            scale = jnp.broadcast_to(scale * jnp.exp(log_scale), shape)
-            if of_scale is not None:
-                scale = scale * site.elements.scatter(jnp.exp(of_scale[..., 0]), shape)
-            if within is None:
-                fn: dist.Distribution = dist.Normal(site.elements.scatter(ordered, shape), scale)
-            else:
-                fn = AutoregressiveNormal(ordered, gather(scale), gather(gate), within, site.elements, shape)
-            transform = biject_to(site.site["fn"].support)
-            fn = dist.TransformedDistribution(fn.to_event(event_dim), transform)
-            value = statements.sample(site.name, fn)
-        drawn.values[site.name] = value
-        drawn.features[site.name] = (gather(gate) * gather(transform.inv(value)))[..., None]
-
-    # Couplings.
-
-    def _couplings(
-        self,
-        site: Site,
-        suffix: str,
-        parents: Iterable[str],
-        num_shifts: int,
-        statements: Statements,
-        drawn: "_Drawn",
-        within: bool = True,
-    ) -> tuple[Array | None, Coupling | None]:
-        """Shifts ``(*local, n, k)`` by earlier sites, and the couplings of the site's elements to each other."""
-        features = {parent: drawn.features[parent] for parent in parents}
-        sizes = [value.shape[-2] * value.shape[-1] for value in features.values()]
-        full_shape = self._full_shape(site)
-        n = site.elements.count(full_shape)
-        num_features = 1 if site.family is None else site.family.num_features
-        is_within = within and site.is_coupled_within and n > 1
-        total = sum(sizes) + (n * num_features if is_within else 0)
-        if not total:
-            return None, None
-        name = f"{site.name}_{self.prefix}_{suffix}"
-        event_dim = site.event_dim + 2
-        is_full = self.rank is None and np.prod(full_shape) * num_shifts * total <= FULL_ENTRIES
-        gather = site.elements.gather
-        if is_full:
-            left = statements.param(name, jnp.zeros((*full_shape, num_shifts, total)), event_dim=event_dim)
-            left = self.speed * gather(left)
-            right = None
-        else:
-            rank = RANK if self.rank is None else self.rank
-            left = statements.param(f"{name}_left", jnp.zeros((*full_shape, num_shifts, rank)), event_dim=event_dim)
-            left = self.speed * gather(left)
-            start = lambda key: jax.random.normal(key, (total, rank)) / rank**0.5  # noqa: E731
-            right = statements.param(f"{name}_right", start)
-        shift, begin = None, 0
-        for size, value in zip(sizes, features.values()):
-            flat = value.reshape(*value.shape[:-2], size)
-            if right is None:
-                part = jnp.einsum("...nkp,...p->...nk", left[..., begin : begin + size], flat)
-            else:
-                part = jnp.einsum("...nkr,...r->...nk", left, flat @ right[begin : begin + size])
-            shift = part if shift is None else shift + part
-            begin += size
-        if not is_within:
-            return shift, None
-        if right is None:
-            matrix = left[..., begin:]
-            return shift, FullCoupling(matrix.reshape(*matrix.shape[:-1], n, num_features))
-        return shift, LowRankCoupling(left, right[begin:].reshape(n, num_features, -1))
-
-    def _full_shape(self, site: Site) -> tuple[int, ...]:
-        start = next(iter(site.start.values()))
-        return jnp.shape(start)[: jnp.ndim(start) - (0 if site.family is None else site.family.event_dim)]
+            with statements.plates(site.site):
+                earlier.values[site.name], earlier.features[site.name] = site.draw(earlier)
+            earlier.sites[site.name] = site
+        return earlier.values
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """What has been drawn.
-
-    :ivar values: of each site.
-    :ivar features: for later sites, of shape ``(*local, n, f)``.
-    """
+class Earlier:
+    """The sites that have been drawn, and statements for the next one."""
 
     sampler: Sampler
+    statements: Statements
+    sites: dict[str, Site]
     values: Samples
     features: Samples
-    gates: Samples
 
-    def own_features(self, site: Site, name: str) -> Array:
-        """Features of a discrete site, element on element in the plates that both are in: of shape (*site, G)."""
-        parent = next(other for other in self.sampler.sites if other.name == name)
-        features = parent.family.features(self.values[name])
-        dims = tuple(frame.dim for frame in parent.site["cond_indep_stack"])
-        elements = Elements(features.ndim - 1 - parent.event_dim, parent.event_dim, dims)
-        gathered = elements.gather(features)
-        plates = gathered.shape[:-2]
-        return gathered.reshape(*plates, *(1,) * site.event_dim, -1)
+    def param(self, site: Site, name: str, start: Any, **kwargs) -> Array:
+        """A parameter of a site."""
+        return self.statements.param(f"{site.name}_{self.sampler.prefix}_{name}", start, **kwargs)
 
-    def gate(self, site: Site, shape: tuple[int, ...]) -> Array:
-        """0 for elements that a discrete site of the same shape switches off."""
-        gate = jnp.ones(shape)
-        for name, table in site.gates.items():
-            parent = next(other for other in self.sampler.sites if other.name == name)
-            low = getattr(parent.family, "low", 0)
-            gate = gate * jnp.asarray(table, gate.dtype)[self.values[name] - low].reshape(
-                *self.values[name].shape, *(1,) * (len(shape) - self.values[name].ndim)
+    def shifts(
+        self, site: Site, name: str, parents: Iterable[str], num_shifts: int, num_features: int = 0
+    ) -> tuple[dict[str, Array], Coupling | None]:
+        """What earlier sites add to parameters of a site, and the couplings of its elements to each other.
+
+        :param name: of the parameter.
+        :param num_features: features that one of the elements has for the next; 0 for no such couplings.
+        :return: for each earlier site, shifts of shape ``(*local, n, num_shifts)``; and the couplings, if there are.
+        """
+        features = {parent: self.features[parent] for parent in parents}
+        features = {parent: value.reshape(*value.shape[:-2], -1) for parent, value in features.items()}
+        n = site.elements.count(site.full_shape)
+        num_features = num_features if site.is_coupled_within and n > 1 else 0
+        sizes = [value.shape[-1] for value in features.values()]
+        ends = np.cumsum([*sizes, n * num_features])
+        if not ends[-1]:
+            return {}, None
+        left, right = self._weights(site, name, num_shifts, int(ends[-1]))
+        shifts = {}
+        for parent, end, size in zip(features, ends, sizes):
+            if right is None:
+                shifts[parent] = jnp.einsum("...p,...nkp->...nk", features[parent], left[..., end - size : end])
+            else:
+                shifts[parent] = jnp.einsum("...r,...nkr->...nk", features[parent] @ right[end - size : end], left)
+        if not num_features:
+            return shifts, None
+        if right is not None:
+            return shifts, LowRankCoupling(left, right[sum(sizes) :].reshape(n, num_features, -1))
+        matrix = left[..., sum(sizes) :]
+        return shifts, FullCoupling(matrix.reshape(*matrix.shape[:-1], n, num_features))
+
+    def _weights(self, site: Site, name: str, num_shifts: int, size: int) -> tuple[Array, Array | None]:
+        """A matrix of shape ``(*local, n, num_shifts, size)``, zero at the start; or two, whose product it is."""
+        shape, event_dim = (*site.full_shape, num_shifts), site.event_dim + 2
+        rank = self.sampler.rank
+        if rank is None and math.prod(shape) * size > FULL_ENTRIES:
+            rank = RANK
+        if rank is None:
+            left = self.param(site, name, jnp.zeros((*shape, size)), event_dim=event_dim)
+            return self.sampler.speed * site.elements.gather(left), None
+
+        def start(rng_key: Array) -> Array:
+            return jax.random.normal(rng_key, (size, rank)) / math.sqrt(rank)
+
+        left = self.param(site, f"{name}_left", jnp.zeros((*shape, rank)), event_dim=event_dim)
+        return self.sampler.speed * site.elements.gather(left), self.param(site, f"{name}_right", start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteSite(Site):
+    """A discrete site: each element in one family, with parameters shifted by what is before it."""
+
+    family: Family
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of its elements in full plates."""
+        start = next(iter(self.start.values()))
+        return jnp.shape(start)[: jnp.ndim(start) - self.family.event_dim]
+
+    def draw(self, earlier: Earlier) -> tuple[Array, Array]:
+        """Its value, and features for later sites."""
+        family, elements = self.family, self.elements
+        params = {
+            k: earlier.param(
+                self,
+                k,
+                lambda rng_key, start=start, k=k: jitter(start, family.constraints[k], rng_key),
+                constraint=family.constraints[k],
+                event_dim=self.event_dim + family.event_dim,
             )
+            for k, start in self.start.items()
+        }
+        some = next(iter(params.values()))
+        shape = some.shape[: some.ndim - family.event_dim]
+        shifts, within = earlier.shifts(self, "weights", self.coupled, family.num_shifts, family.num_features)
+        if shifts:
+            total = jnp.sum(jnp.stack(jnp.broadcast_arrays(*shifts.values())), axis=0)
+            shifted = family.shifted(total, **{k: elements.gather(v) for k, v in params.items()})
+            params = {k: elements.scatter(value, shape) for k, value in shifted.items()}
+        fn = family.distribution(**params)
+        if within is not None:
+            fn = self._autoregressive(params, within, shape)
+        value = earlier.statements.sample(self.name, fn.to_event(self.event_dim))
+        return value, elements.gather(family.features(value))
+
+    def _autoregressive(self, params: Samples, within: Coupling, shape: tuple[int, ...]) -> dist.Distribution:
+        gather = self.elements.gather
+        family = self.family.over(lambda of_elements: gather(jnp.broadcast_to(of_elements, shape)))
+        ordered = {k: gather(value) for k, value in params.items()}
+
+        def conditional(values: Array) -> dist.Distribution:
+            return family.distribution(**family.shifted(within.apply(family.features(values)), **ordered))
+
+        start = gather(jnp.broadcast_to(jnp.asarray(self.family.low), shape))
+        return AutoregressiveDiscrete(conditional, self.elements, self.family.support, start, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuousSite(Site):
+    """A continuous site: Normal in unconstrained space, linear in what is before it.
+
+    :ivar own: discrete sites whose coefficients are learnt at full speed, element on element in common plates.
+    :ivar gates: for discrete sites of its own, at which of their values it has an effect (1) or none (0).
+    :ivar prior: earlier sites that its prior depends on, which count where it has no effect too.
+    """
+
+    own: tuple[str, ...] = ()
+    gates: dict[str, np.ndarray] = field(default_factory=dict)
+    prior: frozenset[str] = frozenset()
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of its elements in full plates."""
+        return jnp.shape(self.start["loc"])
+
+    def draw(self, earlier: Earlier) -> tuple[Array, Array]:
+        """Its value, and features for later sites."""
+        elements = self.elements
+        loc = earlier.param(self, "loc", self.start["loc"], event_dim=self.event_dim)
+        scale = earlier.param(
+            self, "scale", self.start["scale"], constraint=AutoNormal.scale_constraint, event_dim=self.event_dim
+        )
+        own_loc, own_log_scale = self._own_shifts(earlier)
+        gate = self._gate(earlier, loc.shape)
+        discrete = [name for name in self.coupled if isinstance(earlier.sites[name], DiscreteSite)]
+        continuous = [name for name in self.coupled if name not in discrete]
+        of_loc, _ = earlier.shifts(self, "loc_weights", discrete, 1)
+        of_scale, _ = earlier.shifts(self, "log_scale_weights", discrete, 1)
+        of_continuous, within = earlier.shifts(self, "couplings", continuous, 1, 1)
+        loc = loc + own_loc + self._sum({**of_loc, **of_continuous}, gate)
+        scale = scale * jnp.exp(own_log_scale + self._sum(of_scale, gate))
+        fn: dist.Distribution = dist.Normal(loc, scale)
+        if within is not None:
+            fn = AutoregressiveNormal(
+                elements.gather(loc), elements.gather(scale), elements.gather(gate), within, elements, loc.shape
+            )
+        transform = biject_to(self.site["fn"].support)
+        fn = dist.TransformedDistribution(fn.to_event(self.event_dim), transform)
+        value = earlier.statements.sample(self.name, fn)
+        return value, elements.gather(gate * transform.inv(value))[..., None]
+
+    def _own_shifts(self, earlier: Earlier) -> tuple[Array | float, Array | float]:
+        """Of location and log-scale, by discrete sites of its own."""
+        of_loc: Array | float = 0.0
+        of_scale: Array | float = 0.0
+        for name in self.own:
+            features = _features_in_plates(earlier, name, self.event_dim)
+            zeros = jnp.zeros((*self.full_shape, features.shape[-1]))
+            weights = earlier.param(self, f"loc_{name}", zeros, event_dim=self.event_dim + 1)
+            of_loc = of_loc + jnp.sum(weights * features, axis=-1)
+            weights = earlier.param(self, f"log_scale_{name}", zeros, event_dim=self.event_dim + 1)
+            of_scale = of_scale + jnp.sum(weights * features, axis=-1)
+        return of_loc, of_scale
+
+    def _gate(self, earlier: Earlier, shape: tuple[int, ...]) -> Array:
+        """0 for elements that have no effect at the values of discrete sites, 1 for others."""
+        gate = jnp.ones(shape)
+        for name, table in self.gates.items():
+            value, site = earlier.values[name], earlier.sites[name]
+            assert isinstance(site, DiscreteSite)
+            is_on = jnp.asarray(table, gate.dtype)[value - site.family.low]
+            gate = gate * is_on.reshape(*value.shape, *(1,) * (len(shape) - value.ndim))
         return gate
+
+    def _sum(self, shifts: dict[str, Array], gate: Array) -> Array | float:
+        """The sum of shifts, of the shape of the site."""
+        total: Array | float = 0.0
+        for name, shift in shifts.items():
+            shift = self.elements.scatter(shift[..., 0], gate.shape)
+            total = total + (shift if name in self.prior else gate * shift)
+        return total
+
+
+def _features_in_plates(earlier: Earlier, name: str, event_dim: int) -> Array:
+    """Features of a discrete site that broadcast to (*batch, *event, g) of a site in its plates: those of the same
+    element of each plate, and all that is in no plate.
+    """
+    site = earlier.sites[name]
+    assert isinstance(site, DiscreteSite)
+    features = site.family.features(earlier.values[name])
+    dims = tuple(frame.dim for frame in site.site["cond_indep_stack"])
+    ordered = Elements(features.ndim - 1 - site.event_dim, site.event_dim, dims).gather(features)
+    return ordered.reshape(*ordered.shape[:-2], *(1,) * event_dim, -1)

@@ -1,0 +1,137 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What each site of a structured guide depends on, and in which order they are drawn. Why: :class:`.AutoMixed`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_vimco.guides.autoregressive import Elements
+from numpyro_vimco.guides.couplings import Graph
+from numpyro_vimco.guides.families import Boolean, Family, Interval, has_common_bounds
+from numpyro_vimco.guides.private import init_locs, init_scale, unconstrained_event_dim
+from numpyro_vimco.guides.structured import ContinuousSite, DiscreteSite, Site
+from numpyro_vimco.sites import Trace, is_latent_site
+
+Samples = dict[str, Array]
+
+# Values of a discrete site, and pairs of sites, for which it is tried out whether a continuous one has an effect.
+MAX_VALUES, MAX_PAIRS = 8, 64
+
+
+def discrete_sites(tr: Trace, families: dict[str, Family], starts: dict[str, Samples]) -> list[Site]:
+    """Discrete sites that depend on nothing."""
+    sites: list[Site] = []
+    for name, family in families.items():
+        event_dim = tr[name]["fn"].event_dim
+        elements = Elements(jnp.ndim(tr[name]["value"]) - event_dim, event_dim, ())
+        sites.append(
+            DiscreteSite(
+                name=name, site=tr[name], start=starts[name], event_dim=event_dim, elements=elements, family=family
+            )
+        )
+    return sites
+
+
+def continuous_sites(guide: AutoNormal) -> list[Site]:
+    """The sites of a guide of NumPyro: they depend on nothing."""
+    sites: list[Site] = []
+    for name, site in guide.prototype_trace.items():
+        if is_latent_site(site):
+            loc, event_dim = init_locs(guide)[name], unconstrained_event_dim(guide, name)
+            start = {"loc": loc, "scale": jnp.full(jnp.shape(loc), init_scale(guide))}
+            elements = Elements(jnp.ndim(loc) - event_dim, event_dim, ())
+            sites.append(ContinuousSite(name=name, site=site, start=start, event_dim=event_dim, elements=elements))
+    return sites
+
+
+def conditional(sites: Iterable[Site]) -> list[Site]:
+    """Continuous sites depend on the discrete sites that are in no plate that they are not in themselves."""
+    sites = list(sites)
+    discrete = [site for site in sites if isinstance(site, DiscreteSite)]
+
+    def given_discrete(site: Site) -> Site:
+        if isinstance(site, ContinuousSite):
+            return replace(site, own=tuple(other.name for other in discrete if plates(other) <= plates(site)))
+        return site
+
+    return [given_discrete(site) for site in sites]
+
+
+def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list[Site]:
+    """Each site depends on those before it that the model couples it to.
+
+    The order: sites that are in fewer local plates first; among these, discrete ones first.
+    """
+    order = sorted(conditional(sites), key=lambda site: (len(plates(site) & local), isinstance(site, ContinuousSite)))
+    result: list[Site] = []
+    for site in order:
+        parents = graph.parents(site.name, (other.name for other in result))
+        dims = tuple(frame.dim for frame in site.site["cond_indep_stack"] if frame.name in local)
+        reached = [other for other in result if plates(other) & local <= plates(site) & local]
+        site = replace(
+            site,
+            elements=replace(site.elements, local_dims=dims),
+            coupled=tuple(other.name for other in reached if other.name in parents),
+            is_coupled_within=graph.is_coupled_within(site.name),
+        )
+        if isinstance(site, ContinuousSite):
+            own = tuple(name for name in site.own if name in parents)
+            site = replace(site, own=own, prior=frozenset(graph.factors[site.name] - {site.name}))
+        result.append(site)
+    return result
+
+
+def gated(sites: Iterable[Site], evaluate: Callable[[Samples], Samples], values: Samples, other: Samples) -> list[Site]:
+    """Find for which values of a discrete site a continuous one in the same plates has no effect.
+
+    Such a site follows its prior there, and is coupled to no other.
+
+    :param evaluate: from latents to the log-density of each site of the model.
+    :param values: of all latents.
+    :param other: other values of all latents.
+    """
+    sites = list(sites)
+    discrete = [site for site in sites if isinstance(site, DiscreteSite)]
+    continuous = [site for site in sites if isinstance(site, ContinuousSite)]
+    pairs = [(site, by) for site in continuous for by in discrete if by.name in site.own and _is_alike(by, site)]
+    if len(pairs) > MAX_PAIRS:
+        return sites
+    tables: dict[str, dict[str, np.ndarray]] = {}
+    for site, by in pairs:
+        has_effect = []
+        assert isinstance(by.family, Boolean | Interval)
+        for value in range(by.family.low, by.family.low + by.family.num_values):
+            switched = {**values, by.name: jnp.full_like(values[by.name], value)}
+            before, after = evaluate(switched), evaluate({**switched, site.name: other[site.name]})
+            has_effect.append(any(_differ(before[name], after[name]) for name in after if name != site.name))
+        if not all(has_effect):
+            tables.setdefault(site.name, {})[by.name] = np.array(has_effect, float)
+    return [replace(s, gates=tables.get(s.name, {})) if isinstance(s, ContinuousSite) else s for s in sites]
+
+
+def _differ(a: Array, b: Array) -> bool:
+    """Whether values are known to differ; what JAX traces may."""
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return True
+    return not np.array_equal(a, b, equal_nan=True)
+
+
+def _is_alike(by: DiscreteSite, site: ContinuousSite) -> bool:
+    """Whether each element of a continuous site has one of a small discrete site of its own."""
+    family = by.family
+    if not isinstance(family, Boolean | Interval) or family.num_values > MAX_VALUES:
+        return False
+    shape, other = site.full_shape, by.full_shape
+    return has_common_bounds(family) and plates(by) == plates(site) and shape[: len(other)] == other
+
+
+def plates(site: Site) -> set[str]:
+    """The names of a site's plates."""
+    return {frame.name for frame in site.site["cond_indep_stack"]}
