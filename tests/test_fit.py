@@ -475,14 +475,14 @@ def tracers(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.core.Tracer)]
 
 
-@pytest.mark.parametrize("conditional", [False, True])
-def test_mixed_guides_begin_where_each_start_does(conditional):
+@pytest.mark.parametrize("structure", ["mean_field", "conditional", "autoregressive"])
+def test_mixed_guides_begin_where_each_start_does(structure):
     def model():
         z = numpyro.sample("z", dist.Bernoulli(0.3))
         c = numpyro.sample("c", dist.Normal(z, 1.0))
         numpyro.sample("x", dist.Normal(c, 1.0), obs=1.0)
 
-    guide = AutoMixed(model, conditional=conditional, init_loc_fn=init_to_uniform)
+    guide = AutoMixed(model, structure=structure, init_loc_fn=init_to_uniform)
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
     starts = fit(svi, random.key(0), 0, num_starts=3, progress_bar=False).params
     result = fit(svi, random.key(0), 3, num_starts=3, progress_bar=False)

@@ -81,6 +81,8 @@ CONDITIONAL = partial(AutoMixed, structure="conditional")
         (small_model, CONDITIONAL, keep_key_traced),
         (small_model, CONDITIONAL, keep_nothing),
         (small_model, CONDITIONAL, run_mapped),
+        (small_model, partial(AutoMixed, structure="autoregressive"), run_mapped),
+        (small_model, partial(AutoMixed, structure="autoregressive"), keep_nothing),
         (small_model, partial(AutoMixed, continuous=AutoMultivariateNormal), keep_key_traced),
         (continuous_uniform, AutoMixed, keep_nothing),
         (continuous_uniform, AutoMixed, run_mapped),
@@ -106,7 +108,8 @@ def test_each_key_has_a_start_of_its_own():
     assert np.all(starts["z_auto_logits"][0] != starts["z_auto_logits"][1])
 
 
-def test_no_rank_is_promoted():
+@pytest.mark.parametrize("structure", ["mean_field", "conditional", "autoregressive"])
+def test_no_rank_is_promoted(structure):
     """Where the model promotes none."""
 
     def model(x):
@@ -117,7 +120,7 @@ def test_no_rank_is_promoted():
             u = numpyro.sample("u", dist.Normal(0.0, 1.0))
             numpyro.sample("x", dist.Normal((z + k + n) * u, 1), obs=x)
 
-    guide = AutoMixed(model, structure="conditional")
+    guide = AutoMixed(model, structure=structure)
     with jax.numpy_rank_promotion("raise"):
         _, tr = log_density(seed(guide, 0), (jnp.ones(2),), {}, {})
         params = {name: site["value"] for name, site in tr.items() if site["type"] == "param"}

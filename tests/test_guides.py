@@ -202,10 +202,10 @@ def mixed_model(x=None):
 X = jnp.array([0.3, 1.0, 2.5])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["mean field", "conditional"])
+@pytest.fixture(scope="module", params=["mean_field", "conditional", "autoregressive"])
 def fitted(request):
     """A guide of all kinds of sites, and its parameters after some steps."""
-    guide = AutoMixed(mixed_model, conditional=request.param)
+    guide = AutoMixed(mixed_model, structure=request.param)
     svi = SVI(mixed_model, guide, optax.adam(0.05), VIMCOStar(num_particles=8))
     return guide, svi.run(random.key(0), 200, X, progress_bar=False).params
 
@@ -220,8 +220,11 @@ def test_parameter_names(fitted):
     assert mean_field <= set(params)
     # The rate is in no plate, and depends on nothing that is in one.
     coupled = {"rate": ("count", "score"), "shift": ("count", "score", "active", "kind")}
-    couplings = {f"{a}_auto_{k}_{b}" for a, bs in coupled.items() for b in bs for k in ("loc", "log_scale")}
-    assert set(params) - mean_field == (couplings if guide.conditional else set())
+    own = {f"{a}_auto_{k}_{b}" for a, bs in coupled.items() for b in bs for k in ("loc", "log_scale")}
+    couplings = {f"{a}_auto_{k}" for a in ("rate", "shift") for k in ("loc_weights", "log_scale_weights")}
+    couplings |= {"shift_auto_couplings"} | {f"{a}_auto_weights" for a in ("score", "active", "kind")}
+    expected = {"mean_field": set(), "conditional": own, "autoregressive": own | couplings}
+    assert set(params) - mean_field == expected[guide.structure]
 
 
 def test_sample_posterior_draws_what_the_guide_draws(fitted):
@@ -257,8 +260,8 @@ def test_deterministic_sites_without_arguments_are_those_of_the_fit(fitted):
 
 def test_median_and_quantiles(fitted):
     guide, params = fitted
-    if guide.conditional:
-        with pytest.raises(NotImplementedError, match="mixture over the discrete values"):
+    if guide.structure != "mean_field":
+        with pytest.raises(NotImplementedError, match="mixture over what it depends on"):
             guide.median(params)
         return
     draws = guide.sample_posterior(random.key(1), params, sample_shape=(20_000,))
@@ -281,15 +284,15 @@ def test_pickle(fitted):
 
 def test_a_new_guide_samples_from_parameters_alone(fitted):
     guide, params = fitted
-    new = AutoMixed(mixed_model, conditional=guide.conditional)
+    new = AutoMixed(mixed_model, structure=guide.structure)
     draws = Predictive(mixed_model, guide=new, params=params, num_samples=50, parallel=True)(random.key(4), X)
     assert draws["mean"].shape == (50, 3)
 
 
 def test_elements_of_a_shared_plate_are_coupled_one_by_one(fitted):
     guide, params = fitted
-    if not guide.conditional:
-        pytest.skip("coupled guides only")
+    if guide.structure != "conditional":
+        pytest.skip("others have more couplings, or none")
     given = {"active": jnp.array([0, 1, 0]), "kind": jnp.array([0, 2, 1]), "count": 3, "score": jnp.array([1, 4, 0])}
     model = substitute(seed(guide, 0), data={**params, **{k: jnp.asarray(v) for k, v in given.items()}})
     base = trace(model).get_trace(X)["shift"]["fn"].base_dist.base_dist
@@ -386,8 +389,8 @@ def test_in_an_auto_guide_list():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("conditional", [False, True])
-def test_subsampling_with_create_plates(conditional):
+@pytest.mark.parametrize("structure", ["mean_field", "conditional", "autoregressive"])
+def test_subsampling_with_create_plates(structure):
     x = jnp.repeat(jnp.array([-2.0, 2.0]), 10)
 
     def create_plates(x):
@@ -400,7 +403,7 @@ def test_subsampling_with_create_plates(conditional):
             batch = numpyro.subsample(x, event_dim=0)
             numpyro.sample("x", dist.Normal(4.0 * z - 2.0 + shift, 1.0), obs=batch)
 
-    guide = AutoMixed(model, conditional=conditional, create_plates=create_plates)
+    guide = AutoMixed(model, structure=structure, create_plates=create_plates)
     svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(num_particles=8))
     params = svi.run(random.key(0), 600, x, progress_bar=False).params
     assert params["z_auto_logits"].shape == params["shift_auto_loc"].shape == (20,)

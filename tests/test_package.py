@@ -33,7 +33,7 @@ reveal_type(AutoMixed(print, structure="conditional"))
 VIMCOStar(num_particles="8")
 VIMCOStar(aplha=0.5)
 VIMCOStar(plate_particles={"data": "4"})
-AutoMixed(print, conditional="yes")
+AutoMixed(print, rank="8")
 importance_diagnostics(None, None)
 """
 
@@ -50,7 +50,7 @@ EXPECTED = [
     'Argument "num_particles" to "VIMCOStar" has incompatible type "str"; expected "int"',
     'Unexpected keyword argument "aplha" for "VIMCOStar"',
     'Dict entry 0 has incompatible type "str": "str"; expected "str": "int"',
-    'Argument "conditional" to "AutoMixed" has incompatible type "str"; expected "bool"',
+    'Argument "rank" to "AutoMixed" has incompatible type "str"; expected "int | None"',
     'Missing named argument "rng_key" for "importance_diagnostics"',
 ]
 

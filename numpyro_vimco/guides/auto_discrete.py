@@ -77,7 +77,7 @@ class AutoDiscrete(StructuralGuide):
         *,
         prefix: str = "auto",
         structure: str = "mean_field",
-        coupling_speed: float = 0.3,
+        coupling_speed: float = 0.2,
         rank: int | None = None,
         init_loc_fn: Callable = init_to_median,
         create_plates: Callable | None = None,

@@ -82,7 +82,7 @@ class AutoMixed(StructuralGuide):
         continuous: Callable = AutoNormal,
         discrete: Callable = AutoDiscrete,
         structure: str = "mean_field",
-        coupling_speed: float = 0.3,
+        coupling_speed: float = 0.2,
         rank: int | None = None,
         **kwargs,
     ):

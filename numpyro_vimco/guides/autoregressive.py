@@ -10,6 +10,7 @@ elements, and the sum over them is the joint density.
 from collections.abc import Callable
 from dataclasses import dataclass
 import math
+from typing import Any
 
 import jax
 from jax import lax, random
@@ -48,8 +49,11 @@ class Elements:
         """n, of values of a shape ``(*batch, *event)``."""
         return math.prod(shape) // math.prod(self._local_shape(shape))
 
-    def gather(self, x: Array) -> Array:
-        """From ``(*batch, *event, *rest)`` to ``(*local, n, *rest)``; plates that are not local have size 1 in it."""
+    def gather(self, x: Any) -> Any:
+        """From ``(*batch, *event, *rest)`` to ``(*local, n, *rest)``; plates that are not local have size 1 in it.
+
+        NumPy's arrays stay NumPy's.
+        """
         ndim = self.batch_ndim + self.event_dim
         moved = x.transpose(*self._order, *range(ndim, x.ndim))
         return moved.reshape(*self._local_shape(x.shape), -1, *x.shape[ndim:])

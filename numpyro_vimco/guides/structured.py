@@ -251,7 +251,7 @@ class DiscreteSite(Site):
 
     def _autoregressive(self, params: Samples, within: Coupling, shape: tuple[int, ...]) -> dist.Distribution:
         gather = self.elements.gather
-        family = self.family.over(lambda of_elements: gather(jnp.broadcast_to(of_elements, shape)))
+        family = self.family.over(lambda of_elements: gather(np.broadcast_to(of_elements, shape)))
         ordered = {k: gather(value) for k, value in params.items()}
 
         def conditional(values: Array) -> dist.Distribution:
