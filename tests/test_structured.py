@@ -307,10 +307,15 @@ def test_every_support_beside_every_other():
     guide = STRUCTURED(model)
     params = start(guide, 1.0, rng_key=random.key(0), scale=0.1)
     objective = VIMCOStar(num_particles=2)
-    loss, gradient = jax.value_and_grad(lambda params: objective.loss(random.key(1), params, model, guide, 1.0))(params)
+
+    @jax.jit
+    def evaluate(params):
+        loss = lambda params: objective.loss(random.key(1), params, model, guide, 1.0)  # noqa: E731
+        return jax.value_and_grad(loss)(params), guide.sample_posterior(random.key(2), params, sample_shape=(4,))
+
+    (loss, gradient), draws = evaluate(params)
     assert jnp.isfinite(loss)
     assert all(jnp.isfinite(value).all() for value in gradient.values())
-    draws = guide.sample_posterior(random.key(2), params, sample_shape=(4,))
     for name, fn in {**COUNTS, **CONTINUOUS}.items():
         assert draws[name].shape == (4, *fn.shape()) and jnp.all(fn.support(draws[name]))
 

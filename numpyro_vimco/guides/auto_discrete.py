@@ -25,8 +25,7 @@ from numpyro_vimco.sites import is_discrete, is_latent_site
 
 class AutoDiscrete(StructuralGuide):
     r"""
-    A mean-field guide over the discrete latent sites of a model: each element of each site is independent, in a
-    family that its support decides.
+    A guide over the discrete latent sites of a model, each element in a family that its support decides.
 
     ============================================ =========================================== =========================
     support                                      guide                                       parameters
@@ -36,6 +35,9 @@ class AutoDiscrete(StructuralGuide):
     integers from low on                         discretised logistic,                       ``{site}_{prefix}_loc``,
                                                  :class:`.distributions.DiscretizedLogistic` ``{site}_{prefix}_scale``
     ============================================ =========================================== =========================
+
+    With ``structure="mean_field"`` all elements are independent. With ``"autoregressive"`` they are drawn one after the
+    other, each given those before it that the model couples it to: :class:`AutoMixed` has the formula.
 
     Counts have two parameters, a location above ``low`` and a scale: a posterior is often narrower than a Poisson
     distribution of its mean, which a negative binomial cannot be, or wider. Both are positive and optimised by their
@@ -49,12 +51,17 @@ class AutoDiscrete(StructuralGuide):
 
     :param callable model: a NumPyro model.
     :param str prefix: a prefix of the parameters' names. Defaults to ``"auto"``.
+    :param str structure: ``"mean_field"`` or ``"autoregressive"``. Defaults to ``"mean_field"``.
+    :param float coupling_speed: factor on couplings, so that they learn more slowly than the rest. Defaults to 0.2.
+    :param int rank: rank of the matrices of couplings. Defaults to None: full up to 131,072 entries of one
+        site, 16 beyond.
     :param callable init_loc_fn: a NumPyro initialization function. Where it has a value for a discrete site
         (``init_to_value(values={"z": 2})``), the guide begins there: with 90% of the probability if the support is
         finite, as its location if not. Defaults to :func:`numpyro.infer.init_to_median`, which has none, so that the
         guide begins at the prior given the medians of what it depends on.
     :param callable create_plates: as in NumPyro: returns the plates, for data subsampling.
-    :raises ValueError: at the first call, if there is no discrete latent, if bounds of a support depend on other
+    :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
+        at the first call, if there is no discrete latent, if bounds of a support depend on other
         latents, differ between elements of a subsampled plate, or are traced.
     :raises NotImplementedError: at the first call, for a support without a family (multinomial): the message has a
         hand-written guide.

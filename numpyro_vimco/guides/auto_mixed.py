@@ -33,35 +33,68 @@ from numpyro_vimco.sites import is_discrete, is_latent_site
 
 class AutoMixed(StructuralGuide):
     r"""
-    A guide over all latents of a model: an automatic guide of NumPyro for the continuous ones, and
-    :class:`AutoDiscrete` for the discrete ones.
+    A guide over all latents of a model, discrete and continuous, of one of three structures.
 
-    With ``conditional=True`` the continuous latents are Normal in unconstrained space, as in
-    :class:`~numpyro.infer.autoguide.AutoNormal`, with location and logarithm of the scale affine in the discrete
-    values, so that a spike and its slab can differ: for an element u of a continuous site, and the features f of the
-    discrete values that it depends on,
+    **mean_field**: all elements are independent. Continuous latents have any automatic guide of NumPyro, discrete ones
+    :class:`AutoDiscrete`. Cheapest, and right where the posterior has no dependence worth the name.
 
-    .. math:: u \sim \mathrm{Normal}(loc + A f, \; scale \cdot e^{B f}).
+    **conditional**: continuous latents are Normal in unconstrained space, as in
+    :class:`~numpyro.infer.autoguide.AutoNormal`, with a location and a scale that depend on discrete values, so that a
+    spike and its slab can differ. An element depends on the discrete sites that are in no plate that it is not in
+    itself: in a plate that both are in, on the same element; else on all elements.
 
-    The feature of a boolean is its value; of a finite support, an indicator of each value; of a count, its value,
-    centred and scaled by the prior's median and scale. A continuous site depends on the discrete sites that are in no
-    plate that it is not in itself: in a plate that both are in, element on element; else on all elements. So the number
-    of parameters is linear in the size of the plates, and plates may be subsampled or have `plate_particles`. A and B
-    begin at zero.
+    **autoregressive**: latents are drawn one after the other, each given those before it: discrete ones first. With
+    :math:`d_i` the elements of discrete sites, :math:`f_j` their features, :math:`u_i` the elements of continuous sites
+    in unconstrained space, and "own" the discrete values that *conditional* has,
 
-    A model without discrete latents gets exactly the continuous guide, one without continuous ones the discrete guide.
+    .. math::
+
+        \mathrm{logits\ of}\ d_i &= b_i + \kappa \sum_{j<i} W_{ij} f_j, \\
+        u_i &\sim \mathrm{Normal}\Big( m_i(\mathrm{own}) + \kappa g_i \sum_j A_{ij} f_j
+               + \kappa g_i \sum_{j<i} B_{ij} g_j u_j, \;
+               s_i(\mathrm{own}) \exp \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
+
+    (Derived in this project.) The feature of a boolean is its value; of a finite support, an indicator of each value;
+    of a count, its value, centred and scaled by the prior's median and scale; counts have W for the logarithms of
+    location and scale. g is 0 where the own values leave a latent without effect on all others, as a coefficient that is
+    multiplied by a switch: it then follows its prior, whatever the others are. This is found by trying. W, A, B and S
+    begin at zero, where the guide is *conditional*, and learn by the factor :math:`\kappa` more slowly than the rest:
+    couplings that learn as fast chase the first particle that does well, and lose modes.
+
+    Couplings are those that the model has given the data: two latents that share no factor, and that no later latent
+    connects, have none. Elements of a plate that share nothing but what is outside of it are drawn independently given
+    what is outside, so that the number of parameters is linear in the plate's size, and the plate may be subsampled or
+    have `plate_particles`. Sites in such plates come after all others. A plate whose elements the data couple, such as
+    predictors in one regression, is drawn element after element.
+
+    A matrix of couplings of one site to all before it is full up to 131,072 entries (360 switches with each other).
+    Beyond, it is a product of two matrices of rank 16, with as many parameters as there are elements, times 32. Drawing
+    is compiled without a loop over elements in Python: continuous elements solve a triangular system; discrete ones
+    iterate to the draw that one after the other would give.
+
+    **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`), continuous ones at the prior's
+    median with a scale of 0.1, by ``init_loc_fn``. A random start far out, NumPyro's default, costs *autoregressive*
+    half of its effective sample size: what is switched off has to find its prior again. Where the prior is far wider
+    than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that not all weight is with one particle.
 
     :param callable model: a NumPyro model.
     :param continuous: an automatic guide of NumPyro for continuous latents, or a function from a model (and keyword
         arguments, if any are given here) to one, such as ``partial(AutoNormal, init_scale=0.01)``. It sees the
-        continuous latents only. Defaults to :class:`~numpyro.infer.autoguide.AutoNormal`.
+        continuous latents only. Defaults to :class:`~numpyro.infer.autoguide.AutoNormal`, which it must be for all
+        structures but mean_field.
     :param discrete: the same for discrete latents. Defaults to :class:`AutoDiscrete`.
-    :param bool conditional: whether continuous latents depend on discrete ones in the guide. Defaults to False: it
-        is for models in which a discrete value changes what a continuous latent means.
+    :param str structure: ``"mean_field"``, ``"conditional"`` or ``"autoregressive"``. Defaults to ``"mean_field"``.
+    :param float coupling_speed: :math:`\kappa`. Defaults to 0.2: on data with a correlated design of 10 predictors, 14
+        of 14 fits were right at 0.2, and 9 of 11 at 0.3, the others without a mode of 8%. Larger values reach strong
+        couplings in fewer steps.
+    :param int rank: rank of the matrices of couplings. Defaults to None: as above.
     :param kwargs: ``prefix``, ``init_loc_fn``, ``create_plates``: keyword arguments of both guides. Each
-        has its own defaults.
-    :raises ValueError: at the first call, for a model without latents, a continuous guide that needs the model's
-        density, or one that is not ``AutoNormal`` with ``conditional=True``; and as :class:`AutoDiscrete`.
+        has its own defaults; with a structure, ``init_loc_fn`` is :func:`~numpyro.infer.init_to_median`.
+    :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
+        at the first call, for a model without latents, a prior with a point mass, a support that depends on another
+        latent, a continuous guide that needs the model's density, or one that is not ``AutoNormal`` with a structure;
+        and as :class:`AutoDiscrete`.
+    :warns UserWarning: at the first call, if ``structure="conditional"`` changes nothing.
 
     Example::
 
@@ -71,8 +104,8 @@ class AutoMixed(StructuralGuide):
                 slope = numpyro.sample("slope", dist.Normal(0, 1))
             numpyro.sample("y", dist.Normal(x @ (included * slope), 1).to_event(1), obs=y)
 
-        guide = AutoMixed(model, conditional=True)
-        result = SVI(model, guide, optax.adam(0.01), VIMCOStar()).run(random.key(0), 2000, x, y)
+        guide = AutoMixed(model, structure="autoregressive")
+        result = fit(SVI(model, guide, optax.adam(0.01), VIMCOStar(0.5)), random.key(0), 4000, x, y)
     """
 
     def __init__(
@@ -199,7 +232,7 @@ class AutoMixed(StructuralGuide):
     def median(self, params) -> dict[str, Array]:
         """Medians of all latents, as the two guides have them.
 
-        :raises NotImplementedError: with ``conditional=True``: a mixture has no closed quantiles.
+        :raises NotImplementedError: with another structure than mean_field: a mixture has no closed quantiles.
         """
         with self._known_structure((), {}):
             self._check_marginals()

@@ -149,7 +149,7 @@ def _advice(fit: Fitted, reading: str, k: float, relative_ess: float) -> str:
         )
     return (
         "The guide misses a part of the posterior, so that estimates may be far off: train for longer or with more "
-        "particles, or use a richer guide (AutoMixed(model, conditional=True), or one by hand)."
+        "particles, or use a richer guide (AutoMixed(model, structure='autoregressive'), or one by hand)."
     )
 
 
