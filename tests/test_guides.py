@@ -303,7 +303,7 @@ def test_elements_of_a_shared_plate_are_coupled_one_by_one(fitted):
     features = {
         "active": given["active"][:, None, None],
         "kind": jnp.eye(3)[given["kind"]][:, None],
-        "count": ((given["count"] - count.loc) / count.scale).reshape(1, 1, 1),
+        "count": count.features(jnp.array(given["count"])).reshape(1, 1, 4),
         "score": jnp.eye(6)[given["score"]].reshape(1, 1, 18),
     }
     for name, value in features.items():

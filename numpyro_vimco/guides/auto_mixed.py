@@ -54,12 +54,14 @@ class AutoMixed(StructuralGuide):
                + \kappa g_i \sum_{j<i} B_{ij} g_j u_j, \;
                s_i(\mathrm{own}) \exp \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
 
-    (Derived in this project.) The feature of a boolean is its value; of a finite support, an indicator of each value;
-    of a count, its value, centred and scaled by the prior's median and scale; counts have W for the logarithms of
-    location and scale. g is 0 where the own values leave a latent without effect on all others, as a coefficient that is
-    multiplied by a switch: it then follows its prior, whatever the others are. This is found by trying. W, A, B and S
-    begin at zero, where the guide is *conditional*, and learn by the factor :math:`\kappa` more slowly than the rest:
-    couplings that learn as fast chase the first particle that does well, and lose modes.
+    (Derived in this project.) The feature of a boolean is its value; of a finite support, an indicator of each value.
+    A count k above its smallest value has four: k, centred and scaled by the prior's median and scale; log(1 + k), less
+    that of the median; 1 / (1 + k); and an indicator of 0. Counts have W for the logarithms of location and scale.
+
+    g is 0 where the own values leave a latent without effect on all others, as a coefficient that is multiplied by a
+    switch: it then follows its prior, whatever the others are. This is found by trying. W, A, B and S begin at zero,
+    where the guide is *conditional*, and learn by the factor :math:`\kappa` more slowly than the rest: couplings that
+    learn as fast chase the first particle that does well, and lose modes.
 
     Couplings are those that the model has given the data: two latents that share no factor, and that no later latent
     connects, have none. Elements of a plate that share nothing but what is outside of it are drawn independently given

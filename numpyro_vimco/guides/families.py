@@ -126,7 +126,7 @@ class Count:
     constraints: ClassVar = {"loc": constraints.positive, "scale": constraints.positive}
     event_dim: ClassVar = 0
     num_shifts: ClassVar = 2
-    num_features: ClassVar = 1
+    num_features: ClassVar = 4
 
     @classmethod
     def of_prior(cls, site: dict, low: Any, rng_key: Array) -> "Count":
@@ -167,8 +167,12 @@ class Count:
         return self.distribution(loc, scale).icdf(q)
 
     def features(self, value):
+        # A difference of integers loses no digits.
         centre = jnp.round(jnp.mean(self.low + self.loc)).astype(jnp.result_type(int))
-        return ((value - centre) / jnp.mean(self.scale))[..., None]  # a difference of integers loses no digits
+        above = (value - self.low).astype(float)
+        standardized = (value - centre) / jnp.mean(self.scale)
+        logarithm = jnp.log1p(above) - jnp.log1p(jnp.mean(self.loc))
+        return jnp.stack([standardized, logarithm, 1 / (1 + above), (above == 0).astype(float)], axis=-1)
 
 
 Family = Boolean | Interval | Count
