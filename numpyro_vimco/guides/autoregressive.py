@@ -22,6 +22,9 @@ from numpyro.distributions import constraints
 
 from numpyro_vimco.randomness import split
 
+# Of elements whose couplings are of low rank.
+NUM_BLOCKS = 32
+
 
 @dataclass(frozen=True)
 class Elements:
@@ -91,35 +94,58 @@ class FullCoupling:
 
 
 class LowRankCoupling:
-    """Couplings of each element to each before it, by a product of two matrices.
+    """Couplings of elements to those before them, by a product of two matrices.
+
+    Elements are dealt out to 32 blocks in turn, and coupled to all elements of the blocks before their own: to 97% of
+    what may come before them, their neighbours included. So there are 32 steps, whatever the number of elements.
 
     :param left: of shape ``(*local, n, k, rank)``.
     :param right: of shape ``(n, f, rank)``.
     """
 
     def __init__(self, left: Array, right: Array):
-        self.left, self.right = left, right
+        self.num_blocks = min(NUM_BLOCKS, right.shape[0])
+        self.left, self.right = self._deal(left, 2), self._deal(right, 2)
+
+    def _deal(self, x: Array, rest: int) -> Array:
+        """From ``(*local, n, *rest)`` to ``(*local, blocks, of each, *rest)``, with zeros at the end."""
+        axis = x.ndim - rest - 1
+        missing = -x.shape[axis] % self.num_blocks
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+        return x.reshape(*x.shape[:axis], -1, self.num_blocks, *x.shape[axis + 1 :]).swapaxes(axis, axis + 1)
+
+    def _collect(self, x: Array, rest: int, n: int) -> Array:
+        """The reverse."""
+        axis = x.ndim - rest - 2
+        x = x.swapaxes(axis, axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(x, 0, n, axis=axis)
 
     def apply(self, features: Array) -> Array:
         """As :class:`FullCoupling`."""
-        summed = jnp.cumsum(jnp.einsum("jfr,...jf->...jr", self.right, features), axis=-2)
-        before = jnp.pad(summed[..., :-1, :], [(0, 0)] * (summed.ndim - 2) + [(1, 0), (0, 0)])
-        return jnp.einsum("...ikr,...ir->...ik", self.left, before)
+        of_blocks = jnp.einsum("bmfr,...bmf->...br", self.right, self._deal(features, 1))
+        earlier = jnp.tri(self.num_blocks, k=-1)
+        before = jnp.einsum("bc,...cr->...br", earlier, of_blocks)
+        return self._collect(jnp.einsum("...bmkr,...br->...bmk", self.left, before), 1, features.shape[-2])
 
     def solve(self, right: Array, gate: Array) -> Array:
         """As :class:`FullCoupling`."""
-        shape = (*right.shape, self.left.shape[-1])
-        left = jnp.broadcast_to(gate[..., None] * self.left[..., 0, :], shape)
-        weights = jnp.broadcast_to(gate[..., None] * self.right[..., 0, :], shape)
+        shape = right.shape
+        right, gate = (self._deal(x, 0) for x in (right, jnp.broadcast_to(gate, shape)))
+        left = jnp.broadcast_to(self.left[..., 0, :], (*right.shape, self.left.shape[-1]))
 
-        def step(before, element):
-            right, left, weights = element
-            u = right + jnp.sum(left * before, axis=-1)
-            return before + weights * u[..., None], u
+        def step(before, block):
+            right, gate, left, weights = block
+            u = right + gate * jnp.einsum("...mr,...r->...m", left, before)
+            return before + jnp.einsum("mr,...m->...r", weights, gate * u), u
 
-        over = (jnp.moveaxis(right, -1, 0), jnp.moveaxis(left, -2, 0), jnp.moveaxis(weights, -2, 0))
-        _, u = lax.scan(step, jnp.zeros((*right.shape[:-1], shape[-1])), over)
-        return jnp.moveaxis(u, 0, -1)
+        blocks = (
+            jnp.moveaxis(right, -2, 0),
+            jnp.moveaxis(gate, -2, 0),
+            jnp.moveaxis(left, -3, 0),
+            self.right[..., 0, :],
+        )
+        _, u = lax.scan(step, jnp.zeros((*shape[:-1], left.shape[-1])), blocks)
+        return self._collect(jnp.moveaxis(u, 0, -2), 0, shape[-1])
 
 
 Coupling = FullCoupling | LowRankCoupling
