@@ -344,7 +344,7 @@ def test_rank_is_chosen_by_size():
 
     assert start(DISCRETE(model), 360)["z_auto_weights"].shape == (360, 1, 360)
     params = start(DISCRETE(model), 400)
-    assert params["z_auto_weights_left"].shape == (400, 1, 16) and params["z_auto_weights_right"].shape == (400, 16)
+    assert params["z_auto_weights_left"].shape == (400, 1, 8) and params["z_auto_weights_right"].shape == (400, 8)
 
 
 @pytest.mark.parametrize(

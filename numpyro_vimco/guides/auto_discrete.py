@@ -54,7 +54,7 @@ class AutoDiscrete(StructuralGuide):
     :param str structure: ``"mean_field"`` or ``"autoregressive"``. Defaults to ``"mean_field"``.
     :param float coupling_speed: factor on couplings, so that they learn more slowly than the rest. Defaults to 0.2.
     :param int rank: rank of the matrices of couplings. Defaults to None: full up to 131,072 entries of one
-        site, 16 beyond.
+        site, 8 beyond.
     :param callable init_loc_fn: a NumPyro initialization function. Where it has a value for a discrete site
         (``init_to_value(values={"z": 2})``), the guide begins there: with 90% of the probability if the support is
         finite, as its location if not. Defaults to :func:`numpyro.infer.init_to_median`, which has none, so that the

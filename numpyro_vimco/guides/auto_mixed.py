@@ -70,9 +70,10 @@ class AutoMixed(StructuralGuide):
     predictors in one regression, is drawn element after element.
 
     A matrix of couplings of one site to all before it is full up to 131,072 entries (360 switches with each other).
-    Beyond, it is a product of two matrices of rank 16, with as many parameters as there are elements, times 32. Drawing
-    is compiled without a loop over elements in Python: continuous elements solve a triangular system; discrete ones
-    iterate to the draw that one after the other would give.
+    Beyond, it is a product of two matrices of rank 8, with about 16 parameters for each element; elements are dealt out
+    to 32 blocks, and coupled to the blocks before their own. Drawing is compiled without a loop over elements in Python:
+    continuous elements solve a triangular system; discrete ones iterate to the draw that one after the other would
+    give.
 
     **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`), continuous ones at the prior's
     median with a scale of 0.1, by ``init_loc_fn``. A random start far out, NumPyro's default, costs *autoregressive*

@@ -38,7 +38,7 @@ Samples = dict[str, Array]
 
 # The couplings of one site are a full matrix up to so many entries, 360 switches with each other, say. Beyond, they are
 # a product of two matrices of this rank.
-FULL_ENTRIES, RANK = 2**17, 16
+FULL_ENTRIES, RANK = 2**17, 8
 
 
 class Statements(Protocol):
