@@ -19,7 +19,7 @@ from numpyro_vimco.objectives import control_variates, gradients
 from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding, delta_error
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.densities import Densities
-from numpyro_vimco.objectives.elements import check_elements
+from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
 from numpyro_vimco.objectives.gradients import Weights
 from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.randomness import SeedPlates, split
@@ -162,11 +162,12 @@ class ImportanceWeightedELBO(ELBO):
         plate_key, rng_key = split(rng_key)
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
-        if (kinds.elements or kinds.masks) and not _has_tracers((args, kwargs)):
+        concrete = not _has_tracers((args, kwargs))
+        if concrete and (kinds.elements or kinds.masks) and may_be_dependent(program, param_map, rng_key):
             # Parameters are traced in a fit: those that it begins with are as good here.
             with jax.ensure_compile_time_eval():
-                concrete = self.program(model, guide, args, kwargs, jax.random.key(0))
-                check_elements(concrete, {} if _has_tracers(param_map) else param_map)
+                untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
+                check_elements(untraced, {} if _has_tracers(param_map) else param_map)
         self._check(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)
