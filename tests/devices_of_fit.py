@@ -7,7 +7,10 @@ It prints "held" last.
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"  # compile faster
+)
 
 import jax
 from jax import random
@@ -38,19 +41,20 @@ def guide(x):
 
 def run(num_steps, **options):
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
-    return fit(svi, random.key(0), num_steps, 0.7, anneal=lambda step: 0.5, progress_bar=False, **options)
+    return fit(svi, random.key(0), num_steps, 0.7, anneal=lambda step: 0.5, num_starts=2, progress_bar=False, **options)
 
 
 if __name__ == "__main__":
-    one, two = run(20), run(20, start_sharding=SPREAD)
-    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
-    np.testing.assert_allclose(two.log_evidence, one.log_evidence, rtol=1e-5)
+    one, two = run(20), run(12, start_sharding=SPREAD)
+    np.testing.assert_allclose(two.losses, one.losses[:, :12], rtol=1e-5)
     logits = two.state.svi.optim_state[1][0]["logits"]
-    assert logits.sharding.is_equivalent_to(SPREAD, 2) and logits.sharding.shard_shape(logits.shape) == (2, 2)
-    assert np.isfinite(two.best.params["logits"]).all()
-    # To go on, on two devices or on one.
-    half = run(12, start_sharding=SPREAD)
-    for options in ({"start_sharding": SPREAD}, {}):
-        rest = run(8, init_state=half.state, **options)
-        np.testing.assert_allclose(rest.losses, one.losses[:, 12:], rtol=1e-5)
+    assert logits.sharding.is_equivalent_to(SPREAD, 2) and logits.sharding.shard_shape(logits.shape) == (1, 2)
+    assert np.isfinite(two.log_evidence).all() and np.isfinite(two.best.params["logits"]).all()
+    # One device goes on where two stopped.
+    state = jax.device_put(two.state, jax.devices()[0])
+    rest = run(8, init_state=state)
+    np.testing.assert_allclose(rest.losses, one.losses[:, 12:], rtol=1e-5)
+    # And two where one did.
+    rest = run(8, init_state=state, start_sharding=SPREAD)
+    np.testing.assert_allclose(rest.losses, one.losses[:, 12:], rtol=1e-5)
     print("held", flush=True)
