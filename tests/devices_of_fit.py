@@ -22,6 +22,8 @@ from numpyro.infer import SVI
 import optax
 
 from numpyro_vimco import VIMCOStar, fit
+from numpyro_vimco.posterior.annealing import geometric
+from numpyro_vimco.posterior.steps import Steps
 
 assert len(jax.devices()) == 2
 SPREAD = NamedSharding(Mesh(np.array(jax.devices()), ("starts",)), PartitionSpec("starts"))
@@ -57,4 +59,12 @@ if __name__ == "__main__":
     # And two where one did.
     rest = run(8, init_state=state, start_sharding=SPREAD)
     np.testing.assert_allclose(rest.losses, one.losses[:, 12:], rtol=1e-5)
+    # Data that are spread stay so: each device has 7 of 14.
+    x = jax.device_put(np.linspace(-1, 1, 14, dtype=np.float32), NamedSharding(SPREAD.mesh, PartitionSpec("starts")))
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
+    state = fit(svi, random.key(0), 0, x, num_starts=1, progress_bar=False).state
+    steps = Steps(svi, (x,), {}, geometric, False, True, None)
+    compiled = steps.compiled(state)
+    text = compiled.func.lower(*compiled.args, state, 1).compile().as_text()
+    assert "f32[7]" in text and "f32[14]" not in text and "f32[4,14]" not in text
     print("held", flush=True)

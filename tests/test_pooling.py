@@ -18,7 +18,7 @@ import pytest
 from numpyro_vimco import AutoMixed, VIMCOStar
 from numpyro_vimco.objectives.plates import Levels
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.pooling import Mixture, pool
+from numpyro_vimco.posterior.pooling import Mixture, mixed, pool
 from numpyro_vimco.posterior.starts import initial_states
 from numpyro_vimco.posterior.widening import WIDER, widened
 
@@ -141,6 +141,12 @@ def test_local_particles_are_properly_weighted(x64):
         log_p = log_bernoulli(0.2, target_g) + log_bernoulli(0.8 * target_g - 0.4, target).sum()
         log_p += log_normal(1.1 * target + target_g, X).sum()
         np.testing.assert_allclose(np.sum(q_g * q_e * weight * chosen), np.exp(log_p), rtol=1e-12)
+
+
+def test_values_that_model_or_guides_rule_out():
+    """Possible for all guides; for one; not by the model; neither by the model nor by the first guide (0 / 0)."""
+    log_weight = jnp.log(jnp.array([[2.0, 2.0, 0.0, jnp.nan], [2.0, jnp.inf, 0.0, 0.0], [2.0, jnp.inf, 0.0, 0.0]]))
+    np.testing.assert_allclose(np.exp(mixed(log_weight, jnp.log(jnp.array([0.5, 0.3, 0.2])))), [2, 4, 0, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("local", [False, True])
