@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from numpyro_vimco import AutoMixed, VIMCOStar
-from numpyro_vimco.objectives.plates import Levels
+from numpyro_vimco.objectives.levels import Levels
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.pooling import Mixture, mixed, pool
 from numpyro_vimco.posterior.starts import initial_states

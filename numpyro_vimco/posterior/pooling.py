@@ -39,8 +39,9 @@ from numpyro.handlers import seed, substitute, trace
 
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives import control_variates as cv
-from numpyro_vimco.objectives.densities import Program
-from numpyro_vimco.objectives.plates import Levels, Structure, level_of
+from numpyro_vimco.objectives.levels import Levels, level_of
+from numpyro_vimco.objectives.plates import Structure
+from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.proposals import take
 from numpyro_vimco.posterior.widening import Widened
@@ -213,7 +214,9 @@ def _is_delta(site: dict) -> bool:
 
 
 def _program(fit: Fitted, guide: Callable, plate_particles: dict[str, int]) -> Program:
-    return Program(fit.svi.model, guide, fit.args, fit.kwargs, lambda site: False, plate_particles, linear=False)
+    joint_plates = getattr(fit.svi.loss, "joint_plates", frozenset())
+    args = fit.svi.model, guide, fit.args, fit.kwargs
+    return Program(*args, lambda site: False, plate_particles, joint_plates, linear=False)
 
 
 def pool(fit: Fitted, params: dict[str, Any], rng_key: Array, num_draws: int) -> Pooled:
