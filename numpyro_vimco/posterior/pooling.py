@@ -214,7 +214,7 @@ def _is_delta(site: dict) -> bool:
 
 
 def _program(fit: Fitted, guide: Callable, plate_particles: dict[str, int]) -> Program:
-    joint_plates = getattr(fit.svi.loss, "joint_plates", frozenset())
+    joint_plates: frozenset[str] = getattr(fit.svi.loss, "joint_plates", frozenset())
     args = fit.svi.model, guide, fit.args, fit.kwargs
     return Program(*args, lambda site: False, plate_particles, joint_plates, linear=False)
 
