@@ -21,7 +21,7 @@ from sklearn.datasets import load_diabetes
 
 from helpers import arviz_psislw, load_example
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, to_arviz
-from numpyro_vimco.posterior import elements
+from numpyro_vimco.posterior import log_likelihoods
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.weights import pareto_smooth, resample
 
@@ -240,7 +240,7 @@ def test_no_two_sample_statements_have_one_key(partitionable, monkeypatch):
     result = svi.run(random.key(0), 2, X, progress_bar=False)
     fit = Fitted.of(svi, result, (X,), None)
     monkeypatch.setattr(Fitted, "of", lambda *args: fit)  # its traces are for the structure only
-    monkeypatch.setattr(elements, "LOCAL_PARTICLES", 4)
+    monkeypatch.setattr(log_likelihoods, "LOCAL_PARTICLES", 4)
     jax.effects_barrier()
     keys.clear()
     with jax.threefry_partitionable(partitionable):

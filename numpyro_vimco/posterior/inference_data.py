@@ -19,7 +19,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior import weights
 from numpyro_vimco.posterior.chunks import in_chunks
-from numpyro_vimco.posterior.elements import find_elements, log_likelihood_of
+from numpyro_vimco.posterior.log_likelihoods import find_elements, log_likelihood_of
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.observed import imputed_name, observed_sites, whole
 from numpyro_vimco.posterior.proposals import Proposals, plate_names, propose, squeezed, take
