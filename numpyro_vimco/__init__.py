@@ -5,7 +5,7 @@
 
 from numpyro_vimco.guides import AutoDiscrete, AutoMixed
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
-from numpyro_vimco.posterior import compare_objectives, gradient_snr, importance_diagnostics, plots, to_arviz
+from numpyro_vimco.posterior import compare_objectives, fit, gradient_snr, importance_diagnostics, plots, to_arviz
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "ReweightedWakeSleep",
     "VIMCOStar",
     "compare_objectives",
+    "fit",
     "gradient_snr",
     "importance_diagnostics",
     "plots",

@@ -8,7 +8,12 @@ A *score-function site* is a latent guide site whose distribution has no reparam
 :func:`is_drawn` tells which of them a doubly reparameterised gradient may treat as draws from a fixed density.
 """
 
+from copy import copy
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
@@ -58,17 +63,103 @@ def is_drawn(site: dict) -> bool:
     if is_score_function_site(site):
         return True
     bases = _base_distributions(site["fn"])
-    transformed = any(isinstance(base, dist.TransformedDistribution) for base in bases)
-    return not (
-        isinstance(bases[-1], dist.Delta)
-        or any(isinstance(base, dist.MaskedDistribution) for base in bases)
-        or any(isinstance(leaf, jax.Array) for base in bases for leaf in jax.tree.leaves(base.support))
-        or (transformed and not _is_real(bases[-1].support))
+    return (
+        not isinstance(bases[-1], dist.Delta)
+        and not any(isinstance(base, dist.MaskedDistribution) for base in bases)
+        and has_fixed_support(site["fn"])
     )
 
 
-def _is_real(support: constraints.Constraint) -> bool:
-    return getattr(support, "base_constraint", support) in (constraints.real, constraints.real_vector)
+def has_fixed_support(fn: dist.Distribution) -> bool:
+    """Whether the support of a distribution is known not to move with its parameters, by the whole chain of transforms.
+
+    ``AffineTransform`` and others declare a codomain whatever came before, so that only a distribution on all of the
+    reals may pass through a transform with parameters. Numbers that are no JAX arrays are constants. What is defined
+    outside of NumPyro may have any support.
+    """
+    if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        return has_fixed_support(fn.base_dist)
+    if not all(_is_of_numpyro(_definer(type(fn), name)) for name in ("support", "sample", "log_prob")):
+        return False
+    if not isinstance(fn, dist.TransformedDistribution):
+        return support_of(fn) is not None and not _has_arrays(fn.support)
+    everywhere = is_real(support_of(fn.base_dist))
+    for transform in _parts(fn.transforms):
+        if not _is_of_numpyro(type(transform)) or (_has_arrays(transform) and not everywhere):
+            return False
+        everywhere = everywhere and _is_onto_reals(transform)
+    return has_fixed_support(fn.base_dist)
+
+
+def is_real(support: constraints.Constraint | None) -> bool:
+    """Whether a support is all of the reals, or vectors or matrices of them."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector, constraints.real_matrix)
+
+
+def _is_onto_reals(transform: dist.transforms.Transform) -> bool:
+    try:
+        return is_real(transform.codomain)
+    except NotImplementedError:
+        return False
+
+
+def support_of(fn: dist.Distribution) -> constraints.Constraint | None:
+    """The support of a distribution, or None if it does not know."""
+    try:
+        return fn.support
+    except NotImplementedError:
+        return None
+
+
+def _parts(transforms) -> list:
+    """Transforms one by one, in the order in which they are applied."""
+    found = []
+    for transform in transforms:
+        composed = isinstance(transform, dist.transforms.ComposeTransform)
+        found += _parts(transform.parts) if composed else [transform]
+    return found
+
+
+def _has_arrays(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
+
+
+def _definer(cls: type, name: str) -> type:
+    return next((base for base in cls.__mro__ if name in vars(base)), cls)
+
+
+def _is_of_numpyro(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("numpyro", "numpyro_vimco")
+
+
+def mask_of(fn: dist.Distribution) -> tuple[Array, int] | None:
+    """Which elements of a distribution are not masked: booleans that broadcast against batch dimensions, and then
+    against so many event dimensions; None if all are.
+    """
+    if isinstance(fn, dist.MaskedDistribution):
+        inner, own = mask_of(fn.base_dist), fn._mask
+        if own is True:
+            return inner
+        own = jnp.zeros(fn.batch_shape, bool) if own is False else own
+        return (own, 0) if inner is None else (own.reshape(own.shape + (1,) * inner[1]) & inner[0], inner[1])
+    if isinstance(fn, dist.ExpandedDistribution):
+        return mask_of(fn.base_dist)
+    if isinstance(fn, dist.Independent):
+        inner = mask_of(fn.base_dist)
+        return inner and (inner[0], inner[1] + fn.reinterpreted_batch_ndims)
+    return None
+
+
+def unmasked(fn: dist.Distribution) -> dist.Distribution:
+    """A distribution without its masks."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+        fn = copy(fn)
+        fn.base_dist = unmasked(fn.base_dist)
+    return fn
 
 
 def unwrapped(fn: dist.Distribution) -> dist.Distribution:

@@ -310,6 +310,22 @@ def test_elements_of_a_shared_plate_are_coupled_one_by_one(fitted):
     np.testing.assert_allclose(base.scale, jnp.exp(log_scale), rtol=1e-5)
 
 
+def test_an_element_depends_on_what_its_own_plate_element_has():
+    """Where the discrete site has a batch dimension to the left of the plate, too."""
+
+    def model():
+        with numpyro.plate("row", 3):
+            z = numpyro.sample("z", dist.Bernoulli(jnp.full((2, 3), 0.5)))
+            numpyro.sample("u", dist.Normal(z.sum(0), 1))
+
+    guide = AutoMixed(model, conditional=True)
+    z = jnp.array([[1, 0, 0], [1, 1, 0]])
+    weights = jnp.arange(6.0).reshape(3, 2) + 1
+    fixed = {**start(guide), "z": z, "u_auto_loc": jnp.zeros(3), "u_auto_loc_z": weights}
+    u = trace(substitute(seed(guide, 0), data=fixed)).get_trace()["u"]["fn"].base_dist
+    np.testing.assert_allclose(u.loc, (weights * z.T).sum(1), rtol=1e-6)
+
+
 def continuous_model(x):
     loc = numpyro.sample("loc", dist.Normal(0, 1))
     scale = numpyro.sample("scale", dist.LogNormal(0, 1))
@@ -324,26 +340,24 @@ def discrete_model(x):
         numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-@pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("continuous", [AutoNormal, AutoMultivariateNormal, AutoDelta, AutoLaplaceApproximation])
-def test_without_discrete_sites_it_is_the_continuous_guide(continuous, conditional):
+def test_without_discrete_sites_it_is_the_continuous_guide(continuous):
     def fit(guide):
         svi = SVI(continuous_model, guide, optax.adam(0.1), VIMCOStar(num_particles=4))
         params = svi.run(random.key(0), 20, X, progress_bar=False).params
         return params, guide.sample_posterior(random.key(1), params, X), guide.median(params)
 
-    mixed = AutoMixed(continuous_model, continuous=continuous, conditional=conditional)
+    mixed = AutoMixed(continuous_model, continuous=continuous)
     jax.tree.map(np.testing.assert_array_equal, fit(mixed), fit(continuous(continuous_model)))
 
 
-@pytest.mark.parametrize("conditional", [False, True])
-def test_without_continuous_sites_it_is_the_discrete_guide(conditional):
+def test_without_continuous_sites_it_is_the_discrete_guide():
     def fit(guide):
         svi = SVI(discrete_model, guide, optax.adam(0.1), VIMCOStar(num_particles=4))
         params = svi.run(random.key(0), 20, X, progress_bar=False).params
         return params, guide.sample_posterior(random.key(1), params, X), guide.quantiles(params, [0.2, 0.6])
 
-    mixed = AutoMixed(discrete_model, conditional=conditional)
+    mixed = AutoMixed(discrete_model)
     jax.tree.map(np.testing.assert_array_equal, fit(mixed), fit(AutoDiscrete(discrete_model)))
 
 
@@ -506,8 +520,53 @@ def test_continuous_support_that_depends_on_a_discrete_latent_is_refused():
         z = numpyro.sample("z", dist.Bernoulli(0.5))
         numpyro.sample("u", dist.Uniform(0, 1 + 9 * z))
 
-    with pytest.raises(ValueError, match="continuous site 'u' depends on a discrete latent"):
+    with pytest.raises(ValueError, match="continuous site 'u' depends on another latent"):
         seed(AutoMixed(model), 0)()
+
+
+def test_continuous_support_that_depends_on_a_continuous_latent_is_refused():
+    def model():
+        high = numpyro.sample("high", dist.LogNormal(0, 1))
+        numpyro.sample("u", dist.Uniform(0, high))
+
+    with pytest.raises(ValueError, match="continuous site 'u' depends on another latent"):
+        seed(AutoMixed(model), 0)()
+
+
+@pytest.mark.parametrize("rate", [1e9, 2e9])
+def test_counts_too_large_for_single_precision_are_refused(rate):
+    def model():
+        numpyro.sample("n", dist.GammaPoisson(2.0, 2.0 / rate))
+
+    with pytest.raises(ValueError, match="counts of site 'n' reach about"):
+        seed(AutoDiscrete(model), 0)()
+
+
+def without_discrete():
+    numpyro.sample("u", dist.Normal(0, 1))
+
+
+def without_continuous():
+    numpyro.sample("z", dist.Bernoulli(0.5))
+
+
+def without_dependence():
+    numpyro.sample("u", dist.Normal(0, 1))
+    with numpyro.plate("data", 3):
+        numpyro.sample("z", dist.Bernoulli(0.5))
+
+
+@pytest.mark.parametrize(
+    "model, why",
+    [
+        (without_discrete, "the model has no discrete latent"),
+        (without_continuous, "the model has no continuous latent"),
+        (without_dependence, "each discrete site is in a plate that no continuous site is in"),
+    ],
+)
+def test_conditional_that_changes_nothing_is_said(model, why):
+    with pytest.warns(UserWarning, match=f"changes nothing: {why}"):
+        seed(AutoMixed(model, conditional=True), 0)()
 
 
 def test_plates_inside_of_scan_are_refused():

@@ -13,14 +13,14 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.infer.svi import SVIRunResult
 import optax
 import pytest
 from sklearn.datasets import load_diabetes
 
 from helpers import arviz_psislw, load_example
-from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, to_arviz
+from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
 from numpyro_vimco.posterior import log_likelihoods
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.weights import pareto_smooth, resample
@@ -391,6 +391,207 @@ def test_a_million_draws_of_ten_sites_in_two_gigabytes():
     output = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=240, check=True)
     draws, kilobytes = output.stdout.split()
     assert int(draws) == 10**6 and int(kilobytes) < 2e6
+
+
+# Leaving out elements that have latents.
+
+RANDOM = np.random.default_rng(0)
+SEEN = jnp.array((RANDOM.random((20, 3)) < 0.35) * (RANDOM.random(20) < 0.5)[:, None], jnp.float32)
+
+
+def occupancy(y):
+    """Whether an animal lives at a site, and whether it is seen at a visit."""
+    occupied = numpyro.sample("occupied", dist.Beta(2.0, 2.0))
+    seen = numpyro.sample("seen", dist.Beta(2.0, 2.0))
+    with numpyro.plate("site", 20, dim=-2):
+        z = numpyro.sample("z", dist.Bernoulli(occupied))
+        with numpyro.plate("visit", 3, dim=-1):
+            numpyro.sample("y", dist.Bernoulli(z * seen), obs=y)
+
+
+def exact_loo(y):
+    """Leave-one-site-out of the summed-out likelihood, by quadrature over the two probabilities."""
+    grid = (np.arange(300) + 0.5) / 300
+    occupied, seen = np.meshgrid(grid, grid)
+    log_prior = np.log(occupied * (1 - occupied) * seen * (1 - seen))
+    count, number = np.asarray(y.sum(1)), y.shape[1]
+    log_p = np.stack([
+        np.log(occupied * seen**k * (1 - seen) ** (number - k) + (k == 0) * (1 - occupied)) for k in count
+    ])  # fmt: skip
+    total = log_prior + log_p.sum(0)
+    return np.logaddexp.reduce(total, axis=None) - np.logaddexp.reduce(total - log_p, axis=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def occupancy_fit():
+    guide = AutoMixed(occupancy, continuous=AutoMultivariateNormal)
+    svi = SVI(occupancy, guide, optax.adam(0.03), VIMCOStar(0.5, 16, plate_particles={"site": 4}))
+    return svi, svi.run(random.key(0), 800, SEEN, progress_bar=False)
+
+
+def test_loo_leaves_an_element_out_with_its_latents(occupancy_fit):
+    tree = to_arviz(
+        *occupancy_fit, model_args=(SEEN,), rng_key=random.key(1), num_samples=4000,
+        groups=("log_likelihood", "log_likelihood_given_latents"),
+    )  # fmt: skip
+    assert tree["log_likelihood"]["site_element"].dims == ("chain", "draw", "site")
+    assert tree["log_likelihood_given_latents"]["y"].dims == ("chain", "draw", "site", "visit")
+    exact = exact_loo(SEEN)
+    found = az.loo(tree, pointwise=True)
+    name = "loo_i" if "loo_i" in found else "elpd_i"
+    # 2,000 effective draws or more, and a standard deviation of a site's log-likelihood over draws of 0.3 at most: 6
+    # standard errors of each are 0.04, and of the sum, whose terms move together by less than 1, 0.14.
+    np.testing.assert_allclose(np.asarray(found[name]), exact, atol=0.05)
+    assert abs(np.asarray(found[name]).sum() - exact.sum()) < 0.15
+    # Given the latents, a site where the animal was seen is known to be occupied whether or not it is left out.
+    given = np.asarray(tree["log_likelihood_given_latents"]["y"].values[0].sum(-1), float)
+    wrong = np.log(len(given)) - np.logaddexp.reduce(-given)
+    assert abs(wrong.sum() - exact.sum()) > 1
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # ArviZ's k of values that do not vary
+def test_element_of_a_common_plate_is_its_evidence():
+    def model(x):
+        with numpyro.plate("data", 4):
+            z = numpyro.sample("z", dist.Bernoulli(0.4))
+            numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", 4):
+            numpyro.sample("z", dist.Bernoulli(numpyro.param("p", 0.5)))
+
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
+    tree = to_arviz(svi, {"p": jnp.array(0.5)}, model_args=(X,), rng_key=random.key(1), num_samples=2500)
+    values = tree["log_likelihood"]["data_element"].values[0]
+    exact = jnp.logaddexp(jnp.log(0.6) + dist.Normal(0, 1).log_prob(X), jnp.log(0.4) + dist.Normal(2, 1).log_prob(X))
+    # 10,000 draws of weights with a coefficient of variation below 1: 6 standard errors are 0.06.
+    np.testing.assert_allclose(values[0], exact, atol=0.06)
+    assert np.ptp(values, axis=0).max() == 0
+    assert abs(float(az.loo(tree)["elpd_loo"] if "elpd_loo" in az.loo(tree) else az.loo(tree).elpd) - exact.sum()) < 0.2
+
+
+def walk(x):
+    """A random walk along a plate, whose elements depend on each other."""
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.3))
+    with numpyro.plate("time", 4):
+        step = numpyro.sample("step", dist.Normal(0.0, scale))
+        numpyro.sample("x", dist.Normal(jnp.cumsum(step), 1.0), obs=x)
+
+
+def mixture(x):
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.3))
+    with numpyro.plate("time", 4):
+        z = numpyro.sample("z", dist.Normal(0.0, scale))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("model, guide", [(walk, AutoNormal), (mixture, AutoMultivariateNormal)])
+def test_elements_that_cannot_be_left_out_are_not_given(model, guide):
+    """They depend on each other, or the guide draws their latents together."""
+    svi = SVI(model, guide(model), optax.adam(0.02), VIMCOStar())
+    result = svi.run(random.key(0), 5, X, progress_bar=False)
+    arguments = dict(model_args=(X,), rng_key=random.key(1), num_samples=100)
+    with pytest.warns(UserWarning, match=r"Plate 'time' has latents of its own, .* elements \('x'\)"):
+        tree = to_arviz(svi, result, groups=("log_likelihood",), **arguments)
+    assert not hasattr(tree, "log_likelihood")
+    tree = to_arviz(svi, result, groups=("log_likelihood_given_latents",), **arguments)
+    assert tree["log_likelihood_given_latents"]["x"].shape == (1, 100, 4)
+
+
+# Missing data.
+
+HOLES = jnp.array([0.3, jnp.nan, 1.2, -0.4, jnp.nan, 0.1])
+THERE = ~jnp.isnan(HOLES)
+
+
+def masked(x, by):
+    mean = numpyro.sample("mean", dist.Normal(0, 1))
+    with numpyro.plate("data", len(x)):
+        if by == "handler":
+            with numpyro.handlers.mask(mask=THERE):
+                numpyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+        elif by == "method":
+            numpyro.sample("x", dist.Normal(mean, 1.0).mask(THERE), obs=jnp.where(THERE, x, 99.0))
+        elif by == "obs_mask":
+            numpyro.sample("x", dist.Normal(mean, 1.0), obs=x, obs_mask=THERE)
+        else:
+            numpyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("by", ["handler", "method", "obs_mask"])
+@pytest.mark.filterwarnings("ignore")  # ArviZ's and matplotlib's own
+def test_missing_data_are_missing_after_the_fit(by):
+    svi = SVI(masked, AutoNormal(masked), optax.adam(0.05), VIMCOStar())
+    result = svi.run(random.key(0), 200, HOLES, by, progress_bar=False)
+    tree = to_arviz(svi, result, model_args=(HOLES, by), rng_key=random.key(1), num_samples=2000)
+    np.testing.assert_array_equal(tree["observed_data"]["x"], HOLES)
+    log_likelihood = tree["log_likelihood"]["x"]
+    np.testing.assert_array_equal(np.isnan(log_likelihood.values[0]), np.broadcast_to(~THERE, (2000, 6)))
+    assert not np.isnan(tree["posterior_predictive"]["x"]).any()
+    # The evidence is that of the four values that are there.
+    values = np.asarray(HOLES[THERE])
+    exact = float(dist.MultivariateNormal(jnp.zeros(4), jnp.eye(4) + 1).log_prob(values))
+    assert abs(tree["posterior"].attrs["log_evidence"] - exact) < 0.2
+    plot_ppc = az.plot_ppc if hasattr(az, "plot_ppc") else az.plot_ppc_dist
+    plot_ppc(tree)
+    matplotlib.pyplot.close("all")
+    # az.loo of what is there, in closed form: x_i given the others.
+    kept = tree.isel(data=np.flatnonzero(log_likelihood.notnull().all(("chain", "draw"))))
+    found = az.loo(kept, pointwise=True)
+    mean = (values.sum() - values) / 4
+    expected = dist.Normal(mean, (1 + 1 / 4) ** 0.5).log_prob(values)
+    np.testing.assert_allclose(np.asarray(found["loo_i" if "loo_i" in found else "elpd_i"]), expected, atol=0.1)
+    if by == "obs_mask":
+        assert set(tree["posterior"].data_vars) == {"mean", "x"}
+        imputed = tree["posterior"]["x"].values[0]
+        np.testing.assert_array_equal(imputed[:, THERE], np.broadcast_to(values, (2000, 4)))
+        # Normal(mean, 1) around the posterior of the mean, Normal(0.24, 0.45): 6 standard errors of 500 draws.
+        assert np.all(np.abs(imputed[:, ~THERE].mean(0) - values.sum() / 5) < 6 * (1.2 / 500) ** 0.5)
+
+
+def test_error_of_missing_data_that_are_not_masked():
+    def guide(x, by):
+        numpyro.sample("mean", dist.Normal(numpyro.param("loc", 0.0), 1.0))
+
+    svi = SVI(masked, guide, optax.adam(0.05), VIMCOStar())
+    with pytest.raises(ValueError, match=r"data of site 'x' are NaN in 2 of 6 places .* Missing data: mask them"):
+        to_arviz(svi, {"loc": jnp.array(0.0)}, model_args=(HOLES, "nothing"), rng_key=random.key(1))
+
+
+def test_masks_within_events_and_masks_that_latents_switch():
+    mask = jnp.array([[True, False], [False, False]])
+
+    def model(x):
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.sample("event", dist.Normal(jnp.zeros((2, 2)), 1.0).mask(mask).to_event(1), obs=x)
+        with numpyro.handlers.mask(mask=jnp.array([True, False]) | (z == 1)):
+            numpyro.sample("switched", dist.Normal(jnp.zeros(2), 1.0), obs=x[0])
+
+    def guide(x):
+        numpyro.sample("z", dist.Bernoulli(numpyro.param("p", 0.5)))
+
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
+    x = jnp.ones((2, 2))
+    tree = to_arviz(svi, {"p": jnp.array(0.5)}, model_args=(x,), rng_key=random.key(1), num_samples=50)
+    np.testing.assert_array_equal(tree["observed_data"]["event"], np.where(mask, 1.0, np.nan))
+    np.testing.assert_array_equal(np.isnan(tree["log_likelihood"]["event"].values[0]), [[False, True]] * 50)
+    # A latent that switches a likelihood off makes no data missing.
+    np.testing.assert_array_equal(tree["observed_data"]["switched"], [1.0, 1.0])
+    assert not np.isnan(tree["log_likelihood"]["switched"]).any()
+
+
+def test_after_transformed_fits():
+    """`jax.vmap(svi.run)` and `jax.jit(svi.init)` leave nothing behind that fails here."""
+    svi = SVI(hierarchical, AutoMixed(hierarchical), optax.adam(0.05), VIMCOStar())
+    results = jax.vmap(lambda key: svi.run(key, 3, X, progress_bar=False).params)(random.split(random.key(0), 2))
+    for i in range(2):
+        params = jax.tree.map(lambda x, i=i: x[i], results)
+        tree = to_arviz(svi, params, model_args=(X,), rng_key=random.key(1), num_samples=10, groups=())
+        assert tree["posterior"]["z"].shape == (1, 10, 4)
+    svi = SVI(hierarchical, AutoMixed(hierarchical), optax.adam(0.05), VIMCOStar())
+    state = jax.jit(svi.init)(random.key(0), X)
+    found = importance_diagnostics(svi, state, model_args=(X,), rng_key=random.key(1), num_samples=100)
+    assert np.isfinite(found.log_evidence)
 
 
 # Errors.

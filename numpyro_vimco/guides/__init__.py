@@ -5,8 +5,9 @@
 
 In: a model. Out: a guide with parameters for all of its latents, or for the discrete ones; no estimator is known here.
 Open `auto_mixed` for the guide of all latents, `auto_discrete` for that of discrete ones, `conditional_normal` for
-continuous latents given discrete ones, `families` for which distribution a support gets and where it begins, and
-`distributions` for the integer distributions themselves.
+continuous latents given discrete ones, `families` for which distribution a support gets and where it begins,
+`distributions` for the integer distributions themselves, `point_masses` for priors that are refused, `structural` for
+what the guides have in common, and `private` for what they use of NumPyro's own.
 """
 
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete

@@ -1,72 +1,26 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""An automatic guide for discrete latents, and what it has in common with one for all latents."""
+"""An automatic guide for discrete latents."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import jax
-from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 import numpyro
 from numpyro.distributions.util import periodic_repeat
-from numpyro.handlers import block, seed, substitute, trace
-from numpyro.infer import Predictive, init_to_median
-from numpyro.infer.autoguide import AutoGuide
+from numpyro.handlers import seed, substitute
+from numpyro.infer import init_to_median
 
 from numpyro_vimco.guides.families import Family, bounds_error, family_of, has_common_bounds, jitter
+from numpyro_vimco.guides.structural import StructuralGuide
+from numpyro_vimco.randomness import split_by_name
 from numpyro_vimco.sites import is_discrete, is_latent_site
-
-
-class StructuralGuide(AutoGuide):
-    """An automatic guide that knows the structure of a model, but not its density, from which NumPyro sums discrete
-    sites out.
-    """
-
-    def _trace_structure(self, model: Callable, *args, **kwargs) -> None:
-        with block():
-            self.prototype_trace = trace(model).get_trace(*args, **kwargs)
-        sites = self.prototype_trace.values()
-        frames = [frame for site in sites if is_latent_site(site) for frame in site["cond_indep_stack"]]
-        self._prototype_frames = {frame.name: frame for frame in frames}
-        self._prototype_frame_full_sizes = {site["name"]: site["args"][0] for site in sites if site["type"] == "plate"}
-        for frame in frames:
-            if frame.name not in self._prototype_frame_full_sizes:
-                # NumPyro's automatic guides do not reach it either.
-                raise ValueError(
-                    f"Latent sites are in the plate '{frame.name}' inside of `scan`, which automatic guides cannot "
-                    "reach. Move the plate outside of `scan`, or write a guide by hand for these sites."
-                )
-        self._prototype_arguments = args, kwargs
-
-    def _moving_supports(self, names: Iterable[str], latents: dict[str, Array], *args, **kwargs) -> list[str]:
-        """The sites whose support depends on latents: what depends on what `vmap` maps is a tracer."""
-        moving: list[str] = []
-
-        def find(latents):
-            with block():
-                tr = trace(substitute(seed(self.model, 0), data=latents)).get_trace(*args, **kwargs)
-            leaves = {name: jax.tree.leaves(tr[name]["fn"].support) for name in names}
-            moving.extend(n for n, found in leaves.items() if any(isinstance(leaf, jax.core.Tracer) for leaf in found))
-
-        jax.vmap(find)(jax.tree.map(lambda value: value[None], latents))
-        return moving
-
-    def _with_deterministic(self, rng_key, params, samples, sample_shape, args, kwargs) -> dict[str, Array]:
-        """Samples, and the deterministic sites that follow from them if they are all the latents."""
-        sites = self.prototype_trace.values()
-        names = [site["name"] for site in sites if site["type"] == "deterministic"]
-        if not names or any(is_latent_site(site) and site["name"] not in samples for site in sites):
-            return samples
-        if not args and not kwargs:
-            args, kwargs = self._prototype_arguments
-        predict = Predictive(
-            substitute(self.model, params), samples, return_sites=names, batch_ndims=len(sample_shape), parallel=True
-        )
-        return {**samples, **predict(rng_key, *args, **kwargs)}
 
 
 class AutoDiscrete(StructuralGuide):
@@ -90,8 +44,8 @@ class AutoDiscrete(StructuralGuide):
     The guide begins near the prior, given the values by ``init_loc_fn`` of what a site depends on, and slightly off: 1%
     of the probability is spread evenly over finite supports, so that each value is proposed at times, and parameters
     are moved by 0.1 standard normals in unconstrained space, so that symmetric models (mixtures) can leave the
-    symmetric point. Supports are those of the first call's arguments. The guide of the continuous latents is another;
-    :class:`AutoMixed` has both.
+    symmetric point. Only these moves depend on the key of the fit. Supports are those of the first call's arguments.
+    The guide of the continuous latents is another; :class:`AutoMixed` has both.
 
     :param callable model: a NumPyro model.
     :param str prefix: a prefix of the parameters' names. Defaults to ``"auto"``.
@@ -130,7 +84,8 @@ class AutoDiscrete(StructuralGuide):
         self._start: dict[str, dict[str, Array]] = {}
 
     def _setup_prototype(self, *args, **kwargs) -> None:
-        rng_key, prior_key, start_key = random.split(numpyro.prng_key(), 3)
+        # The structure is the same at each call, so that it depends on no key of the call.
+        keys = split_by_name(jax.random.key(0), ["model", "priors"])
         given = {}
 
         def init(site):
@@ -139,7 +94,7 @@ class AutoDiscrete(StructuralGuide):
                 value = given[site["name"]] = jnp.broadcast_to(jnp.asarray(value), site["fn"].shape())
             return value
 
-        model = substitute(seed(self.model, rng_key), substitute_fn=init)
+        model = substitute(seed(self.model, keys["model"]), substitute_fn=init)
         self._trace_structure(model, *args, **kwargs)
         sites = [site for site in self.prototype_trace.values() if is_latent_site(site) and is_discrete(site)]
         if not sites:
@@ -147,13 +102,17 @@ class AutoDiscrete(StructuralGuide):
                 "The model has no discrete latent site for AutoDiscrete to guide. Use AutoMixed, or an automatic guide "
                 "of NumPyro."
             )
-        for i, site in enumerate(sites):
+        prior_keys = split_by_name(keys["priors"], [site["name"] for site in sites])
+        for site in sites:
             name, event_dim = site["name"], site["fn"].event_dim
-            self.families[name] = family = family_of(site, random.fold_in(prior_key, i))
+            self.families[name] = family = family_of(site, prior_keys[name])
             start = family.start(site, given.get(name))
-            full = {k: self._full_size(site, value, event_dim + family.event_dim) for k, value in start.items()}
-            self._start[name] = jitter(family, full, random.fold_in(start_key, i))
+            self._start[name] = {k: self._full_size(site, v, event_dim + family.event_dim) for k, v in start.items()}
         self._check_bounds(*args, **kwargs)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.families, self._start = {}, {}
 
     def _check_bounds(self, *args, **kwargs) -> None:
         """Raise for bounds that are not known for every element at every call."""
@@ -168,14 +127,14 @@ class AutoDiscrete(StructuralGuide):
             )
         for name, family in self.families.items():
             site = self.prototype_trace[name]
-            subsampled = [f for f in site["cond_indep_stack"] if f.size != self._prototype_frame_full_sizes[f.name]]
+            subsampled = [f for f in site["cond_indep_stack"] if f.size != self._full_plate_size(f.name)]
             if subsampled and not has_common_bounds(family):
                 raise bounds_error(site, f"differ between elements of the plate '{subsampled[0].name}', a subsample")
 
     def _full_size(self, site: dict, value: Array, event_dim: int) -> Array:
         """Repeat what is for a subsample, for the whole plate."""
         for frame in site["cond_indep_stack"]:
-            size = self._prototype_frame_full_sizes[frame.name]
+            size = self._full_plate_size(frame.name)
             if size != frame.size:
                 value = periodic_repeat(value, size, frame.dim - event_dim)
         return value
@@ -186,38 +145,39 @@ class AutoDiscrete(StructuralGuide):
 
         :return: the samples, keyed by site.
         """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
-        result = {}
-        for name, family in self.families.items():
-            site = self.prototype_trace[name]
-            event_dim = site["fn"].event_dim
-            with ExitStack() as stack:
-                for frame in site["cond_indep_stack"]:
-                    stack.enter_context(plates[frame.name])
-                params = {
-                    k: numpyro.param(
-                        f"{name}_{self.prefix}_{k}",
-                        start,
-                        constraint=family.constraints[k],
-                        event_dim=event_dim + family.event_dim,
-                    )
-                    for k, start in self._start[name].items()
-                }
-                result[name] = numpyro.sample(name, family.distribution(**params).to_event(event_dim))
-        return result
+        with self._known_structure(args, kwargs):
+            plates = self._plates_of_call(*args, **kwargs)
+            return {name: self._sample_site(name, family, plates) for name, family in self.families.items()}
+
+    def _sample_site(self, name: str, family: Family, plates: dict[str, numpyro.plate]) -> Array:
+        site = self.prototype_trace[name]
+        event_dim = site["fn"].event_dim
+        with ExitStack() as stack:
+            for frame in site["cond_indep_stack"]:
+                stack.enter_context(plates[frame.name])
+            params = {
+                k: numpyro.param(
+                    f"{name}_{self.prefix}_{k}",
+                    partial(jitter, start, family.constraints[k]),
+                    constraint=family.constraints[k],
+                    event_dim=event_dim + family.event_dim,
+                )
+                for k, start in self._start[name].items()
+            }
+            return numpyro.sample(name, family.distribution(**params).to_event(event_dim))
 
     def _params(self, name: str, params: dict[str, Any]) -> dict[str, Any]:
         return {k: params[f"{name}_{self.prefix}_{k}"] for k in self._start[name]}
 
     def sample_posterior(self, rng_key, params, *args, sample_shape=(), **kwargs) -> dict[str, Array]:
         """As in NumPyro. Deterministic sites are included if all latents of the model are discrete."""
-        samples = {}
-        for i, (name, family) in enumerate(self.families.items()):
-            fn = family.distribution(**self._params(name, params))
-            samples[name] = fn.sample(random.fold_in(rng_key, i), sample_shape)
-        return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
+        with self._known_structure(args, kwargs):
+            keys = split_by_name(rng_key, ["", *self.families])
+            samples = {
+                name: family.distribution(**self._params(name, params)).sample(keys[name], sample_shape)
+                for name, family in self.families.items()
+            }
+            return self._with_deterministic(keys[""], params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
         """The smallest value of each element whose cumulative probability is at least ½."""
@@ -225,9 +185,10 @@ class AutoDiscrete(StructuralGuide):
 
     def quantiles(self, params, quantiles) -> dict[str, Array]:
         """The smallest value of each element whose cumulative probability is at least each of ``quantiles``."""
-        q = jnp.asarray(quantiles)
+        q = np.asarray(quantiles)
         result = {}
-        for name, family in self.families.items():
-            ndim = jnp.ndim(self.prototype_trace[name]["value"])
-            result[name] = family.quantile(q.reshape(-1, *(1,) * ndim), **self._params(name, params))
+        with self._known_structure((), {}):
+            for name, family in self.families.items():
+                ndim = jnp.ndim(self.prototype_trace[name]["value"])
+                result[name] = family.quantile(q.reshape(-1, *(1,) * ndim), **self._params(name, params))
         return result

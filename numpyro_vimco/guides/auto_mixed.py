@@ -3,9 +3,10 @@
 
 """An automatic guide for all latents, discrete and continuous."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+import warnings
 
-from jax import random
+import jax
 from jaxtyping import Array
 import numpyro
 from numpyro.handlers import block, seed, substitute
@@ -18,8 +19,12 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 
-from numpyro_vimco.guides.auto_discrete import AutoDiscrete, StructuralGuide
-from numpyro_vimco.guides.conditional_normal import ConditionalNormal
+from numpyro_vimco.guides.auto_discrete import AutoDiscrete
+from numpyro_vimco.guides.conditional_normal import ConditionalNormal, Samples
+from numpyro_vimco.guides.point_masses import check_no_point_mass
+from numpyro_vimco.guides.private import set_up
+from numpyro_vimco.guides.structural import StructuralGuide
+from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, is_latent_site
 
 
@@ -83,31 +88,57 @@ class AutoMixed(StructuralGuide):
         self.plates: dict[str, numpyro.plate] = {}
 
     def _setup_prototype(self, *args, **kwargs) -> None:
-        self._trace_structure(seed(self.model, 0), *args, **kwargs)
+        # The structure is the same at each call, so that it depends on no key of the call.
+        model = substitute(seed(self.model, jax.random.key(0)), substitute_fn=self.init_loc_fn)
+        self._trace_structure(model, *args, **kwargs)
         latents = [site for site in self.prototype_trace.values() if is_latent_site(site)]
         discrete = {site["name"]: site["value"] for site in latents if is_discrete(site)}
+        continuous = {site["name"]: site["value"] for site in latents if not is_discrete(site)}
         if not latents:
             raise ValueError(
                 "The model has no latent site for AutoMixed to guide: all are observed, or hidden by `block`. Call it "
                 "without `obs` for what is to be inferred."
             )
-        if not discrete:
-            self._parts = [self.continuous(self.model, **self._arguments)]
-            return
-        continuous = [site["name"] for site in latents if not is_discrete(site)]
-        for name in self._moving_supports(continuous, discrete, *args, **kwargs):
+        self._check_continuous(continuous, {**discrete, **continuous}, *args, **kwargs)
+        if discrete:
+            self._parts = [self.discrete(self.model, **self._arguments)]
+        if continuous:
+            model = self.model
+            if discrete:
+                model = block(substitute(model, data=discrete), hide_fn=_is_beside_continuous)
+            guide = self.continuous(model, **self._arguments)
+            self._parts.append(_checked(guide, self.conditional) if discrete else guide)
+        for part in self._parts:
+            set_up(part, *args, **kwargs)
+            if len(self._parts) == 2:
+                part.create_plates = self._shared_plates
+        if self.conditional:
+            self._warn_if_independent(discrete, continuous)
+
+    def _check_continuous(self, names: Iterable[str], latents: Samples, *args, **kwargs) -> None:
+        """Raise for continuous sites that no Normal in a fixed unconstrained space can propose."""
+        for name in names:
+            check_no_point_mass(self.prototype_trace[name])
+        for name in self._moving_supports(names, latents, *args, **kwargs):
             raise ValueError(
-                f"The support of the continuous site '{name}' depends on a discrete latent, so that no automatic guide "
+                f"The support of the continuous site '{name}' depends on another latent, so that no automatic guide "
                 "can know it. Write the model with a site whose support is fixed (Uniform(0, 1), say) and scale it, or "
                 "write a guide by hand for this site; "
                 f"AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
             )
-        self._parts = [self.discrete(self.model, **self._arguments)]
-        if continuous:
-            model = block(substitute(self.model, data=discrete), hide_fn=_is_beside_continuous)
-            self._parts.append(_checked(self.continuous(model, **self._arguments), self.conditional))
-            for part in self._parts:
-                part.create_plates = self._shared_plates
+
+    def _warn_if_independent(self, discrete: Samples, continuous: Samples) -> None:
+        if not discrete or not continuous:
+            why = f"the model has no {'continuous' if discrete else 'discrete'} latent"
+        elif self._given_discrete().is_independent():
+            why = "each discrete site is in a plate that no continuous site is in"
+        else:
+            return
+        warnings.warn(f"conditional=True changes nothing: {why}. Leave it out.", stacklevel=2)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._parts, self.plates = [], {}
 
     def _shared_plates(self, *args, **kwargs) -> list[numpyro.plate]:
         """The plates of this call: both guides must see the same subsample."""
@@ -119,53 +150,60 @@ class AutoMixed(StructuralGuide):
 
         :return: the samples, keyed by site.
         """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        if len(self._parts) == 1:
-            return self._parts[0](*args, **kwargs)
-        self.plates = self._create_plates(*args, **kwargs)
-        discrete, continuous = self._parts
-        samples = discrete(*args, **kwargs)
-        if not self.conditional:
-            return {**samples, **continuous(*args, **kwargs)}
-        if continuous.prototype_trace is None:
-            continuous._setup_prototype(*args, **kwargs)
-        return {**samples, **self._given_discrete().sample(self.plates, samples)}
+        with self._known_structure(args, kwargs):
+            if len(self._parts) == 1:
+                return self._parts[0](*args, **kwargs)
+            discrete, continuous = self._parts
+            given_discrete = self._given_discrete()
+            self.plates = self._plates_of_call(*args, **kwargs)
+            try:
+                samples = discrete(*args, **kwargs)
+                if self.conditional:
+                    return {**samples, **given_discrete.sample(self.plates, samples)}
+                return {**samples, **continuous(*args, **kwargs)}
+            finally:
+                self.plates = {}  # a subsample is of this call alone
 
     def _given_discrete(self) -> ConditionalNormal:
         discrete, continuous = self._parts
-        return ConditionalNormal(continuous, discrete.prototype_trace, discrete.families)
+        return ConditionalNormal(
+            continuous, {name: discrete.prototype_trace[name] for name in discrete.families}, discrete.families
+        )
 
     def sample_posterior(self, rng_key, params, *args, sample_shape=(), **kwargs) -> dict[str, Array]:
         """As in NumPyro, with deterministic sites."""
-        if len(self._parts) == 1:
-            return self._parts[0].sample_posterior(rng_key, params, *args, sample_shape=sample_shape, **kwargs)
-        discrete, continuous = self._parts
-        discrete_key, continuous_key, rng_key = random.split(rng_key, 3)
-        samples = discrete.sample_posterior(discrete_key, params, sample_shape=sample_shape)
-        if not self.conditional:
-            samples.update(
-                continuous.sample_posterior(continuous_key, params, *args, sample_shape=sample_shape, **kwargs)
-            )
-        else:
-            samples.update(self._given_discrete().sample_posterior(continuous_key, params, samples, sample_shape))
-        return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
+        with self._known_structure(args, kwargs):
+            if len(self._parts) == 1:
+                return self._parts[0].sample_posterior(rng_key, params, *args, sample_shape=sample_shape, **kwargs)
+            discrete, continuous = self._parts
+            given_discrete = self._given_discrete()
+            discrete_key, continuous_key, rng_key = split(rng_key, 3)
+            samples = discrete.sample_posterior(discrete_key, params, *args, sample_shape=sample_shape, **kwargs)
+            if self.conditional:
+                samples.update(given_discrete.sample_posterior(continuous_key, params, samples, sample_shape))
+            else:
+                samples.update(
+                    continuous.sample_posterior(continuous_key, params, *args, sample_shape=sample_shape, **kwargs)
+                )
+            return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
         """Medians of all latents, as the two guides have them.
 
         :raises NotImplementedError: with ``conditional=True``: a mixture has no closed quantiles.
         """
-        self._check_marginals()
-        return {name: value for part in self._parts for name, value in part.median(params).items()}
+        with self._known_structure((), {}):
+            self._check_marginals()
+            return {name: value for part in self._parts for name, value in part.median(params).items()}
 
     def quantiles(self, params, quantiles) -> dict[str, Array]:
         """Quantiles of all latents, as the two guides have them.
 
         :raises NotImplementedError: as :meth:`median`.
         """
-        self._check_marginals()
-        return {name: value for part in self._parts for name, value in part.quantiles(params, quantiles).items()}
+        with self._known_structure((), {}):
+            self._check_marginals()
+            return {name: value for part in self._parts for name, value in part.quantiles(params, quantiles).items()}
 
     def _check_marginals(self) -> None:
         if self.conditional and len(self._parts) == 2:

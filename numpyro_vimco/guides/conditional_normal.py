@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import jax
-from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
@@ -16,6 +15,8 @@ from numpyro.distributions import biject_to
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_vimco.guides.families import Family
+from numpyro_vimco.guides.private import init_locs, init_scale, unconstrained_event_dim
+from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_latent_site
 
 Samples = dict[str, Array]
@@ -27,7 +28,7 @@ class ConditionalNormal(NamedTuple):
     :class:`~numpyro_vimco.AutoMixed`.
 
     :ivar normal: the guide of the continuous sites: its sites, parameters at the start, and names.
-    :ivar sites: the discrete sites, as traced.
+    :ivar sites: the discrete sites, as traced, keyed by name.
     :ivar families: their families.
     """
 
@@ -52,15 +53,20 @@ class ConditionalNormal(NamedTuple):
 
         def draw(rng_key, given):
             samples = {}
-            for i, site in enumerate(self._continuous_sites()):
+            keys = split_by_name(rng_key, [site["name"] for site in self._continuous_sites()])
+            for site in self._continuous_sites():
                 features = self._features(site, given)
                 own = {k: params[name] for k, name in self._param_names(site, features).items()}
-                samples[site["name"]] = self._distribution(site, own, features).sample(random.fold_in(rng_key, i))
+                samples[site["name"]] = self._distribution(site, own, features).sample(keys[site["name"]])
             return samples
 
         for _ in sample_shape:
             draw = jax.vmap(draw)
-        return draw(random.split(rng_key, sample_shape), given)
+        return draw(split(rng_key, sample_shape), given)
+
+    def is_independent(self) -> bool:
+        """Whether no continuous site depends on a discrete one."""
+        return not any(_can_depend(site, parent) for site in self._continuous_sites() for parent in self.sites.values())
 
     def _continuous_sites(self) -> list[dict]:
         return [site for site in self.normal.prototype_trace.values() if is_latent_site(site)]
@@ -70,8 +76,8 @@ class ConditionalNormal(NamedTuple):
         return {part: f"{site['name']}_{self.normal.prefix}_{part}" for part in parts}
 
     def _declare_params(self, site: dict, features: Samples) -> Samples:
-        loc, event_dim = self.normal._init_locs[site["name"]], self.normal._event_dims[site["name"]]
-        scale = jnp.full(jnp.shape(loc), self.normal._init_scale)
+        loc, event_dim = init_locs(self.normal)[site["name"]], unconstrained_event_dim(self.normal, site["name"])
+        scale = jnp.full(jnp.shape(loc), init_scale(self.normal))
         names = self._param_names(site, features)
         params = {
             "loc": numpyro.param(names["loc"], loc, event_dim=event_dim),
@@ -88,7 +94,8 @@ class ConditionalNormal(NamedTuple):
         for parent, value in features.items():
             loc = loc + jnp.sum(params[f"loc_{parent}"] * value, axis=-1)
             log_scale = log_scale + jnp.sum(params[f"log_scale_{parent}"] * value, axis=-1)
-        fn = dist.Normal(loc, params["scale"] * jnp.exp(log_scale)).to_event(self.normal._event_dims[site["name"]])
+        fn = dist.Normal(loc, params["scale"] * jnp.exp(log_scale))
+        fn = fn.to_event(unconstrained_event_dim(self.normal, site["name"]))
         return dist.TransformedDistribution(fn, biject_to(site["fn"].support))
 
     def _features(self, site: dict, given: Samples) -> Samples:
@@ -96,9 +103,9 @@ class ConditionalNormal(NamedTuple):
         found = {}
         for name, family in self.families.items():
             parent = self.sites[name]
-            frames = parent["cond_indep_stack"]
-            if not {frame.name for frame in frames} <= {frame.name for frame in site["cond_indep_stack"]}:
+            if not _can_depend(site, parent):
                 continue
+            frames = parent["cond_indep_stack"]
             # From (*batch, *event, F) to (*plates, *ones, G): what is in no plate is a feature of all elements.
             features = family.features(given[name])
             batch_ndim = features.ndim - 1 - parent["fn"].event_dim
@@ -106,6 +113,12 @@ class ConditionalNormal(NamedTuple):
             plates = [features.shape[batch_ndim + dim] if dim in dims else 1 for dim in range(min(dims, default=0), 0)]
             kept = [i for i in range(batch_ndim) if i - batch_ndim in dims]
             others = [i for i in range(features.ndim) if i not in kept]
-            ones = (1,) * self.normal._event_dims[site["name"]]
+            ones = (1,) * unconstrained_event_dim(self.normal, site["name"])
             found[name] = features.transpose(kept + others).reshape(*plates, *ones, -1)
         return found
+
+
+def _can_depend(site: dict, parent: dict) -> bool:
+    """Whether a site is in all plates of another."""
+    plates, own = ({frame.name for frame in s["cond_indep_stack"]} for s in (parent, site))
+    return plates <= own

@@ -3,12 +3,14 @@
 
 """Distributions over integers for guides: flexible, cheap to sample, and exact in float32. Knows no estimator."""
 
-from jax import random
+from jax import lax, random
 from jax.nn import log_sigmoid, log_softmax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.util import promote_shapes, validate_sample
+from numpyro.util import not_jax_tracer
 
 __all__ = ["DiscretizedLogistic", "IntervalCategorical"]
 
@@ -35,7 +37,8 @@ class IntervalCategorical(dist.CategoricalLogits):
     def __init__(self, logits, low, high, *, validate_args=None):
         self.low, self.high = low, high
         size = jnp.asarray(high - low + 1)[..., None]
-        exists = jnp.arange(jnp.shape(logits)[-1]) < size
+        index = jnp.arange(jnp.shape(logits)[-1]).reshape(*(1,) * (size.ndim - 1), -1)
+        exists, logits = jnp.broadcast_arrays(index < size, logits)
         super().__init__(jnp.where(exists, logits, jnp.finfo(jnp.result_type(float)).min), validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
@@ -88,6 +91,10 @@ class DiscretizedLogistic(dist.Distribution):
     posteriors are bounded. (Discretised logistic: Salimans et al. 2017, arXiv 1701.05517; truncation and second form
     are elementary.)
 
+    Differences from ``loc`` are taken of integers first, so that probabilities are right in single precision up to the
+    largest 32-bit integer. Draws there have the digits of a float: with a ``scale`` above 2²⁰ some integers are never
+    drawn.
+
     :param loc: centre of the logistic distribution.
     :param scale: its scale, positive; its standard deviation is :math:`\pi/\sqrt 3 \approx 1.8` times that.
     :param low: smallest integer. Defaults to 0.
@@ -111,22 +118,43 @@ class DiscretizedLogistic(dist.Distribution):
         return constraints.integer_greater_than(self.low)
 
     @property
+    def _whole(self):
+        """The integer below ``loc``."""
+        return jnp.floor(lax.stop_gradient(self.loc)).astype(jnp.result_type(int))
+
+    def _standardized(self, value, shift):
+        """(value + shift - loc) / scale; a difference of integers loses no digits."""
+        return ((value - self._whole) + (shift - (self.loc - jnp.floor(lax.stop_gradient(self.loc))))) / self.scale
+
+    @property
     def _log_above(self):
         """Log-probability that the logistic variable is above ``low`` - ½."""
-        return log_sigmoid((self.loc - self.low + 0.5) / self.scale)
+        return log_sigmoid(-self._standardized(self.low, -0.5))
 
     def sample(self, key, sample_shape=()):
         """Draw integers of shape ``(*sample_shape, *batch)``."""
-        return self.icdf(random.uniform(key, sample_shape + self.batch_shape))
+        return self._icdf(random.uniform(key, sample_shape + self.batch_shape))
 
     @validate_sample
     def log_prob(self, value):
         """Log-probability in nats."""
-        below, above = (value - 0.5 - self.loc) / self.scale, (value + 0.5 - self.loc) / self.scale
+        below, above = self._standardized(value, -0.5), self._standardized(value, 0.5)
         return log_sigmoid(above) + log_sigmoid(-below) + jnp.log(-jnp.expm1(-1 / self.scale)) - self._log_above
 
     def icdf(self, q):
-        """The smallest integer whose cumulative probability is at least ``q``."""
+        """The smallest integer whose cumulative probability is at least ``q``, from 0 to below 1.
+
+        :raises ValueError: for another ``q``, unless it is traced: no integer has a cumulative probability of 1.
+        """
+        if not_jax_tracer(q) and not np.all((np.asarray(q) >= 0) & (np.asarray(q) < 1)):
+            raise ValueError(
+                f"`q` is {q}, but a DiscretizedLogistic has quantiles from 0 to below 1: it has no largest integer."
+            )
+        return self._icdf(q)
+
+    def _icdf(self, q):
         log_survival = jnp.log1p(-q) + self._log_above
         logit = jnp.log(-jnp.expm1(log_survival)) - log_survival
-        return jnp.maximum(jnp.ceil(self.loc + self.scale * logit - 0.5), self.low).astype(jnp.result_type(int))
+        difference = jnp.ceil(self.loc - jnp.floor(self.loc) + self.scale * logit - 0.5)
+        largest = jnp.iinfo(jnp.result_type(int)).max - jnp.maximum(self._whole, 0)
+        return jnp.maximum(self._whole + jnp.minimum(difference.astype(largest.dtype), largest), self.low)

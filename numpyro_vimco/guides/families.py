@@ -42,9 +42,9 @@ class Boolean:
         """The family's member."""
         return dist.BernoulliLogits(logits)
 
-    def quantile(self, q: Array, logits: Array) -> Array:
+    def quantile(self, q: np.ndarray, logits: Array) -> Array:
         """The smallest value whose cumulative probability is at least ``q``."""
-        return (q > jax.nn.sigmoid(-logits)).astype(int)
+        return jnp.asarray(q > jax.nn.sigmoid(-logits), int)
 
     def features(self, value: Array) -> Array:
         """What other sites may depend on, in a new axis at the end."""
@@ -95,12 +95,22 @@ class Count:
     event_dim: ClassVar = 0
 
     @classmethod
-    def of_prior(cls, low: Any, fn: dist.Distribution, rng_key: Array) -> "Count":
-        """The family for a prior, of which draws are taken: not all have moments."""
-        draws = (fn.sample(rng_key, (200,)) - low).astype(float)
+    def of_prior(cls, site: dict, low: Any, rng_key: Array) -> "Count":
+        """The family for a prior, of which draws are taken: not all have moments.
+
+        :raises ValueError: for counts that are too large for single precision.
+        """
+        draws = (site["fn"].sample(rng_key, (200,)) - low).astype(float)
         lower, median, upper = jnp.quantile(draws, jnp.array([0.16, 0.5, 0.84]), axis=0)
         # Half of the central 68% is about a standard deviation.
-        return cls(low, jnp.maximum(median, 0.5), jnp.maximum((upper - lower) / 2 * math.sqrt(3) / math.pi, 0.5))
+        scale = jnp.maximum((upper - lower) / 2 * math.sqrt(3) / math.pi, 0.5)
+        reach = jnp.max(median + 20 * scale)
+        if not_jax_tracer(reach) and reach.dtype == jnp.float32 and (reach > 2.0**31 or jnp.max(scale) > 2.0**20):
+            raise ValueError(
+                f"The counts of site '{site['name']}' reach about {reach:.1e} under their prior, which is too far for "
+                "single precision. Call `numpyro.enable_x64()` before anything else, or count in larger units."
+            )
+        return cls(low, jnp.maximum(median, 0.5), scale)
 
     def start(self, site, given):
         return {"loc": self.loc if given is None else jnp.maximum(given - self.low, 0.5), "scale": self.scale}
@@ -112,7 +122,8 @@ class Count:
         return self.distribution(loc, scale).icdf(q)
 
     def features(self, value):
-        return ((value - jnp.mean(self.low + self.loc)) / jnp.mean(self.scale))[..., None]
+        centre = jnp.round(jnp.mean(self.low + self.loc)).astype(jnp.result_type(int))
+        return ((value - centre) / jnp.mean(self.scale))[..., None]  # a difference of integers loses no digits
 
 
 Family = Boolean | Interval | Count
@@ -140,7 +151,7 @@ def family_of(site: dict, rng_key: Array) -> Family:
     if isinstance(support, constraints.integer_interval):
         return Interval(_bound(site, support.lower_bound), _bound(site, support.upper_bound))
     if isinstance(support, constraints.integer_greater_than):
-        return Count.of_prior(_bound(site, support.lower_bound), site["fn"], rng_key)
+        return Count.of_prior(site, _bound(site, support.lower_bound), rng_key)
     raise _no_automatic_guide_error(site)
 
 
@@ -167,19 +178,15 @@ def _no_automatic_guide_error(site: dict) -> NotImplementedError:
         f"    others = AutoMixed(numpyro.handlers.block(model, hide=['{name}']))  # if there are any\n\n"
         "    def guide(*args, **kwargs):\n"
         "        others(*args, **kwargs)\n"
-        f"        logits = numpyro.param('{name}_logits', jnp.zeros({shape}))\n"
+        f"        logits = numpyro.param('{name}_logits', jnp.full({shape}, 0.1))\n"
         f"        numpyro.sample('{name}', {proposal})\n"
     )
 
 
-def jitter(family: Family, params: dict[str, Array], rng_key: Array) -> dict[str, Array]:
-    """Move parameters slightly, in unconstrained space."""
-    moved = {}
-    for name, value in params.items():
-        transform = biject_to(family.constraints[name])
-        rng_key, key = random.split(rng_key)
-        moved[name] = transform(transform.inv(value) + JITTER * random.normal(key, jnp.shape(value)))
-    return moved
+def jitter(start: Array, constraint: constraints.Constraint, rng_key: Array) -> Array:
+    """A parameter to begin with, slightly moved in unconstrained space."""
+    transform = biject_to(constraint)
+    return transform(transform.inv(start) + JITTER * random.normal(rng_key, jnp.shape(start)))
 
 
 def _bound(site: dict, bound) -> Any:

@@ -166,8 +166,81 @@ def dependence_error(site: str, plate: str) -> ValueError:
     )
 
 
+def event_mask_error(site: str) -> ValueError:
+    """A mask within an event of a latent that the guide draws as a whole."""
+    return ValueError(
+        f"The model masks parts of an event of the latent site '{site}', and the guide has no density for each part. "
+        "Mask whole events (`numpyro.handlers.mask` outside of `.to_event()`), or let the guide draw the parts "
+        "independently: a distribution of the parts, then `.to_event()`."
+    )
+
+
+def check_joint_plates(
+    joint_plates: frozenset[str], plate_particles: Mapping[str, int], model_trace: Trace, guide_trace: Trace
+) -> None:
+    """Raise unless the plates whose elements shall share one weight exist, and have no particles of their own.
+
+    :raises ValueError: naming the plate.
+    """
+    sites = sample_sites(model_trace) + sample_sites(guide_trace)
+    known = {frame.name for site in sites for frame in site["cond_indep_stack"]}
+    for plate in sorted(joint_plates):
+        if plate not in known:
+            raise ValueError(
+                f"`joint_plates` names the plate '{plate}', which no site is in. Name one of these instead: "
+                f"{', '.join(map(repr, sorted(known))) or 'there are none'}."
+            )
+        if plate in plate_particles:
+            raise ValueError(
+                f"The plate '{plate}' is named in `joint_plates` and in `plate_particles`: its elements cannot share "
+                "one weight and have particles of their own. Name it in one of them."
+            )
+
+
+def elements_error(plate: str, site: str) -> ValueError:
+    """Elements of a plate that are not independent, where each would have a weight of its own."""
+    return ValueError(
+        f"The elements of the plate '{plate}' are not independent: the density of site '{site}' at one element depends "
+        "on the latents of others (by a sum, a shift or a sort over the plate, say). Each element would have a weight "
+        f"of its own, and the result would be wrong. Name the plate as one whose elements share a weight, "
+        f"joint_plates=['{plate}'], and leave it out of `plate_particles`."
+    )
+
+
+def masked_latent_error(site: str, latent: str) -> ValueError:
+    """A site that depends on latents which are masked out of the program."""
+    return ValueError(
+        f"The model masks elements of the latent site '{latent}', but the density of site '{site}' depends on them. A "
+        "mask takes an element out of the program, with its density in the guide. For a flat prior use "
+        "`dist.ImproperUniform`; else mask what depends on the element as well."
+    )
+
+
+def delta_error(site: str) -> ValueError:
+    """A point estimate that reweighted wake-sleep cannot move."""
+    return ValueError(
+        f"ReweightedWakeSleep cannot fit the guide site '{site}', a Delta at a parameter: it takes no gradient through "
+        "samples, and a Delta has no density to follow. Use another guide for this site (AutoNormal instead of "
+        "AutoDelta), make it a parameter of the model, or use VIMCOStar."
+    )
+
+
+def second_derivative_error() -> NotImplementedError:
+    """A second derivative of an estimate whose first is not that of its value."""
+    return NotImplementedError(
+        "The loss of an importance-weighted objective has a first derivative only: an estimate of the gradient, which "
+        "is not the derivative of the estimate, so that a second derivative would be wrong. For curvature, "
+        "differentiate a mean of many gradients numerically, or use an optimiser that needs gradients only."
+    )
+
+
 def subsample_error(frame, size: int, outside: list[str]) -> ValueError:
     """A subsampled plate whose scale would be a power inside of a logarithm."""
+    if not outside:
+        return ValueError(
+            f"Plate '{frame.name}' is subsampled ({frame.size} of {size}), and named in `joint_plates`. Elements that "
+            "share one weight can be subsampled where alpha=1 only. Use alpha=1, or the full plate."
+        )
     return ValueError(
         f"Plate '{frame.name}' is subsampled ({frame.size} of {size}), but site '{outside[0]}' is outside of it. A "
         "subsample can be scaled where the plate is common to all sample sites of model and guide, so that each of "

@@ -3,24 +3,26 @@
 
 """Importance-weighted objectives for :class:`numpyro.infer.SVI`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
 import jax
-from jax import random
 from jax.sharding import Sharding
 from jaxtyping import Array, Float
-from numpyro.handlers import seed
 from numpyro.infer.elbo import ELBO
 
+from numpyro_vimco.arguments import check_key
 from numpyro_vimco.objectives import control_variates, gradients
-from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding
+from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding, delta_error
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
-from numpyro_vimco.objectives.densities import Densities, Program
+from numpyro_vimco.objectives.densities import Densities
+from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
 from numpyro_vimco.objectives.gradients import Weights
+from numpyro_vimco.objectives.program import Program
+from numpyro_vimco.randomness import SeedPlates, split
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
 
 
@@ -45,15 +47,23 @@ class ImportanceWeightedELBO(ELBO):
 
     **Plates.** If plates are common to all sample sites of model and guide, each of their elements has a bound
     of its own, with its own weights, and the objective is their sum; if they are subsampled, it is scaled.
-    Other plates are summed into one weight, and can be subsampled only where α = 1.
+    Other plates are summed into one weight, and can be subsampled only where α = 1. Elements of a plate must then be
+    independent, as a plate says. Where the data are not traced, this is checked when a fit begins (and at its end by
+    diagnostics); plates whose elements depend on each other belong into ``joint_plates``.
 
     **Scale and mask.** `handlers.scale` multiplies a site's log-density in the weight; the gradient is that of
     this scaled objective, with the score of the density that the sample was drawn from. `handlers.mask`
     takes elements of a site out of the program: they have neither a density nor a score, and
-    nothing that is not masked should depend on them.
+    nothing that is not masked should depend on them. Where the model masks a latent, as ``obs_mask`` does, its
+    density in the guide does not count either, whoever wrote the guide. A guide that draws latents jointly
+    (`AutoMultivariateNormal`) has no density of single elements: there, masked ones count with the density that the
+    model would give them, which integrates to one.
 
     **Zero weights.** Where all particles of an element have weight zero, the loss is ``inf`` and the gradient 0.
-    NaN log-weights give a NaN loss.
+    Where some have, they take no part in the gradient, even if the derivative of a density is infinite there (a
+    Poisson count at rate 0). What the model computes before its distributions is out of reach: ``jnp.log(z)`` at
+    z = 0 makes the gradient NaN, and ``jnp.where(z > 0, z, 1)`` inside of the logarithm is the cure. NaN
+    log-weights give a NaN loss. There is no second derivative: it is an error.
 
     :param float alpha: order α of the bound, in [0, 1]: 0 is the importance-weighted bound (IWAE), tightest for
         a given number of particles; 1 is the ELBO. Defaults to 0.
@@ -64,13 +74,16 @@ class ImportanceWeightedELBO(ELBO):
         pytree of arrays with a leading axis for the particles. Defaults to True.
     :param bool doubly_reparameterized: how gradients flow through path sites. True (default) is the doubly
         reparameterised form [2], whose signal-to-noise ratio grows with N where the plain pathwise gradient's falls.
-        It traces the model once, the guide three times (once more each for Delta sites or factors and for
+        It traces the guide three times more (once more each for Delta sites or factors and for
         `plate_particles`), and evaluates the guide's density at given values, for which a flow needs its inverse.
         Delta sites, masked ones, and distributions whose support may depend on parameters (bounds that are arrays,
         transforms of a base that is not on the real line) keep plain gradients. False is the plain gradient for all,
         in one pass of guide and model: for flows whose inverse is slow or missing (`AutoBNAFNormal`), for nested
         `scan`, and for `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are
         the same.
+    :param joint_plates: names of plates whose elements share one weight, although the plates are common to all sites:
+        for elements that are not independent (a random walk along the plate). Defaults to none. Dependence is looked
+        for where values are concrete, and is an error that names the plate.
     :param int chunk_size: number of particles to evaluate at a time, a divisor of `num_particles`. Defaults to None,
         all of them. Memory is then that of ``chunk_size`` particles, beside the keys and the log-weights of all, for
         one more forward pass; results are the same but for the rounding of sums. A callable
@@ -91,6 +104,7 @@ class ImportanceWeightedELBO(ELBO):
     can_infer_discrete = True
     alpha: float
     doubly_reparameterized: bool
+    joint_plates: frozenset[str]
     chunk_size: int | None
     particle_sharding: Sharding | None
     plate_particles: Mapping[str, int] = MappingProxyType({})
@@ -102,6 +116,7 @@ class ImportanceWeightedELBO(ELBO):
         vectorize_particles: bool | Callable = True,
         *,
         doubly_reparameterized: bool = True,
+        joint_plates: Collection[str] = (),
         chunk_size: int | None = None,
         particle_sharding: Sharding | None = None,
     ):
@@ -115,6 +130,7 @@ class ImportanceWeightedELBO(ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.alpha = float(alpha)
         self.doubly_reparameterized = doubly_reparameterized
+        self.joint_plates = frozenset([joint_plates] if isinstance(joint_plates, str) else joint_plates)
         self.chunk_size = chunk_size
         self.particle_sharding = particle_sharding
 
@@ -150,29 +166,48 @@ class ImportanceWeightedELBO(ELBO):
         :raises ValueError: if model and guide do not fit together; the message names the site or the plate.
         :raises NotImplementedError: for mutable sites.
         """
-        # As in RenyiELBO: the subsample of a plate is the same for all particles.
-        plate_key, rng_key = random.split(rng_key)
-        seed_plates = partial(seed, rng_seed=plate_key, hide_types=["sample", "prng_key", "control_flow"])
-        program = Program(
-            model=seed_plates(model),
-            guide=seed_plates(guide),
-            args=args,
-            kwargs=kwargs,
-            by_score=self._by_score,
-            plate_particles=self.plate_particles,
-            linear=self.alpha == 1,
-        )
-        keys = random.split(rng_key, self.num_particles)
+        check_key(rng_key)
+        plate_key, rng_key = split(rng_key)
+        program = self.program(model, guide, args, kwargs, plate_key)
+        kinds = program.kinds(param_map, rng_key)
+        concrete = not _has_tracers((args, kwargs))
+        if concrete and (kinds.elements or kinds.masks) and may_be_dependent(program, param_map, rng_key):
+            # Parameters are traced in a fit: those that it begins with are as good here.
+            with jax.ensure_compile_time_eval():
+                untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
+                check_elements(untraced, {} if _has_tracers(param_map) else param_map)
+        self._check(program, param_map, rng_key)
+        keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)
-        if self.doubly_reparameterized and program.has_path_sites(param_map, keys[0]):
-            evaluate = partial(gradients.doubly_reparameterized, program, self.vectorize_particles_fn)
-        else:
-            evaluate = partial(gradients.one_pass, program, self.vectorize_particles_fn, self._cotangents)
+        evaluate = partial(gradients.one_pass, program, self.vectorize_particles_fn, self._cotangents)
+        if self.doubly_reparameterized and kinds.path_sites:
+            evaluate = partial(gradients.doubly_reparameterized, program, self.vectorize_particles_fn, kinds.masks)
         return -gradients.estimate(evaluate, param_map, keys, weigh, self.chunk_size, self._shard)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs) -> dict:
         """:meth:`loss` in the form that SVI asks for where there is mutable state, which :meth:`loss` refuses."""
         return {"loss": self.loss(rng_key, param_map, model, guide, *args, **kwargs), "mutable_state": None}
+
+    def program(self, model: Callable, guide: Callable, args: tuple, kwargs: dict, plate_key: Array) -> Program:
+        """
+        Model and guide with their arguments, as this objective evaluates them.
+
+        :param jax.random.key plate_key: of subsampled plates, whose subsample is the same for all particles.
+        """
+        met: list[str] = []
+        return Program(
+            model=SeedPlates(model, plate_key, met),
+            guide=SeedPlates(guide, plate_key, met),
+            args=args,
+            kwargs=kwargs,
+            by_score=self._by_score,
+            plate_particles=self.plate_particles,
+            joint_plates=self.joint_plates,
+            linear=self.alpha == 1,
+        )
+
+    def _check(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
+        """Raise for what an estimator cannot do; each has its own."""
 
     def _shard(self, keys: Array) -> Array:
         """Spread keys of particles over devices; the compiler spreads what is computed from them."""
@@ -187,7 +222,11 @@ class ImportanceWeightedELBO(ELBO):
 
     def _cotangents(self, weights: Weights) -> Densities:
         """What multiplies the gradient of each density of a level in the gradient of the bound."""
-        return Densities(model=weights.share, guide_path=-weights.share, guide_score=weights.signal)
+        return Densities(model=weights.share, guide_rest=-weights.share, guide_score=weights.signal)
+
+
+def _has_tracers(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 class VIMCOStar(ImportanceWeightedELBO):
@@ -239,6 +278,7 @@ class VIMCOStar(ImportanceWeightedELBO):
         vectorize_particles: bool | Callable = True,
         *,
         doubly_reparameterized: bool = True,
+        joint_plates: Collection[str] = (),
         plate_particles: Mapping[str, int] | None = None,
         chunk_size: int | None = None,
         particle_sharding: Sharding | None = None,
@@ -248,6 +288,7 @@ class VIMCOStar(ImportanceWeightedELBO):
             num_particles,
             vectorize_particles,
             doubly_reparameterized=doubly_reparameterized,
+            joint_plates=joint_plates,
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,
         )
@@ -290,6 +331,7 @@ class VIMCO(ImportanceWeightedELBO):
         *,
         baseline: str = "geometric",
         doubly_reparameterized: bool = True,
+        joint_plates: Collection[str] = (),
         chunk_size: int | None = None,
         particle_sharding: Sharding | None = None,
     ):
@@ -300,6 +342,7 @@ class VIMCO(ImportanceWeightedELBO):
             num_particles,
             vectorize_particles,
             doubly_reparameterized=doubly_reparameterized,
+            joint_plates=joint_plates,
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,
         )
@@ -347,6 +390,7 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
         num_particles: int = 16,
         vectorize_particles: bool | Callable = True,
         *,
+        joint_plates: Collection[str] = (),
         chunk_size: int | None = None,
         particle_sharding: Sharding | None = None,
     ):
@@ -355,6 +399,7 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
             num_particles,
             vectorize_particles,
             doubly_reparameterized=False,
+            joint_plates=joint_plates,
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,
         )
@@ -366,5 +411,9 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
     def _by_score(site: dict) -> bool:
         return is_latent_site(site)
 
+    def _check(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
+        for name in program.deltas_at_parameters(params, rng_key):
+            raise delta_error(name)
+
     def _cotangents(self, weights: Weights) -> Densities:
-        return Densities(model=weights.share, guide_path=weights.share, guide_score=weights.share)
+        return Densities(model=weights.share, guide_rest=weights.share, guide_score=weights.share)

@@ -18,8 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_vimco.objectives import control_variates as cv
-from numpyro_vimco.objectives.densities import Draws, Program
-from numpyro_vimco.objectives.plates import Levels, Structure, aligned_shape, map_levels
+from numpyro_vimco.objectives.checks import second_derivative_error
+from numpyro_vimco.objectives.densities import Draws
+from numpyro_vimco.objectives.levels import Levels, map_levels
+from numpyro_vimco.objectives.plates import Structure, aligned_shape
+from numpyro_vimco.objectives.program import Program
 
 
 class Weights(NamedTuple):
@@ -42,12 +45,13 @@ def weigh(
     total = log_weights.shared  # the logarithm of the design's Ẑ_j
     for name, local in log_weights.local.items():
         elements = jax.vmap(cv.log_mean_weight)(local)
-        total = total + structure.local_scale[name] * structure.sum_to_shared(elements)
+        total = total + structure.local_scale(name) * structure.sum_to_shared(elements)
     nothing = jnp.all(jnp.isneginf(total), axis=0)
 
     def scaled(weight: Array, scale: float = structure.scale) -> Array:
         # Where all weights are zero there is no direction to go: no gradient.
-        return jnp.where(nothing, 0, scale * weight)
+        lead = (1,) * (weight.ndim - nothing.ndim)
+        return jnp.where(nothing.reshape(lead + nothing.shape), 0, scale * weight)
 
     share, path_factor = cv.normalized_weights(total, alpha), cv.path_factor(total, alpha)
     weights = Levels(Weights(scaled(share), scaled(score_signal(total)), path_factor), {})
@@ -128,29 +132,60 @@ def one_pass(
     return Particles(log_weights, structure, lambda weights: (densities, map_levels(cotangents, weights)))
 
 
-def doubly_reparameterized(program: Program, vectorize: Callable, params: dict[str, Any], keys: Array) -> Particles:
-    """Doubly reparameterised gradients of path sites [1], for local particles derived in this project.
+class _Samples(NamedTuple):
+    """Samples of all particles, in the two stages in which they are drawn.
 
-    A derivative takes the weights of the level of the sample that it flows into, not of the density that it comes
-    from. So the shared samples are drawn first, and the local samples as a function of them; what flows through
-    the local sampler into the shared samples is pulled back here, with the weights of these.
-
-    1. Tucker et al. 2019, arXiv 1810.04152
+    :ivar shared: the sites outside of named plates.
+    :ivar local: for each named plate its sites, drawn as a function of the shared path samples.
+    :ivar local_differentiable: what carries the gradient of each local site.
+    :ivar into_shared: pulls cotangents of these back into the shared path samples.
     """
-    shared = vectorize(lambda key: program.draw(params, key).shared, keys)
-    shared_values = {name: stop_gradient(draw.value) for name, draw in shared.items()}
+
+    shared: Draws
+    local: dict[str, Draws]
+    local_differentiable: dict[str, dict[str, Array]]
+    into_shared: Callable[[dict[str, dict[str, Array]]], dict[str, Array]]
+
+
+def _sample(program: Program, vectorize: Callable, params: dict[str, Any], keys: Array, has_masks: bool) -> _Samples:
+    """Draw all particles, differentiable with respect to ``params``."""
+    shared = vectorize(lambda key: program.draw(params, key, has_masks).shared, keys)
+    values = {name: stop_gradient(draw.value) for name, draw in shared.items()}
 
     def draw_local(shared_path):
         if not program.plate_particles:
             return {}, {}
-        given = {**shared_values, **shared_path}
-        local = vectorize(lambda particle: program.draw_local(params, *particle), (keys, given))
+        given = {**values, **shared_path}
+        local = vectorize(lambda particle: program.draw_local(params, *particle, has_masks), (keys, given))
         return {plate: _differentiable(draws) for plate, draws in local.items()}, local
 
-    shared_path = {name: shared_values[name] for name, draw in shared.items() if draw.is_path}
-    local_differentiable, pull_into_shared, local = jax.vjp(draw_local, shared_path, has_aux=True)
+    shared_path = {name: values[name] for name, draw in shared.items() if draw.is_path}
+    local_differentiable, pull, local = jax.vjp(draw_local, shared_path, has_aux=True)
+    return _Samples(shared, local, local_differentiable, lambda cotangents: pull(cotangents)[0])
 
-    draws = stop_gradient(Levels(shared, local))
+
+def doubly_reparameterized(
+    program: Program, vectorize: Callable, has_masks: bool, params: dict[str, Any], keys: Array
+) -> Particles:
+    """Doubly reparameterised gradients of path sites [1], for local particles derived in this project.
+
+    A derivative takes the weights of the level of the sample that it flows into, not of the density that it comes
+    from. With W, r and s the share, the path factor and the signal of that level:
+
+    ======================================== ==========================================================
+    a derivative of                          flows into, with the weight
+    ======================================== ==========================================================
+    log-weights, at fixed samples            parameters, W
+    log-weights, through a path sample       the parameters that the sample was drawn with, r W
+    log q of a score-function sample         the parameters that the sample was drawn with, s
+    either of a local sample, at fixed noise shared path samples, r W or s of the *shared* level; from there
+                                             into parameters
+    ======================================== ==========================================================
+
+    1. Tucker et al. 2019, arXiv 1810.04152
+    """
+    samples = _sample(program, vectorize, params, keys, has_masks)
+    draws = stop_gradient(Levels(samples.shared, samples.local))
     values = map_levels(lambda level: {name: draw.value for name, draw in level.items()}, draws)
     path = map_levels(lambda level: {name: draw.value for name, draw in level.items() if draw.is_path}, draws)
 
@@ -160,18 +195,22 @@ def doubly_reparameterized(program: Program, vectorize: Callable, params: dict[s
 
     level_weights, pull, structure = jax.vjp(log_weights, stop_gradient(params), path, has_aux=True)
 
-    def weighted(weights):
-        params_cotangent, path_cotangent = pull(map_levels(lambda level: level.share, weights))
-        shared_cotangent = _cotangents(shared, path_cotangent.shared, weights.shared, lead=1)
-        local_cotangent, into_shared = {}, {}
-        for plate, draws in local.items():
-            of_shared = Weights(weights.local[plate].share, *(w[:, None] for w in weights.shared[1:]))
-            local_cotangent[plate] = _cotangents(draws, path_cotangent.local[plate], weights.local[plate], lead=2)
-            into_shared[plate] = _cotangents(draws, path_cotangent.local[plate], of_shared, lead=2)
-        for name, cotangent in pull_into_shared(into_shared)[0].items():
-            shared_cotangent[name] += cotangent
-        tensors = params, _differentiable(shared), local_differentiable
-        return tensors, (params_cotangent, shared_cotangent, local_cotangent)
+    def weighted(weights: Levels[Weights]) -> tuple[Any, Any]:
+        into_params, into_path = pull(map_levels(lambda level: level.share, weights))
+        into_shared = _cotangents(samples.shared, into_path.shared, weights.shared, lead=1)
+        into_local, through_local = {}, {}
+        for plate, local in samples.local.items():
+            into_local[plate] = _cotangents(local, into_path.local[plate], weights.local[plate], lead=2)
+            of_shared = Weights(
+                share=weights.local[plate].share,
+                signal=weights.shared.signal[:, None],
+                path_factor=weights.shared.path_factor[:, None],
+            )
+            through_local[plate] = _cotangents(local, into_path.local[plate], of_shared, lead=2)
+        for name, cotangent in samples.into_shared(through_local).items():
+            into_shared[name] += cotangent
+        tensors = params, _differentiable(samples.shared), samples.local_differentiable
+        return tensors, (into_params, into_shared, into_local)
 
     return Particles(level_weights, structure, weighted)
 
@@ -181,7 +220,10 @@ def _differentiable(draws: Draws) -> dict[str, Array]:
 
 
 def _cotangents(draws: Draws, path_cotangents: dict[str, Array], weights: Weights, lead: int) -> dict[str, Array]:
-    """Of each path sample, its cotangent times the path factor; of each score-function density, the signal."""
+    """Of each path sample, its cotangent times the path factor; of each score-function density, the signal.
+
+    :param lead: number of leading axes: 1 for shared, 2 for local samples.
+    """
 
     def aligned(weight: Array, like: Array, event_dim: int) -> Array:
         # From (*lead, *plates) to (*lead, *batch, *event).
@@ -213,7 +255,19 @@ def with_gradient(value: Array, tensors: Any, cotangents: Any) -> Array:
 
 @with_gradient.defjvp
 def _with_gradient_jvp(primals, tangents):
-    value, _, cotangents = primals
+    value, tensors, cotangents = primals
     _, dots, _ = tangents
+    value, cotangents = _first_derivative_only((value, cotangents), tensors)
     products = jax.tree.map(lambda cotangent, dot: jnp.sum(cotangent * dot), cotangents, dots)
     return value, sum(jax.tree.leaves(products)).astype(value.dtype)
+
+
+@jax.custom_jvp
+def _first_derivative_only(x: Any, tensors: Any) -> Any:
+    """``x``, in the derivative of what was computed from ``tensors``, which cannot be differentiated again."""
+    return x
+
+
+@_first_derivative_only.defjvp
+def _first_derivative_only_jvp(primals, tangents):
+    raise second_derivative_error()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 import inspect
 from typing import Any
+import warnings
 
 import jax
 from jax import random
@@ -143,7 +144,10 @@ def _check_data(model_trace: Trace, observed: Mapping[str, Observed]) -> None:
         value = np.broadcast_to(np.asarray(model_trace[name]["value"]), about.present.shape)
         if not np.issubdtype(value.dtype, np.inexact) or not np.any(missing := np.isnan(value) & about.present):
             continue
-        bad = missing.any(tuple(range(-fn.event_dim, 0))) & ~np.isfinite(fn.log_prob(model_trace[name]["value"]))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Out-of-support values")  # NumPyro's, which names no site
+            log_prob = fn.log_prob(model_trace[name]["value"])
+        bad = missing.any(tuple(range(-fn.event_dim, 0))) & ~np.isfinite(log_prob)
         if bad.any():
             raise ValueError(
                 f"The data of site '{about.name}' are NaN in {missing.sum():,} of {missing.size:,} places that are not "

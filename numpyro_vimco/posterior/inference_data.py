@@ -19,8 +19,8 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior import weights
 from numpyro_vimco.posterior.chunks import in_chunks
-from numpyro_vimco.posterior.log_likelihoods import find_elements, log_likelihood_of
 from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.log_likelihoods import find_elements, log_likelihood_of
 from numpyro_vimco.posterior.observed import imputed_name, observed_sites, whole
 from numpyro_vimco.posterior.proposals import Proposals, plate_names, propose, squeezed, take
 from numpyro_vimco.randomness import split, split_by_name
@@ -166,7 +166,7 @@ def _draw(
     keys = split_by_name(rng_key, ("proposals", "resampling", "posterior", "elements", "prior"))
     drawn = propose(fit, keys["proposals"], num_proposals, progress("proposals"))
     latents, stats, attributes = _weighed(drawn, fit, keys["resampling"], num_samples if resample else None)
-    shared = drawn.structure.dims.shared
+    shared = drawn.structure.dims
     stats = {name: squeezed(value, shared, drawn.structure) for name, value in stats.items()}
     dims = dict.fromkeys(stats, plate_names(fit, shared))
 

@@ -71,15 +71,15 @@ def find_elements(fit: Fitted, structure: Structure) -> tuple[list[Elements], se
     """
     found: list[Elements] = []
     inside: set[str] = set()
-    common = plate_names(fit, structure.dims.shared)
+    common = plate_names(fit, structure.dims)
     for plate in _plates_with_latents(fit):
         sites = {name for name in fit.observed if plate in _stack(fit.model_trace[name])}
         inside |= sites
         if plate in common:
-            elements = Elements(None, common, _present(fit, sites, structure.dims.shared))
+            elements = Elements(None, common, _present(fit, sites, structure.dims))
             found += [elements] if elements.name not in [other.name for other in found] else []
         elif can_have_particles(fit, {plate: 2}) and _draws_its_latents(fit, plate):
-            dims = structure_of(program_of(fit, {plate: 2}), fit).dims.local[plate]
+            dims = structure_of(program_of(fit, {plate: 2}), fit).kept(plate)
             found.append(Elements(plate, plate_names(fit, dims, plate), _present(fit, sites, dims)))
         else:
             names = ", ".join(f"'{fit.observed[name].name}'" for name in sorted(sites))
@@ -157,7 +157,7 @@ def log_likelihood_of(
     if elements.plate is None:
         shape = drawn.log_weight.shape
         mean = log_mean(drawn.log_weight.reshape(shape[0], -1).astype(float)).reshape(1, *shape[1:])
-        values = squeezed(mean, drawn.structure.dims.shared, drawn.structure).astype(np.float32)
+        values = squeezed(mean, drawn.structure.dims, drawn.structure).astype(np.float32)
         values = np.repeat(values, num_samples, axis=0)
     else:
         at_once = int(np.clip(fit.num_at_a_time(), 2, LOCAL_PARTICLES))
@@ -184,7 +184,7 @@ def _local_evidence(plate: str, fit: Fitted, at_once: int):
         def round_(rng_key):
             levels, structure = program.evaluate(fit.params, rng_key)
             mean = cv.log_mean_weight(levels.local[plate].log_weight)
-            return squeezed(mean, structure.dims.local[plate], structure)
+            return squeezed(mean, structure.kept(plate), structure)
 
         return cv.log_mean_weight(jax.lax.map(round_, split(rng_key, rounds)))
 

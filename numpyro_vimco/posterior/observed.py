@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpyro.distributions as dist
 
-from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
+from numpyro_vimco.sites import Trace, is_latent_site, mask_of, sample_sites, unwrapped
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,8 @@ def whole(site: dict) -> dist.Distribution:
 
 def present_elements(fn: dist.Distribution):
     """Where a distribution is not masked: an array that broadcasts to the shape of its values."""
-    if isinstance(fn, dist.MaskedDistribution):
-        mask = np.asarray(fn._mask) if isinstance(fn._mask, bool) else fn._mask
-        return mask.reshape(mask.shape + (1,) * fn.event_dim) & present_elements(fn.base_dist)
-    if isinstance(fn, dist.Independent | dist.ExpandedDistribution):
-        return present_elements(fn.base_dist)
-    return np.ones((1,) * len(fn.shape()), bool)
+    found = mask_of(fn)
+    if found is None:
+        return np.ones((1,) * len(fn.shape()), bool)
+    mask, event_dims = found
+    return mask.reshape(mask.shape + (1,) * (fn.event_dim - event_dims))

@@ -20,8 +20,9 @@ from numpyro.distributions import biject_to
 from numpyro.handlers import substitute
 
 from numpyro_vimco.objectives import control_variates as cv
-from numpyro_vimco.objectives.densities import Program
+from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
+from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.posterior.chunks import chunks, in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.weights import WeightStream, WeightSummary
@@ -89,7 +90,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
     """
     particle, structure = _particle(fit)
     sizes = _plate_sizes(fit)
-    shape = tuple(sizes[name] for name in plate_names(fit, structure.dims.shared))
+    shape = tuple(sizes[name] for name in plate_names(fit, structure.dims))
     coordinates = _coordinates(fit) if not shape else {}
 
     def weight(rng_key):
@@ -124,6 +125,8 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
 def _particle(fit: Fitted) -> tuple[Callable[[Array], tuple], Structure]:
     """One draw of the guide, with its local particles chosen, as a function of a key: the arrays of `Proposals`."""
     program = program_of(fit, fit.plate_particles)
+    structure = structure_of(program, fit)
+    _check_independent(program, fit)
 
     def particle(rng_key: Array) -> tuple[dict[str, Array], Array, Array, Array]:
         program_key, choice_key = split(rng_key)
@@ -140,7 +143,7 @@ def _particle(fit: Fitted) -> tuple[Callable[[Array], tuple], Structure]:
             log_q = log_q + structure.sum_to_shared(take(local.log_guide, chosen)[0])
         return values, log_p, log_q, log_weight
 
-    return particle, structure_of(program, fit)
+    return particle, structure
 
 
 def squeezed(log_prob, kept: Collection[int], structure: Structure):
@@ -197,12 +200,24 @@ def _check_weights(nan: int, zero: bool, num_draws: int) -> None:
 
 
 def can_have_particles(fit: Fitted, plate_particles: Mapping[str, int]) -> bool:
-    """Whether plates can be named together in ``plate_particles``."""
+    """Whether plates can be named together in ``plate_particles``, at these parameters."""
+    program = program_of(fit, plate_particles)
     try:
-        structure_of(program_of(fit, plate_particles), fit)
+        structure_of(program, fit)
+        _check_independent(program, fit)
     except ValueError:
         return False
     return True
+
+
+def _check_independent(program: Program, fit: Fitted) -> None:
+    """Raise for elements that have weights of their own, and are not independent at the fitted parameters.
+
+    :raises ValueError: naming the plate, or the masked latent, and a site.
+    """
+    kinds = program.kinds(fit.params, random.key(0))
+    if (kinds.elements or kinds.masks) and may_be_dependent(program, fit.params, random.key(0)):
+        check_elements(program, fit.params)
 
 
 def structure_of(program: Program, fit: Fitted) -> Structure:
@@ -222,6 +237,7 @@ def program_of(fit: Fitted, plate_particles: Mapping[str, int], given: Mapping[s
         kwargs=fit.kwargs,
         by_score=lambda site: False,
         plate_particles=plate_particles,
+        joint_plates=getattr(fit.svi.loss, "joint_plates", frozenset()),
         linear=False,
     )
 

@@ -252,7 +252,7 @@ def _pareto_quantiles(length: int, shape: np.ndarray, scale: np.ndarray) -> np.n
 
 
 def log_mean(log_weight: np.ndarray) -> np.ndarray:
-    """Logarithm of the mean weight of each element, in nats, of shape ``(elements,)``."""
+    """Logarithm of the mean weight of each element, in nats, without the leading axis of draws."""
     return logsumexp(log_weight, axis=0) - np.log(len(log_weight))
 
 

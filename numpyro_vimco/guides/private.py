@@ -1,0 +1,80 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""All that this package uses of NumPyro's automatic guides beyond their public interface.
+
+Seen in NumPyro 0.19, the oldest that is admitted, and in 0.22. Of ``AutoGuide``: ``_setup_prototype``, which the first
+call runs; ``_prototype_frames``, the plates of latents; ``_prototype_frame_full_sizes``; ``_create_plates``. Of
+``AutoNormal``: ``_init_locs``, where its sites begin in unconstrained space, of the full plates' sizes;
+``_event_dims``, their event dimensions there; ``_init_scale``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array
+import numpyro
+from numpyro.infer.autoguide import AutoGuide, AutoNormal
+from numpyro.primitives import CondIndepStackFrame, Messenger
+
+from numpyro_vimco.randomness import split
+
+
+class PrototypeGuide(AutoGuide):
+    """An automatic guide with a prototype of its own, and access to its plates."""
+
+    prototype_trace: Any
+
+    def __init__(self, model: Callable, **kwargs):
+        super().__init__(model, **kwargs)
+        self._prototype_arguments: Any = None
+        self._was_traced = False
+
+    def _set_frames(self, frames: dict[str, CondIndepStackFrame], full_sizes: dict[str, int]) -> None:
+        """Keep the plates of latents, and the full sizes of all plates."""
+        self._prototype_frames, self._prototype_frame_full_sizes = frames, full_sizes
+
+    def _full_plate_size(self, plate: str) -> int:
+        return self._prototype_frame_full_sizes[plate]
+
+    def _plates_of_call(self, *args, **kwargs) -> dict[str, numpyro.plate]:
+        """The plates of latents in this call, by name."""
+        return self._create_plates(*args, **kwargs)
+
+
+def set_up(guide: AutoGuide, *args, **kwargs) -> None:
+    """What a guide's first call does before it samples.
+
+    Computed at once as far as the arguments allow, with another key if that is traced: what is kept outlives a
+    transformation of JAX.
+    """
+    if guide.prototype_trace is None:
+        # NumPyro's initialization functions promote ranks where its objectives do not.
+        with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"), _ConcreteKeys():
+            guide._setup_prototype(*args, **kwargs)
+
+
+class _ConcreteKeys(Messenger):
+    """Replace keys that JAX traces, and those that no handler gives."""
+
+    key = None
+
+    def postprocess_message(self, msg: dict) -> None:
+        if msg["type"] == "prng_key" and (msg["value"] is None or isinstance(msg["value"], jax.core.Tracer)):
+            self.key, msg["value"] = split(jax.random.key(0) if self.key is None else self.key)
+
+
+def init_locs(guide: AutoNormal) -> dict[str, Array]:
+    """Where a guide begins, in unconstrained space."""
+    return guide._init_locs
+
+
+def unconstrained_event_dim(guide: AutoNormal, name: str) -> int:
+    """Event dimensions of a site in unconstrained space."""
+    return guide._event_dims[name]
+
+
+def init_scale(guide: AutoNormal) -> float:
+    """The scale that a guide begins with."""
+    return guide._init_scale

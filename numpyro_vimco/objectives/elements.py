@@ -1,0 +1,166 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Are the elements of a plate independent, as a bound for each of them supposes?
+
+Two particles are drawn, and the latents of some elements exchanged between them: where elements are independent, no
+density of any other element moves. Likewise nothing may depend on latents that the model masks.
+
+The check knows what it sees. It can be fooled by a dependence that shows at rare values only, or at other parameters (a
+coupling that is zero at the start of a fit): diagnostics check again, at the fitted ones.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+
+from numpyro_vimco.dependence import may_mix
+from numpyro_vimco.objectives.checks import elements_error, masked_latent_error
+from numpyro_vimco.objectives.densities import SiteDensities, log_prob_of
+from numpyro_vimco.objectives.levels import level_of
+from numpyro_vimco.objectives.plates import Structure, aligned_shape
+from numpyro_vimco.objectives.program import Program, Values
+from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import is_drawn, sample_sites
+
+# Number of pairs of particles. What differs by rounding only, relative to the sum of the terms' sizes.
+PAIRS, ROUNDING = 4, 1e-4
+
+
+def may_be_dependent(program: Program, params: dict[str, Any], rng_key: Array) -> bool:
+    """Whether :func:`check_elements` has anything to find, by the computation of densities; nothing is computed.
+
+    False is certain, and spares the check, which is compiled, in most fits.
+    """
+    sizes: set[int] = set()
+    masked: list[str] = []
+
+    def draw(rng_key: Array) -> Values:
+        sites = program.sites(params, rng_key)
+        everywhere = sample_sites(sites.model_trace) + sample_sites(sites.guide_trace)
+        sizes.update(frame.size for site in everywhere for frame in site["cond_indep_stack"])
+        masked.extend(name for name, mask in sites.masks.items() if mask is not None)
+        return {site["name"]: site["value"] for site in sample_sites(sites.guide_trace) if is_drawn(site)}
+
+    def densities(values: Values) -> dict[str, Array]:
+        sites = program.sites(params, rng_key, values)
+        found = {site["name"]: log_prob_of(site) for site in sample_sites(sites.model_trace)}
+        return found | {f"{s['name']} of the guide": sites.of_guide_site(s) for s in sample_sites(sites.guide_trace)}
+
+    drawn = jax.eval_shape(draw, rng_key)
+    return bool(masked) or may_mix(densities, drawn, sizes - {1})
+
+
+def check_elements(program: Program, params: dict[str, Any]) -> None:
+    """Raise for elements that have weights of their own and are not independent; at concrete values.
+
+    :raises ValueError: naming the plate, or the masked latent, and a site.
+    """
+    draw_key, evaluation_key = split(jax.random.key(0))
+    drawn_sites: dict[str, _Site] = {}
+    structures: list[Structure] = []
+
+    def draw(rng_key: Array) -> tuple[Values, dict[str, Array]]:
+        sites = program.sites(params, rng_key)
+        structures.append(sites.structure)
+        drawn = [site for site in sample_sites(sites.guide_trace) if is_drawn(site)]
+        drawn_sites.update({site["name"]: _Site.of(site, program) for site in drawn})
+        masks = {name: mask[0] for name, mask in sites.masks.items() if mask is not None and name in drawn_sites}
+        return {site["name"]: site["value"] for site in drawn}, masks
+
+    drawn, masks = _quick(jax.vmap(draw), split(draw_key, 2 * PAIRS))
+    first, second = ({name: value[i::2] for name, value in drawn.items()} for i in (0, 1))
+
+    def densities(level: str | None, *particles: Values) -> list[Sums]:
+        fn = jax.vmap(lambda values: _densities(program.sites(params, evaluation_key, values), level, program))
+        found = _quick(fn, jax.tree.map(lambda *parts: jnp.concatenate(parts), *particles))
+        return [{k: found[k].part(slice(i * PAIRS, (i + 1) * PAIRS)) for k in found} for i in range(len(particles))]
+
+    for level in (None, *program.plate_particles):
+        members = {name: site for name, site in drawn_sites.items() if level in (None, site.level)}
+        plates = {frame for site in members.values() for frame in site.frames if frame.dim in structures[0].kept(level)}
+        for plate in plates:
+            choice = np.random.default_rng(0).permutation(plate.size) % 2 == 0
+            choice = choice.reshape(-1, *(1,) * (-1 - plate.dim))
+            all_second = {**first, **{name: second[name] for name in members}}
+            exchanged = {name: site.where(choice, second[name], first[name]) for name, site in members.items()}
+            of_first, of_second, of_mixed = densities(level, first, all_second, {**first, **exchanged})
+            for name, mixed in of_mixed.items():
+                if mixed.differs_from(jnp.where(choice, of_second[name].value, of_first[name].value)):
+                    raise elements_error(plate.name, name)
+    for latent, mask in masks.items():
+        kept = mask[::2].reshape(PAIRS, *mask.shape[1:], *(1,) * (first[latent].ndim - mask.ndim))
+        moved = {**first, latent: jnp.where(kept, first[latent], second[latent])}
+        before, after = densities(None, first, moved)
+        for name in after:
+            if after[name].differs_from(before[name].value):
+                raise masked_latent_error(name, latent)
+
+
+def _quick(fn: Callable, argument: Any) -> Any:
+    """``fn(argument)``, compiled with little optimization: it runs once."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(fn, compiler_options=options)(argument)
+
+
+class _Site(NamedTuple):
+    """Where a site that the guide draws stands.
+
+    :ivar level: the named plate that it is in, or None.
+    :ivar frames: its plates.
+    """
+
+    level: str | None
+    frames: list
+    event_dim: int
+
+    @classmethod
+    def of(cls, site: dict, program: Program) -> "_Site":
+        return cls(level_of(site, program.plate_particles), site["cond_indep_stack"], site["fn"].event_dim)
+
+    def where(self, choice: np.ndarray, x: Array, y: Array) -> Array:
+        """Elements of ``x`` where ``choice`` is true, and of ``y`` elsewhere; both have a leading axis."""
+        shape = aligned_shape(choice.shape, x.ndim - 1 - self.event_dim, self.event_dim)
+        return jnp.where(choice.reshape(1, *shape), x, y)
+
+
+class _Sum(NamedTuple):
+    """Log-densities, summed over what shares a weight.
+
+    :ivar size: the same sum of absolute values, by which rounding is measured.
+    """
+
+    value: Array
+    size: Array
+
+    def part(self, index: slice) -> "_Sum":
+        return _Sum(self.value[index], self.size[index])
+
+    def differs_from(self, other: Array) -> bool:
+        """Whether any value differs by more than rounding; what is NaN is for others to find."""
+        same = (self.value == other) | (jnp.abs(self.value - other) <= ROUNDING * (1 + self.size))
+        return not bool(jnp.all(same | jnp.isnan(self.value) | jnp.isnan(other)))
+
+
+Sums = dict[str, _Sum]
+
+
+def _densities(sites: SiteDensities, level: str | None, program: Program) -> Sums:
+    """The log-density of each site of a level, guide and model together.
+
+    For the shared level these are all sites: all are in its plates.
+    """
+    found: Sums = {}
+    for tr, log_prob_of_site in ((sites.guide_trace, sites.of_guide_site), (sites.model_trace, log_prob_of)):
+        for site in sample_sites(tr):
+            if level in (None, level_of(site, program.plate_particles)):
+                log_prob = log_prob_of_site(site)
+                size = jnp.where(jnp.isfinite(log_prob), jnp.abs(log_prob), 0)
+                value, size = (sites.structure.sum_to_level(x, level) for x in (log_prob, size))
+                before = found.get(site["name"], _Sum(jnp.zeros(()), jnp.zeros(())))
+                found[site["name"]] = _Sum(before.value + value, before.size + size)
+    return found

@@ -1,0 +1,250 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A model and its guide, evaluated one particle at a time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax.lax import stop_gradient
+from jaxtyping import Array
+import numpyro.distributions as dist
+from numpyro.handlers import replay, substitute, trace
+
+from numpyro_vimco.dependence import dependence
+from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
+from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
+from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
+from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
+from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
+from numpyro_vimco.sites import Trace, is_drawn, is_latent_site, mask_of, sample_sites, unwrapped
+
+Values = dict[str, Array]
+
+
+class Kinds(NamedTuple):
+    """What a program has, as far as an objective must know.
+
+    :ivar path_sites: whether any sample of the guide carries a gradient.
+    :ivar masks: whether the model masks any element of a latent.
+    :ivar elements: whether any element of a plate has a weight of its own.
+    """
+
+    path_sites: bool
+    masks: bool
+    elements: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model and its guide with their arguments.
+
+    :ivar by_score: tells the guide sites whose samples carry no gradient.
+    :ivar plate_particles: number of particles of their own that the named plates have.
+    :ivar joint_plates: plates whose elements share one weight.
+    :ivar linear: whether the objective is linear in the log-weights (α = 1), so that plates that are not common
+        to all sites may be subsampled.
+
+    All methods raise the errors of :mod:`numpyro_vimco.objectives.checks`.
+    """
+
+    model: Callable
+    guide: Callable
+    args: tuple
+    kwargs: dict
+    by_score: Callable[[dict], bool]
+    plate_particles: Mapping[str, int]
+    joint_plates: frozenset[str]
+    linear: bool
+
+    def evaluate(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[Densities], Structure]:
+        """Draw one particle and evaluate it, in one pass of guide and model."""
+
+        def evaluate(sites: SiteDensities) -> Levels[Densities]:
+            rest = sites.of_guide_beside(self.by_score)
+            return map_levels(Densities, sites.of_model(), rest, sites.of_guide(self.by_score))
+
+        return self._run(params, rng_key, evaluate)
+
+    def propose(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[tuple[Values, Densities]], Structure]:
+        """:meth:`evaluate`, with the values of all latents of the model."""
+
+        def propose(sites: SiteDensities) -> Levels[tuple[Values, Densities]]:
+            rest = sites.of_guide_beside(self.by_score)
+            densities = map_levels(Densities, sites.of_model(), rest, sites.of_guide(self.by_score))
+            latents = [site for site in sample_sites(sites.guide_trace) if is_latent_site(site)]
+            values = {site["name"]: site["value"] for site in latents if site["name"] in sites.model_trace}
+            return map_levels(lambda *parts: parts, self.by_level(sites.guide_trace, values), densities)
+
+        return self._run(params, rng_key, propose)
+
+    def draw(self, params: dict[str, Any], rng_key: Array, has_masks: bool) -> Levels[Draws]:
+        """Draw one particle, with the first local particle of each named plate.
+
+        :param has_masks: of :meth:`kinds`. Masks are the model's, so that it is evaluated too where there are some.
+        """
+        return self._draws(params, self._first(rng_key), None, has_masks)
+
+    def draw_local(self, params: dict[str, Any], rng_key: Array, given: Values, has_masks: bool) -> dict[str, Draws]:
+        """Draw all local particles, given the sites outside of named plates."""
+        keys = particle_keys(rng_key, self.plate_particles)
+
+        def draws(local):
+            return Levels(None, self._draws(params, keys._replace(local=local), given, has_masks).local), None
+
+        def site_densities(local):
+            return self._site_densities(self._traces(params, keys._replace(local=local), given))
+
+        return map_local(draws, site_densities, keys.local)[0].local
+
+    def log_weights(
+        self, params: dict[str, Any], rng_key: Array, values: Levels[Values]
+    ) -> tuple[Levels[Density], Structure]:
+        """Log-weights of one particle as a function of its values, for doubly reparameterised gradients.
+
+        Its derivative with respect to ``params`` leaves out the densities that the values were drawn from: these
+        are evaluated at parameters with gradients stopped. What is not :func:`is_drawn`, and scales and factors of
+        the guide, are functions of the parameters like any other part of the model.
+        """
+        keys = particle_keys(rng_key, self.plate_particles)
+
+        def traces(local) -> tuple[Trace, Trace, Trace]:
+            local_keys = keys._replace(local={name: key for name, (key, _) in local.items()})
+            given = dict(values.shared)
+            for _, plate_values in local.values():
+                given.update(plate_values)
+            frozen = self._trace_guide(stop_gradient(params), local_keys, given)
+            live = frozen
+            if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
+                live = self._trace_guide(params, local_keys, given)
+            return self._trace_model(params, local_keys, live), frozen, live
+
+        def log_weights(local):
+            model_trace, frozen, live = traces(local)
+            sites = SiteDensities(model_trace, frozen, self._structure(model_trace, frozen))
+            beside = sites.of_guide_beside(is_drawn, live)
+            log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), beside)
+            return log_weight, sites.structure
+
+        local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
+        return map_local(log_weights, lambda local: self._site_densities(traces(local)[:2]), local)
+
+    def kinds(self, params: dict[str, Any], rng_key: Array) -> Kinds:
+        """What there is, found out without computing anything."""
+        found: list[Kinds] = []
+
+        def look(params, rng_key):
+            model_trace, guide_trace = self._traces(params, self._first(rng_key))
+            latents = [site for site in sample_sites(guide_trace) if is_latent_site(site)]
+            path = any(is_drawn(site) and not self.by_score(site) for site in latents)
+            masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
+            structure = self._structure(model_trace, guide_trace)
+            found.append(Kinds(path, masks, any(structure.kept(level) for level in (None, *self.plate_particles))))
+
+        jax.eval_shape(look, params, rng_key)
+        return found[0]
+
+    def deltas_at_parameters(self, params: dict[str, Any], rng_key: Array) -> set[str]:
+        """The latent guide sites that are Delta distributions at a function of parameters."""
+
+        def is_delta(site: dict) -> bool:
+            return is_latent_site(site) and isinstance(unwrapped(site["fn"]), dist.Delta)
+
+        def draw(given: Values | None, params) -> Trace:
+            return self._trace_guide(params, self._first(rng_key), given)
+
+        latents = [site for site in sample_sites(draw(None, params)) if is_latent_site(site)]
+        if not any(map(is_delta, latents)):
+            return set()
+        # A Delta at a function of other latents is none of these: their values are given.
+        given = {site["name"]: site["value"] for site in latents if not is_delta(site)}
+
+        def deltas(inputs):
+            return {site["name"]: site["value"] for site in draw(given, inputs).values() if is_delta(site)}
+
+        return {name for name, parents in dependence(deltas, params).items() if parents}
+
+    def sites(self, params: dict[str, Any], rng_key: Array, given: Values | None = None) -> SiteDensities:
+        """The sites of one particle, with the first local particle of each named plate.
+
+        :param given: values of guide sites; the others are drawn.
+        """
+        model_trace, guide_trace = self._traces(params, self._first(rng_key), given)
+        return SiteDensities(model_trace, guide_trace, self._structure(model_trace, guide_trace))
+
+    def by_level(self, guide_trace: Trace, values: dict[str, Any]) -> Levels[dict[str, Any]]:
+        """Sort what is given for guide sites by their level."""
+        levels: Levels[dict[str, Any]] = Levels({}, {name: {} for name in self.plate_particles})
+        for name, value in values.items():
+            levels.at(level_of(guide_trace[name], self.plate_particles))[name] = value
+        return levels
+
+    # Traces.
+
+    def _first(self, rng_key: Array) -> ParticleKeys:
+        keys = particle_keys(rng_key, self.plate_particles)
+        return keys._replace(local={name: local[0] for name, local in keys.local.items()})
+
+    def _run(self, params: dict[str, Any], rng_key: Array, combine: Callable) -> tuple[Levels, Structure]:
+        keys = particle_keys(rng_key, self.plate_particles)
+
+        def traces(local):
+            return self._traces(params, keys._replace(local=local))
+
+        def run(local):
+            model_trace, guide_trace = traces(local)
+            structure = self._structure(model_trace, guide_trace)
+            return combine(SiteDensities(model_trace, guide_trace, structure)), structure
+
+        return map_local(run, lambda local: self._site_densities(traces(local)), keys.local)
+
+    def _traces(self, params, keys: ParticleKeys, given: Values | None = None) -> tuple[Trace, Trace]:
+        guide_trace = self._trace_guide(params, keys, given)
+        return self._trace_model(params, keys, guide_trace), guide_trace
+
+    def _trace_guide(self, params, keys: ParticleKeys, given: Values | None = None) -> Trace:
+        # By substitution, not by a handler that stops the value afterwards: only a substitution reaches into `scan`.
+        def choose(site: dict):
+            if given is not None and site["name"] in given:
+                return given[site["name"]]
+            if self.by_score(site):
+                return stop_gradient(site["fn"](*site["args"], **site["kwargs"]))
+
+        guide = substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params)
+        return trace(substitute(guide, substitute_fn=choose)).get_trace(*self.args, **self.kwargs)
+
+    def _trace_model(self, params, keys: ParticleKeys, guide_trace: Trace) -> Trace:
+        proposed = {name: site for name, site in guide_trace.items() if site["type"] == "plate" or is_latent_site(site)}
+        model = SeedLevels(substitute(replay(self.model, proposed), data=params), keys.model, {})
+        model_trace = trace(model).get_trace(*self.args, **self.kwargs)
+        check_traces(model_trace, guide_trace)
+        check_plate_particles(self.plate_particles, model_trace, guide_trace)
+        check_joint_plates(self.joint_plates, self.plate_particles, model_trace, guide_trace)
+        return model_trace
+
+    def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
+        return plate_structure(model_trace, guide_trace, self.plate_particles, self.joint_plates, self.linear)
+
+    def _draws(self, params, keys: ParticleKeys, given: Values | None, has_masks: bool) -> Levels[Draws]:
+        guide_trace = self._trace_guide(params, keys, given)
+        model_trace = self._trace_model(params, keys, guide_trace) if has_masks else {}
+        masks = latent_masks(model_trace, guide_trace)
+        draws = {
+            name: Draw(
+                site["value"], guide_log_prob(site, masks) if self.by_score(site) else None, site["fn"].event_dim
+            )
+            for name, site in guide_trace.items()
+            if is_drawn(site)
+        }
+        return self.by_level(guide_trace, draws)
+
+    def _site_densities(self, traces: tuple[Trace, Trace]) -> tuple[dict[str, Array], dict[str, str | None]]:
+        """The log-densities of all sites by name, guide and model as one, and their levels."""
+        densities: dict[str, Any] = {}
+        levels = {}
+        for site in (site for tr in traces for site in sample_sites(tr)):
+            densities[site["name"]] = (*densities.get(site["name"], ()), site["fn"].log_prob(site["value"]))
+            levels[site["name"]] = level_of(site, self.plate_particles)
+        return densities, levels

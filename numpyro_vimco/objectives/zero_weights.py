@@ -1,0 +1,69 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Log-densities that are :math:`-\infty`, without the infinite derivatives that they may have.
+
+A Poisson observation of 3 at rate r z has, at z = 0, the log-density :math:`-\infty` and the derivative
+:math:`\infty` with respect to r. Its particle has weight zero, and no part in the gradient; but a backward pass
+multiplies the two, and :math:`0 \cdot \infty` is NaN for all particles. So where a site's log-density is
+:math:`-\infty`, no derivative is taken of it. What a model computes before its distributions (``jnp.log(z)``) is out
+of reach from here.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+from typing import Any
+
+import jax
+from jax.lax import stop_gradient
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+import numpyro.distributions as dist
+
+from numpyro_vimco.sites import is_real, support_of, unwrapped
+
+
+def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset[int]) -> Array:
+    """``log_prob(site)``, without a derivative for particles that the site gives the weight zero.
+
+    :param kept: the plate dimensions whose elements have weights of their own; the other elements share one.
+    """
+    value, fn = log_prob(site), site["fn"]
+    if site["intermediates"] or not _may_be_impossible(fn):
+        return value
+    shared = [i for i in range(value.ndim) if i - value.ndim not in kept]
+    impossible = jnp.any(jnp.isneginf(value), axis=shared, keepdims=True)
+    # The same density once more, which the compiler merges with the first: the derivative is that of this one.
+    again = {**site, "fn": _stopped(fn, impossible), "value": _stop(impossible, site["value"], fn.event_dim)}
+    return jnp.where(impossible, stop_gradient(value), log_prob(again))
+
+
+def _may_be_impossible(fn: dist.Distribution) -> bool:
+    """Whether a log-density may be -inf with an infinite derivative; in terms of logits all derivatives are finite."""
+    fn = unwrapped(fn)
+    return not (isinstance(fn, dist.Unit | dist.Delta) or "logits" in fn.arg_constraints or is_real(support_of(fn)))
+
+
+def _stopped(fn: dist.Distribution, impossible: Bool[Array, "..."]) -> dist.Distribution:
+    """A distribution whose parameters take no derivative at impossible elements of its batch."""
+    if impossible.size == 1:
+        return jax.tree.map(partial(_stop, impossible.reshape(()), event_dim=0), fn)
+    fn = copy(fn)
+    if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        dims = fn.reinterpreted_batch_ndims if isinstance(fn, dist.Independent) else 0
+        fn.base_dist = _stopped(fn.base_dist, impossible.reshape(impossible.shape + (1,) * dims))
+        return fn
+    for name, constraint in fn.arg_constraints.items():
+        if name in vars(fn):
+            vars(fn)[name] = _stop(impossible, vars(fn)[name], constraint.event_dim)
+    return fn
+
+
+def _stop(impossible: Bool[Array, "..."], x: Any, event_dim: int) -> Any:
+    if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    impossible = impossible.reshape(impossible.shape + (1,) * (event_dim if impossible.ndim else 0))
+    shape = jnp.broadcast_shapes(impossible.shape, x.shape)
+    x = jnp.broadcast_to(x, shape)
+    return jnp.where(jnp.broadcast_to(impossible, shape), stop_gradient(x), x)

@@ -1,0 +1,293 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Several fits of one posterior, side by side."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import Array
+import numpy as np
+from numpyro.handlers import replay, seed, trace
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIRunResult
+
+from numpyro_vimco.arguments import check_integer, check_key
+from numpyro_vimco.objectives import control_variates as cv
+from numpyro_vimco.posterior.annealing import geometric
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.proposals import program_of
+from numpyro_vimco.posterior.starts import initial_states
+from numpyro_vimco.posterior.steps import FitState, Steps
+from numpyro_vimco.posterior.weights import log_mean
+from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import is_latent_site
+
+# Draws of each start's guide that its log evidence is estimated from.
+EVIDENCE_DRAWS = 4000
+
+
+class FitResult(NamedTuple):
+    """What :func:`fit` returns.
+
+    :ivar params: parameters of all starts, with a leading axis for them. Those of a start that was dropped are the
+        last ones before it failed.
+    :ivar losses: of shape ``(starts, steps)``, in nats, at the power of each step; NaN once a start was dropped.
+    :ivar state: to go on with: ``fit(..., init_state=result.state)``.
+    :ivar power: β of each step, of shape ``(starts, steps)``.
+    :ivar log_evidence: each start's estimate of log p(x) in nats, of shape ``(starts,)``: the logarithm of the mean
+        importance weight of 4,000 draws of its guide, at power 1. NaN where a start was dropped, and where there is
+        none: a plate is subsampled, or the model has no latents.
+    :ivar log_evidence_std_error: its standard error in nats, by the delta method, of shape ``(starts,)``.
+    """
+
+    params: dict[str, Any]
+    losses: np.ndarray
+    state: FitState
+    power: np.ndarray
+    log_evidence: np.ndarray
+    log_evidence_std_error: np.ndarray
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Whether each start was dropped, of shape ``(starts,)``."""
+        return np.asarray(self.state.failed)
+
+    def start(self, index: int) -> SVIRunResult:
+        """One start, as ``svi.run`` would return it."""
+        params, state = jax.tree.map(lambda leaf: leaf[index], (self.params, self.state.svi))
+        return SVIRunResult(params, state, jnp.asarray(self.losses[index]))
+
+    @property
+    def best(self) -> SVIRunResult:
+        """The start of the highest log evidence; if there is none, of the lowest loss in the last tenth of steps."""
+        score = self.log_evidence
+        if np.isnan(score).all():
+            last = self.losses[:, -max(self.losses.shape[1] // 10, 1) :]
+            seen = ~np.isnan(last)  # a step that `stable_update` skipped has none
+            score = np.where(seen.any(1), -np.where(seen, last, 0).sum(1) / np.maximum(seen.sum(1), 1), np.nan)
+        return self.start(int(np.argmax(np.where(self.failed | np.isnan(score), -np.inf, score))))
+
+
+def fit(
+    svi: SVI,
+    rng_key: Array,
+    num_steps: int,
+    *args,
+    num_starts: int = 4,
+    anneal: float | Sequence[float] | Callable = 0.5,
+    progress_bar: bool = True,
+    stable_update: bool = False,
+    forward_mode_differentiation: bool = False,
+    init_state: FitState | None = None,
+    init_params: dict[str, Any] | None = None,
+    vectorize_starts: bool = True,
+    start_sharding: Sharding | None = None,
+    **kwargs,
+) -> FitResult:
+    r"""
+    Fit several times at once, from starts of their own, with an annealed likelihood: in place of ``svi.run``.
+
+    One fit may lose a part of the posterior, and nothing that it proposes afterwards shows it. Another start that did
+    not lose it does. Starts differ in all their keys, and so in where an automatic guide begins (``init_loc_fn``).
+
+    **Annealing.** The target is :math:`p(z)\,p(x \mid z)^\beta` [1]: the observed sites of the model, factors among
+    them, count with a power β that rises geometrically from 0.001 to 1, and stays there. So a guide is as wide as the
+    prior when the data begin to count, and narrows around all that they allow. The power is an argument of the compiled
+    step. Losses at β < 1 are those of another target.
+
+    **Learning rate.** It does best if it is held while β rises, and falls by a cosine afterwards::
+
+        schedule = optax.join_schedules(
+            [optax.constant_schedule(0.01), optax.cosine_decay_schedule(0.01, num_steps // 2)], [num_steps // 2]
+        )
+        svi = SVI(model, AutoMixed(model), optax.adam(schedule), VIMCOStar(0.5, num_particles=64))
+        result = fit(svi, random.key(0), num_steps, x)
+        posterior = to_arviz(svi, result.best, model_args=(x,), rng_key=random.key(1))
+
+    **Going on.** ``fit(..., init_state=result.state)`` takes ``num_steps`` further steps, bit for bit those that one
+    long run would have taken. The state knows the number of steps taken and over how many the power rises, which is a
+    share of ``num_steps`` of the *first* call; to plan a fit in parts, pass ``anneal`` as a function. Ctrl-C ends a fit
+    with what there is, which can go on in the same way.
+
+    :param SVI svi: the inference object, with any objective, guide and optimiser.
+    :param jax.random.key rng_key: random number generator key.
+    :param int num_steps: number of steps of each start. 0 gives the initial state, to load
+        a saved one into.
+    :param args: arguments to the model / guide.
+    :param int num_starts: number of starts. Defaults to 4, as many as chains in MCMC. Where a fit goes on, it is that
+        of ``init_state``.
+    :param anneal: share of the steps over which the power rises, in [0, 1], or one for each start; 0 for none. Or
+        a function from the step (traced, from 0 on) to the power, as optax's schedules are; it may return an array of
+        shape ``(num_starts,)``. Defaults to 0.5. Where a fit goes on, a share is that of ``init_state``, and a
+        function must be passed again.
+    :param bool progress_bar: whether to show the mean bound over starts in nats, the power, and how many starts
+        failed. Defaults to True.
+    :param bool stable_update: as ``svi.run``: a step whose loss or gradient is not finite is skipped. Defaults to
+        False.
+    :param bool forward_mode_differentiation: as ``svi.run``. Defaults to False.
+    :param FitState init_state: ``state`` of an earlier result, to go on from.
+    :param dict init_params: as ``svi.run``: parameters to begin with, in all starts.
+    :param bool vectorize_starts: True (default) for ``jax.vmap`` over starts; False takes each step for one start after
+        the other, with the memory of one.
+    :param jax.sharding.Sharding start_sharding: how the axis of starts is spread over devices. Defaults to None: not.
+    :param kwargs: keyword arguments to the model / guide.
+    :raises ValueError: for a number or a share out of range, a power that is not positive, an ``init_state`` that is
+        none, a sharding that does not divide the starts; and if NaN came up in all starts.
+    :warns UserWarning: for each start that is dropped since its loss or a parameter became NaN, for a log evidence that
+        cannot be estimated, and for an interruption.
+
+    **References**
+
+    1. *Annealed Importance Sampling*, Radford Neal, arXiv physics/9803008, for the path of targets
+    """
+    check_key(rng_key)
+    num_steps = check_integer("num_steps", num_steps, 0, "so many steps are taken")
+    init_key, evidence_key = split(rng_key)
+    if init_state is None:
+        num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
+        anneal_steps = _anneal_steps(anneal, num_starts, num_steps)
+        states = initial_states(svi, init_key, num_starts, args, {"init_params": init_params, **kwargs})
+        state = FitState(states, jnp.array(0), anneal_steps, jnp.zeros(num_starts, bool))
+    else:
+        state = _checked_state(init_state, anneal)
+        if svi.constrain_fn is None:
+            svi.init(init_key, *args, init_params=init_params, **kwargs)
+    if start_sharding is not None:
+        _check_start_sharding(start_sharding, len(state.failed))
+    steps = Steps(
+        svi,
+        args,
+        {"forward_mode_differentiation": forward_mode_differentiation, **kwargs},
+        _power(anneal, state, num_steps),
+        stable_update,
+        vectorize_starts,
+        start_sharding,
+    )
+    state, losses, powers = steps.run(state, num_steps, progress_bar)
+    params = jax.vmap(svi.get_params)(state.svi)
+    evidence = _log_evidence(svi, evidence_key, params, np.asarray(state.failed), args, kwargs)
+    return FitResult(params, losses, state, powers, *evidence)
+
+
+def _anneal_steps(anneal: float | Sequence[float] | Callable, num_starts: int, num_steps: int) -> Array:
+    """Over how many steps the power of each start rises; -1 for a function."""
+    if callable(anneal):
+        return jnp.full(num_starts, -1)
+    try:
+        shares = np.broadcast_to(np.asarray(anneal, float), (num_starts,))
+    except (TypeError, ValueError):
+        shares = np.full(num_starts, np.nan)
+    if not ((shares >= 0) & (shares <= 1)).all():
+        raise ValueError(
+            f"`anneal` is {anneal!r}, but must be a share of the steps, in [0, 1], or {num_starts} of them, one for "
+            "each start, or a function from the step to the power, as optax's schedules are."
+        )
+    return jnp.array([round(share * num_steps) for share in shares.tolist()])
+
+
+def _power(anneal: float | Sequence[float] | Callable, state: FitState, num_steps: int) -> Callable:
+    """From a step and ``anneal_steps`` to the power of each start."""
+    if not callable(anneal):
+        return geometric
+    shape = state.failed.shape
+
+    def power(step, _):
+        return jnp.broadcast_to(jnp.asarray(anneal(step), float), shape)
+
+    steps = int(state.step) + np.arange(num_steps)
+    for step, given in zip(steps, np.asarray(jax.jit(jax.vmap(lambda step: power(step, None)))(steps))):
+        if not (given > 0).all() or not np.isfinite(given).all():
+            raise ValueError(
+                f"`anneal` gives the power {given.min()} at step {step}, but it must be positive and finite: at 0 data "
+                "that are impossible would be NaN. Begin at 0.001."
+            )
+    return power
+
+
+def _checked_state(init_state: Any, anneal: Any) -> FitState:
+    """``init_state``, if ``anneal`` is as it was there."""
+    if not isinstance(init_state, FitState):
+        raise ValueError(
+            f"`init_state` is of type {type(init_state).__name__}, but must be the `state` of what `fit` returned. "
+            "`svi.run` goes on from the state of a single fit."
+        )
+    if not callable(anneal) and (np.asarray(init_state.anneal_steps) < 0).any():
+        raise ValueError(
+            f"`anneal` is {anneal!r}, but `init_state` is of a fit whose power was a function of the step, which a "
+            "state does not hold. Pass the function again."
+        )
+    return init_state
+
+
+def _check_start_sharding(sharding: Any, num_starts: int) -> None:
+    if not isinstance(sharding, Sharding):
+        raise ValueError(f"`start_sharding` is {sharding!r}, but must be a `jax.sharding.Sharding`.")
+    devices = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
+    if num_starts % devices:
+        raise ValueError(
+            f"`start_sharding` spreads starts over {devices} devices, but there are {num_starts} starts. Take a "
+            f"multiple of {devices} for `num_starts`."
+        )
+
+
+def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tuple, kwargs: dict):
+    """Estimates and standard errors, in nats; NaN for starts that failed."""
+    estimates, errors = np.full((2, len(failed)), np.nan)
+    starts = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params) for i in range(len(failed))]
+    try:
+        if not _has_evidence(svi, args, kwargs):
+            return estimates, errors
+        log_weights = _log_weights(Fitted.of(svi, starts[0], args, kwargs))
+        keys = [split(key, EVIDENCE_DRAWS) for key in split(rng_key, len(failed))]
+        weights = {i: log_weights(starts[i], keys[i]) for i in np.flatnonzero(~failed)}
+    except (ValueError, NotImplementedError) as error:
+        warnings.warn(f"The log evidence cannot be estimated. {error}", stacklevel=3)
+        return estimates, errors
+    for i, log_weight in weights.items():
+        nan, zero = np.isnan(log_weight).sum(0).max(), np.isneginf(log_weight).sum(0).max()
+        if nan or zero == EVIDENCE_DRAWS:
+            warnings.warn(
+                f"The log evidence of start {i} cannot be estimated: of {EVIDENCE_DRAWS:,} draws of its guide, {nan:,} "
+                f"have a NaN weight, and {zero:,} the weight zero.",
+                stacklevel=3,
+            )
+            continue
+        relative = np.exp(log_weight - log_weight.max(0))
+        estimates[i] = log_mean(log_weight).sum()
+        errors[i] = np.sqrt(np.sum(relative.var(0, ddof=1) / EVIDENCE_DRAWS / relative.mean(0) ** 2))
+    return estimates, errors
+
+
+def _log_weights(fitted: Fitted) -> Callable[[dict[str, Any], Array], np.ndarray]:
+    """From parameters and keys to log-weights of draws of the guide, of shape ``(keys, *plates)``: one program."""
+    program = program_of(fitted, fitted.plate_particles)
+
+    def log_weight(params, rng_key):
+        levels, structure = program.evaluate(params, rng_key)
+        local = [structure.sum_to_shared(cv.log_mean_weight(level.log_weight)) for level in levels.local.values()]
+        return sum(local, levels.shared.log_weight)
+
+    compiled = jax.jit(jax.vmap(log_weight, in_axes=(None, 0)))
+    size = fitted.chunk_size()
+
+    def log_weights(params, keys):
+        parts = [compiled(params, keys[begin : begin + size]) for begin in range(0, len(keys), size)]
+        return np.concatenate(jax.device_get(parts)).astype(float)
+
+    return log_weights
+
+
+def _has_evidence(svi: SVI, args: tuple, kwargs: dict) -> bool:
+    """Whether there are latents, and all data."""
+    with seed(rng_seed=0), trace() as guide_trace:
+        svi.guide(*args, **svi.static_kwargs, **kwargs)
+    with seed(rng_seed=0), trace() as model_trace, replay(trace=guide_trace):
+        svi.model(*args, **svi.static_kwargs, **kwargs)
+    sites = [*guide_trace.values(), *model_trace.values()]
+    whole = all(len(site["value"]) == site["args"][0] for site in sites if site["type"] == "plate")
+    return whole and any(is_latent_site(site) for site in model_trace.values())

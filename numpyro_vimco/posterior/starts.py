@@ -1,0 +1,96 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where the starts of a fit begin: initial states of an ``SVI`` side by side, each from a key of its own."""
+
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+import inspect
+from types import FunctionType, MethodType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.svi import SVIState
+
+from numpyro_vimco.randomness import split
+
+
+def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwargs: dict) -> SVIState:
+    """Initial states of ``svi``, each from a key of its own.
+
+    An automatic guide chooses where it begins at its first call, once and for all: so that starts differ, each is made
+    a first call. Afterwards a guide is as it was, or as the first start made it if it had not been called before.
+
+    :param args: arguments of ``svi.init`` after the key.
+    :param kwargs: keyword arguments of ``svi.init``.
+    :return: a state whose arrays have a leading axis for the starts.
+    """
+    guides = automatic_guides(svi.guide)
+    kept = [_attributes(guide) for guide in guides]
+    states = []
+    try:
+        for key in split(rng_key, num_starts):
+            for guide in guides:
+                guide.prototype_trace = None
+            states.append(svi.init(key, *args, **kwargs))
+            kept = [_attributes(g) if old["prototype_trace"] is None else old for g, old in zip(guides, kept)]
+    finally:
+        for guide, attributes in zip(guides, kept):
+            guide.__dict__.clear()
+            guide.__dict__.update(attributes)
+    # The optimiser begins under `vmap`, and not once for each start: states of `numpyro.optim.Minimize` do not stack.
+    params = [svi.optim.get_params(state.optim_state) for state in states]
+    optim_state = jax.vmap(svi.optim.init)(_stack(params))
+    return SVIState(optim_state, _stack([s.mutable_state for s in states]), _stack([s.rng_key for s in states]))
+
+
+def _stack(trees: list) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _attributes(guide: AutoGuide) -> dict[str, Any]:
+    """What a guide knows; its containers are copied, as a first call fills them."""
+    return {k: copy(v) if isinstance(v, dict | list) else v for k, v in vars(guide).items()}
+
+
+def automatic_guides(guide: Callable) -> list[AutoGuide]:
+    """The automatic guides that a guide is made of.
+
+    These are itself, its parts, what handlers around it hold, and what a function, or an object that can be called,
+    refers to.
+    """
+    found, seen, queue = [], set(), [guide]
+    while queue:
+        part = queue.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, AutoGuide):
+            found.append(part)
+        queue += [other for other in _parts(part) if callable(other) or isinstance(other, dict | list | tuple)]
+    return found
+
+
+def _parts(part: Any) -> list:
+    if isinstance(part, dict):
+        return list(part.values())
+    if isinstance(part, list | tuple):
+        return list(part)
+    if isinstance(part, partial):
+        return [part.func, part.args, part.keywords]
+    if isinstance(part, MethodType):
+        return [part.__self__, part.__func__]
+    if isinstance(part, FunctionType):
+        if (part.__module__ or "").partition(".")[0] in ("jax", "numpyro"):
+            return [cell.cell_contents for cell in part.__closure__ or ()]
+        variables = inspect.getclosurevars(part)
+        return [*variables.nonlocals.values(), *variables.globals.values()]
+    if isinstance(part, type):
+        return []
+    # The model of an automatic guide, which may hold data, has no guide in it.
+    return [value for name, value in getattr(part, "__dict__", {}).items() if name != "model"]

@@ -1,0 +1,200 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Steps of several fits side by side: one compiled program, a progress bar, and what to do about NaN."""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIState
+import tqdm
+
+from numpyro_vimco.posterior.annealing import Annealed
+
+# Between two looks at what came out: so many steps at most, and fewer where they would take longer than that.
+CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
+
+
+class FitState(NamedTuple):
+    """All that a fit needs to go on: a pytree of arrays.
+
+    :ivar svi: the :data:`~numpyro.infer.svi.SVIState` of all starts; its arrays have a leading axis for them.
+    :ivar step: number of steps taken.
+    :ivar anneal_steps: number of steps over which the power of each start rises, of shape ``(starts,)``; -1 where
+        ``anneal`` is a function.
+    :ivar failed: whether each start was dropped, of shape ``(starts,)``.
+    """
+
+    svi: SVIState
+    step: Int[Array, ""]
+    anneal_steps: Int[Array, " starts"]
+    failed: Bool[Array, " starts"]
+
+
+class Record(NamedTuple):
+    """What came out of some steps.
+
+    :ivar loss: of shape ``(steps, starts)``, in nats; NaN after a start failed.
+    :ivar power: likewise.
+    :ivar nan: for each start that failed in these steps, what became NaN in the first step that had any: the loss, or
+        one of the parameters, in sorted order; of shape ``(starts, 1 + parameters)``.
+    :ivar failed_at: that step.
+    """
+
+    loss: Float[Array, "steps starts"]
+    power: Float[Array, "steps starts"]
+    nan: Bool[Array, "starts culprits"]
+    failed_at: Int[Array, " starts"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of ``svi`` for all starts.
+
+    :ivar args: arguments of model and guide.
+    :ivar kwargs: keyword arguments of ``svi.update``.
+    :ivar power: from a step and ``anneal_steps`` to the power of each start.
+    """
+
+    svi: SVI
+    args: tuple
+    kwargs: dict[str, Any]
+    power: Callable[[Array, Array], Array]
+    stable_update: bool
+    vectorize_starts: bool
+    start_sharding: Sharding | None
+
+    def run(self, state: FitState, num_steps: int, progress_bar: bool) -> tuple[FitState, np.ndarray, np.ndarray]:
+        """Take so many steps; fewer if interrupted.
+
+        :return: the state, and losses and powers of shape ``(starts, steps)``.
+        :raises ValueError: if all starts failed.
+        """
+        if self.start_sharding is not None:
+            by_start = state.svi, state.anneal_steps, state.failed
+            svi_state, anneal_steps, failed = jax.device_put(by_start, self.start_sharding)
+            state = FitState(svi_state, jnp.asarray(np.asarray(state.step)), anneal_steps, failed)
+        chunk = self.compiled(state)
+        done: list[tuple[FitState, Record]] = []
+        taken, length = 0, 1
+        with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
+            try:
+                while taken < num_steps:
+                    began = perf_counter()
+                    length = min(length, num_steps - taken)
+                    new, record = chunk(state, length)
+                    loss, power, nan, failed_at = jax.device_get(record)
+                    done.append((new, Record(loss[:length], power[:length], nan, failed_at)))
+                    state, taken = new, taken + length
+                    self._report(*done[-1], bar)
+                    bar.update(length)
+                    length = 2 * length if perf_counter() - began < CHUNK_SECONDS / 2 else max(length // 2, 1)
+                    length = min(length, CHUNK_STEPS)
+            except KeyboardInterrupt:
+                if not done:
+                    raise
+                taken = sum(len(record.loss) for _, record in done)
+                warnings.warn(
+                    f"Interrupted after {taken} of {num_steps} steps. This is what there is; go on with "
+                    f"`fit(svi, rng_key, {num_steps - taken}, ..., init_state=result.state)`.",
+                    stacklevel=3,
+                )
+        none = np.zeros((0, len(state.failed)), np.float32)
+        losses = np.concatenate([none, *(np.asarray(record.loss) for _, record in done)])
+        powers = np.concatenate([none, *(np.asarray(record.power) for _, record in done)])
+        return done[-1][0] if done else state, losses.T, powers.T
+
+    def compiled(self, state: FitState) -> partial[tuple[FitState, Record]]:
+        """So many steps from a state, as one program. The number of steps is an argument, so that runs of any length
+        are the same program, and results are bit for bit.
+
+        Arrays that model and guide hold, data above all, are arguments too: as constants they would be part of the
+        program, and those that are spread over devices would be gathered.
+        """
+        closed, outputs = jax.make_jaxpr(self._chunk, return_shape=True)(state, 1)
+
+        @jax.jit
+        def run(held, *inputs):
+            flat = jax.core.eval_jaxpr(closed.jaxpr, held, *jax.tree.leaves(inputs))
+            return jax.tree.unflatten(jax.tree.structure(outputs), flat)
+
+        return partial(run, closed.consts)
+
+    def _chunk(self, state: FitState, length: Int[Array, ""]) -> tuple[FitState, Record]:
+        starts, names = len(state.failed), self._names(state)
+        nothing = jnp.full((CHUNK_STEPS, starts), jnp.nan)
+        record = Record(nothing, nothing, jnp.zeros((starts, 1 + len(names)), bool), jnp.zeros(starts, int))
+        over_starts = jax.vmap if self.vectorize_starts else lambda fn: lambda *xs: jax.lax.map(lambda x: fn(*x), xs)
+        advance = over_starts(self._advance)
+
+        def step(i, carry):
+            state, record = carry
+            power = self.power(state.step, state.anneal_steps)
+            svi_state, loss, nan = advance(state.svi, power)
+            fails = ~state.failed & nan.any(1)
+            record = Record(
+                record.loss.at[i].set(jnp.where(state.failed, jnp.nan, loss)),
+                record.power.at[i].set(power),
+                jnp.where(fails[:, None], nan, record.nan),
+                jnp.where(fails, state.step, record.failed_at),
+            )
+            failed = state.failed | fails
+            svi_state = jax.tree.map(partial(_where, failed), state.svi, svi_state)
+            if self.start_sharding is not None:
+                svi_state = jax.lax.with_sharding_constraint(svi_state, self.start_sharding)
+            return FitState(svi_state, state.step + 1, state.anneal_steps, failed), record
+
+        return jax.lax.fori_loop(0, length, step, (state, record))
+
+    def _advance(self, svi_state: SVIState, power: Array) -> tuple[SVIState, Array, Array]:
+        """One step of one start, its loss, and what is NaN."""
+        svi = copy(self.svi)
+        svi.model = Annealed(self.svi.model, power)
+        update = svi.stable_update if self.stable_update else svi.update
+        svi_state, loss = update(svi_state, *self.args, **self.kwargs)
+        params = svi.optim.get_params(svi_state.optim_state)
+        # The loss of a step that `stable_update` skips is NaN.
+        nan = [jnp.isnan(loss) & (not self.stable_update)]
+        for _, param in sorted(params.items()):
+            nan.append(jnp.array([(leaf != leaf).any() for leaf in jax.tree.leaves(param)]).any())
+        return svi_state, loss, jnp.stack(nan)
+
+    def _names(self, state: FitState) -> list[str]:
+        """Names of the parameters, sorted."""
+        return sorted(jax.eval_shape(jax.vmap(self.svi.optim.get_params), state.svi.optim_state))
+
+    def _report(self, state: FitState, record: Record, bar: tqdm.tqdm) -> None:
+        """Show how the last steps went, and warn of starts that failed in them."""
+        failed = np.asarray(state.failed)
+        culprits = ["the loss", *(f"the parameter '{name}'" for name in self._names(state))]
+        for i in np.flatnonzero(record.nan.any(1)):
+            step, where = record.failed_at[i], ", ".join(np.array(culprits)[record.nan[i]])
+            if failed.all():
+                raise ValueError(
+                    f"All {len(failed)} starts failed, the last of them in step {step}: NaN came up in {where}. Take a "
+                    "smaller learning rate, clip the gradient (`optax.clip_by_global_norm`), begin elsewhere "
+                    "(`init_loc_fn` of the guide), or skip such steps (`stable_update=True`); "
+                    "`jax.config.update('jax_debug_nans', True)` finds where NaN comes from."
+                )
+            warnings.warn(
+                f"Start {i} of {len(failed)} is dropped: in step {step} NaN came up in {where}. The others go on.",
+                stacklevel=4,
+            )
+        bound = -record.loss[:, ~failed].mean()
+        dropped = f", {failed.sum()} of {len(failed)} starts failed" if failed.any() else ""
+        bar.set_postfix_str(f"bound: {bound:.4f}, power: {record.power[-1].min():.3g}{dropped}", refresh=False)
+
+
+def _where(condition: Array, x: Array, y: Array) -> Array:
+    return jnp.where(condition.reshape(-1, *(1,) * (y.ndim - 1)), x, y)

@@ -1,0 +1,720 @@
+"""`fit`: starts side by side, annealing, progress, NaN, stopping and going on."""
+
+from functools import partial
+import itertools
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+from jax import random
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import numpyro
+from numpyro.contrib.control_flow import scan
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.handlers import block, mask, scale, substitute
+from numpyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    init_to_uniform,
+)
+from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from numpyro.infer.svi import SVIRunResult
+import optax
+import orbax.checkpoint
+import pytest
+
+from helpers import Program, exact_bound, expected_estimate, initial_params, product_of
+from numpyro_vimco import AutoDiscrete, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
+from numpyro_vimco.posterior import steps
+from numpyro_vimco.posterior.annealing import FIRST_POWER, Annealed
+from numpyro_vimco.posterior.starts import automatic_guides, initial_states
+from numpyro_vimco.posterior.steps import FitState
+
+HERE = Path(__file__).parent
+quietly = partial(fit, progress_bar=False)
+X = np.array([0.7, -1.2, 0.4])
+POWER = 0.3
+
+
+# The annealed target.
+
+
+def observe(name, fn, value, power=None):
+    """An observed site, or its tempered density written down by hand."""
+    if power is None:
+        numpyro.sample(name, fn, obs=value)
+    else:
+        numpyro.factor(name, power * fn.log_prob(value))
+
+
+def programs(power=None, subsample_size=3):
+    """Discrete and continuous latents; data under a plate, a scale, a mask, in `scan`, and a factor.
+
+    :param power: of the observed sites, written down by hand; None for a model to be annealed.
+    """
+
+    def model():
+        prior = numpyro.param("prior", 0.2)
+        with numpyro.plate("data", 3, subsample_size=subsample_size) as i:
+            z = numpyro.sample("z", dist.Bernoulli(logits=prior))
+            c = numpyro.sample("c", dist.Normal(z, 1.0))
+            observe("x", dist.Normal(c, 1.0), jnp.asarray(X)[i], power)
+            with scale(scale=0.6), mask(mask=jnp.asarray(X)[i] > 0):
+                observe("y", dist.Poisson(jnp.exp(c)), np.array(2), power)
+
+    def guide():
+        slope, width = numpyro.param("slope", 0.6), numpyro.param("width", 0.8, constraint=constraints.positive)
+        with numpyro.plate("data", 3, subsample_size=subsample_size) as i:
+            z = numpyro.sample("z", dist.Bernoulli(logits=slope * jnp.asarray(X)[i]))
+            numpyro.sample("c", dist.Normal(0.2 * z, width))
+
+    return model, guide
+
+
+def global_programs(power=None, discrete=True):
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(logits=0.2)) if discrete else 0.5
+        c = numpyro.sample("c", dist.Normal(numpyro.param("prior", 0.3) * z, 1.0))
+        numpyro.factor("tilt", -0.4 * c**2 * (1 if power is None else power))
+        if power is None:
+            scan(lambda _, x: (0, numpyro.sample("x", dist.Normal(c, 1.0), obs=x)), 0, X)
+        else:
+            numpyro.factor("x", power * dist.Normal(c, 1.0).log_prob(X).sum())
+
+    def guide():
+        z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1))) if discrete else 0.5
+        numpyro.sample("c", dist.Normal(numpyro.param("loc", 0.2) * z, 0.9))
+        numpyro.factor("of_guide", 0.3 * numpyro.param("loc", 0.2))  # no site of the model: it counts in full
+
+    return model, guide
+
+
+continuous_programs = partial(global_programs, discrete=False)
+CASES = {
+    "VIMCOStar, subsampled": (VIMCOStar(0.5, 3), partial(programs, subsample_size=2)),
+    "VIMCOStar, scan and factor": (VIMCOStar(0.5, 3), global_programs),
+    "ReweightedWakeSleep": (ReweightedWakeSleep(3), programs),
+    "RenyiELBO, subsampled": (RenyiELBO(0.0, 3), partial(programs, subsample_size=2)),
+    "TraceMeanField_ELBO": (TraceMeanField_ELBO(3), continuous_programs),
+    "TraceGraph_ELBO": (TraceGraph_ELBO(3), programs),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_annealed_objective_is_that_of_the_tempered_model(case, x64):
+    """Loss and gradient are those of a model that has its tempered densities written down; same keys."""
+    objective, make = CASES[case]
+    model, guide = make()
+    params = {**initial_params(model), **initial_params(guide)}
+
+    @partial(jax.jit, static_argnums=0)
+    @partial(jax.value_and_grad, argnums=1)
+    def loss(make_model, params, power):
+        return objective.loss(random.key(1), params, make_model(power), guide)
+
+    def annealed(power):
+        return Annealed(model, power)
+
+    expected = loss(lambda power: make(power)[0], params, POWER)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9), loss(annealed, params, POWER), expected)
+    assert abs(loss(annealed, params, 1.0)[0] - expected[0]) > 0.1
+
+
+def test_power_is_inside_of_the_sum_over_an_enumerated_latent(x64):
+    def model():
+        c = numpyro.sample("c", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", 3):
+            z = numpyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            numpyro.sample("x", dist.Normal(2.0 * z + c, 1.0), obs=X)
+
+    def summed():
+        c = numpyro.sample("c", dist.Normal(0.0, 1.0))
+        likelihood = POWER * dist.Normal(2.0 * np.array([[0], [1]]) + c, 1.0).log_prob(X)
+        numpyro.factor("x", logsumexp(jnp.log(np.array([[0.7], [0.3]])) + likelihood, axis=0).sum())
+
+    def guide():
+        numpyro.sample("c", dist.Normal(numpyro.param("loc", 0.3), 1.0))
+
+    def loss(objective, model):
+        return objective.loss(random.key(0), {"loc": 0.1}, model, guide)
+
+    annealed = jax.jit(lambda power: loss(TraceEnum_ELBO(), Annealed(model, power)))(POWER)
+    np.testing.assert_allclose(annealed, loss(Trace_ELBO(), summed), rtol=1e-9)
+
+
+def log_bernoulli(logits, value):
+    return value * logits - jnp.logaddexp(0.0, logits)
+
+
+def log_normal(loc, x):
+    return -0.5 * (x - loc) ** 2 - 0.5 * np.log(2 * np.pi)
+
+
+def test_annealed_bound_by_enumeration(x64):
+    """All outcomes of two particles: mean loss and gradient are exactly those of the tempered target's bound."""
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("prior", 0.2)))
+            numpyro.sample("x", dist.Normal(1.1 * z, 1.0), obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("slope", 0.6) * x))
+
+    params = {"prior": 0.2, "slope": 0.6}
+    outcomes = {"z": jnp.array(list(itertools.product([0, 1], repeat=2)))}
+    annealed = Program(Annealed(partial(model, X[:2]), POWER), partial(guide, X[:2]), outcomes)
+    make = lambda vectorize: VIMCOStar(0.5, 2, vectorize)  # noqa: E731
+    found = jax.jit(lambda params: expected_estimate(make, annealed, params, 2))(params)
+
+    def bound_of_element(params, x):
+        def model():
+            z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("prior", 0.2)))
+            numpyro.factor("x", POWER * log_normal(1.1 * z, x))
+
+        def guide():
+            numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("slope", 0.6) * x))
+
+        return exact_bound(Program(model, guide, product_of(z=[0, 1])), params, 0.5, 2)
+
+    expected = jax.jit(jax.value_and_grad(lambda params: sum(bound_of_element(params, x) for x in X[:2])))(params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
+
+
+def test_annealed_bound_of_joint_latents_by_enumeration(x64):
+    def model(power=None):
+        z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("prior", 0.2)))
+        y = numpyro.sample("y", dist.Bernoulli(logits=z - 0.5))
+        observe("x", dist.Normal(z + 0.5 * y, 1.0), 1.3, power)
+
+    def guide():
+        z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("z_logits", 0.1)))
+        numpyro.sample("y", dist.Bernoulli(logits=numpyro.param("y_logits", 0.2) * z))
+
+    params, outcomes = {"prior": 0.2, "z_logits": 0.1, "y_logits": 0.2}, product_of(z=[0, 1], y=[0, 1])
+    annealed = Program(Annealed(model, POWER), guide, outcomes)
+    make = lambda vectorize: VIMCOStar(0.5, 2, vectorize)  # noqa: E731
+    found = jax.jit(lambda params: expected_estimate(make, annealed, params, 2))(params)
+    tempered = Program(partial(model, POWER), guide, outcomes)
+    expected = jax.jit(jax.value_and_grad(lambda params: exact_bound(tempered, params, 0.5, 2)))(params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
+
+
+def test_annealed_bound_with_local_particles_by_enumeration(x64):
+    """All outcomes of 2 global particles with 2 local ones in each of 2 elements."""
+
+    def model():
+        g = numpyro.sample("g", dist.Bernoulli(logits=0.2))
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", dist.Bernoulli(logits=0.8 * g - 0.4))
+            numpyro.sample("x", dist.Normal(1.1 * z, 1.0), obs=X[:2])
+
+    def guide():
+        g = numpyro.sample("g", dist.Bernoulli(logits=numpyro.param("g_logits", 0.1)))
+        with numpyro.plate("data", 2):
+            numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("z_logits", 0.3) + 0.5 * g))
+
+    values = jnp.array(list(itertools.product([0, 1], repeat=5)))
+    outcomes = {"g": values[:, 0], "z": values[:, 1:].reshape(-1, 2, 2)}
+    pairs = jnp.array(list(itertools.product(range(len(values)), repeat=2)))
+    params = {"g_logits": 0.1, "z_logits": 0.3}
+
+    def log_weight(g, z):  # z: (particles, elements)
+        logits = params["z_logits"] + 0.5 * g
+        local = log_bernoulli(0.8 * g - 0.4, z) + POWER * log_normal(1.1 * z, X[:2]) - log_bernoulli(logits, z)
+        log_q = log_bernoulli(params["g_logits"], g)
+        total = log_bernoulli(0.2, g) - log_q + jnp.sum(logsumexp(local, axis=0) - np.log(2))
+        return total, log_q + log_bernoulli(logits, z).sum()
+
+    def estimate(pair):
+        def vectorize(fn, keys):
+            def run(key, outcome):
+                def choose(site):
+                    if site["name"] == "g":
+                        return outcome["g"]
+                    if site["name"] == "z":
+                        return outcome["z"][jax.lax.axis_index("data")]
+
+                with substitute(substitute_fn=choose):
+                    return fn(key)
+
+            return jax.vmap(run)(keys, {name: value[pair] for name, value in outcomes.items()})
+
+        objective = VIMCOStar(0.5, 2, vectorize, plate_particles={"data": 2})
+        return -objective.loss(random.key(0), params, Annealed(model, POWER), guide)
+
+    log_w, log_q = jax.jit(jax.vmap(lambda outcome: log_weight(**outcome)))(outcomes)
+    probability = jnp.exp(log_q[pairs].sum(1))
+    found = probability @ jax.jit(jax.vmap(estimate))(pairs)
+    np.testing.assert_allclose(
+        found, probability @ (2 * (logsumexp(0.5 * log_w[pairs], axis=1) - np.log(2))), rtol=1e-9
+    )
+
+
+# Steps.
+
+
+def switch_model(x, noise=1.0):
+    """Two switches: evidence and posterior are sums over four outcomes."""
+    with numpyro.plate("switch", 2):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", dist.Normal(z.sum(), noise), obs=x)
+
+
+def switch_guide(x, noise=1.0):
+    """Each start begins somewhere else."""
+    logits = numpyro.param("logits", lambda key: random.normal(key, (2,)))
+    with numpyro.plate("switch", 2):
+        numpyro.sample("z", dist.Bernoulli(logits=logits))
+
+
+def switches(optimiser=None, guide=switch_guide, objective=None, **kwargs):
+    objective = VIMCOStar(0.5, 4) if objective is None else objective
+    return SVI(switch_model, guide, optimiser or optax.adam(0.05), objective, **kwargs)
+
+
+def run(svi, num_steps=30, key=0, **options):
+    return fit(svi, random.key(key), num_steps, X, **{"num_starts": 2, "progress_bar": False, **options})
+
+
+@pytest.fixture(scope="module")
+def result():
+    return run(switches(), 150, num_starts=3)
+
+
+def exact_log_evidence():
+    z = np.array(list(itertools.product([0, 1], repeat=2)))
+    log_p = np.where(z, np.log(0.3), np.log(0.7)).sum(1) + log_normal(z.sum(1)[:, None], X).sum(1)
+    return float(logsumexp(log_p))
+
+
+def test_result(result):
+    assert result.losses.shape == result.power.shape == (3, 150) and not result.failed.any()
+    assert result.params["logits"].shape == (3, 2) and len(np.unique(result.params["logits"])) == 6
+    assert len(np.unique(result.losses[:, 0])) == 3  # keys of their own
+    # Five standard errors: less than once in a million; each is of 4,000 draws.
+    assert (abs(result.log_evidence - exact_log_evidence()) < 5 * result.log_evidence_std_error + 1e-6).all()
+    assert (result.log_evidence_std_error < 0.05).all()
+    assert (abs(-result.losses[:, -50:].mean(1) - exact_log_evidence()) < 0.2).all()
+
+
+def test_best_is_a_result_of_svi(result):
+    best, index = result.best, int(np.argmax(result.log_evidence))
+    assert type(best) is SVIRunResult
+    np.testing.assert_array_equal(best.losses, result.losses[index])
+    np.testing.assert_array_equal(best.params["logits"], result.params["logits"][index])
+    svi = switches()
+    svi.init(random.key(5), X)
+    svi.run(random.key(0), 1, X, init_state=best.state, progress_bar=False)
+    diagnostics = importance_diagnostics(svi, best, model_args=(X,), rng_key=random.key(1), num_samples=400)
+    assert diagnostics.log_evidence > exact_log_evidence() - 0.1
+
+
+def test_power_rises_geometrically_over_half_of_the_steps(result):
+    power = result.power
+    np.testing.assert_allclose(power[:, 0], FIRST_POWER, rtol=1e-5)
+    np.testing.assert_allclose(power[:, 1:75] / power[:, :74], FIRST_POWER ** (-1 / 75), rtol=1e-3)
+    assert (power[:, 75:] == 1).all() and (power[:, 74] < 1).all()
+
+
+def test_starts_may_differ_in_their_power():
+    shares = run(switches(), 20, anneal=(0, 0.5, 1), num_starts=3)
+    assert (shares.power[0] == 1).all()
+    assert (shares.power[1] < 1).sum() == 10 and (shares.power[2] < 1).all()
+    schedule = run(switches(), 20, anneal=lambda step: jnp.array([1e-6, 1.0]) * (1 + step))
+    np.testing.assert_allclose(schedule.power, np.array([[1e-6], [1.0]]) * (1 + np.arange(20)), rtol=1e-6)
+    assert (abs(schedule.losses[0]) < 3).all() and (schedule.losses[1] > 3).all()  # the second's data count
+
+
+def test_power_is_an_argument_of_one_compiled_program():
+    traces = []
+
+    def model(x):
+        traces.append(None)
+        switch_model(x)
+
+    def count(num_steps, anneal):
+        traces.clear()
+        svi = SVI(model, switch_guide, optax.adam(0.05), VIMCOStar(0.5, 4))
+        quietly(svi, random.key(0), num_steps, X, anneal=anneal, num_starts=1)
+        return len(traces)
+
+    assert count(250, 0.5) == count(1, 0) == count(250, optax.linear_schedule(0.1, 1.0, 100))
+
+
+def test_steps_are_those_of_svi_without_annealing():
+    """From the same state, with the same keys."""
+    result = run(switches(), 12, anneal=0)
+    svi = switches()
+    state = run(svi, 0).state.svi
+    for i in range(2):
+        alone = svi.run(
+            random.key(9), 12, X, init_state=jax.tree.map(lambda leaf, i=i: leaf[i], state), progress_bar=False
+        )
+        np.testing.assert_allclose(alone.losses, result.losses[i], rtol=1e-5)
+        np.testing.assert_allclose(alone.params["logits"], result.params["logits"][i], rtol=1e-4, atol=1e-6)
+
+
+def test_one_start_after_the_other_gives_the_same(result):
+    in_turn = run(switches(), 150, num_starts=3, vectorize_starts=False)
+    np.testing.assert_allclose(in_turn.losses[:, :20], result.losses[:, :20], rtol=1e-4)
+    np.testing.assert_allclose(in_turn.params["logits"], result.params["logits"], rtol=0.02)
+
+
+def temp_size(vectorize_starts):
+    svi = SVI(switch_model, switch_guide, optax.adam(0.05), VIMCOStar(num_particles=512))
+    states = initial_states(svi, random.key(0), 16, (X,), {})
+    state = FitState(states, jnp.array(0), jnp.zeros(16, int), jnp.zeros(16, bool))
+    power = lambda step, _: jnp.ones(16)  # noqa: E731
+    compiled = steps.Steps(svi, (X,), {}, power, False, vectorize_starts, None).compiled(state)
+    return compiled.func.lower(*compiled.args, state, 1).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_one_start_after_the_other_takes_the_memory_of_one():
+    assert temp_size(False) < temp_size(True) / 4
+
+
+def test_two_devices_give_what_one_gives():
+    program = [sys.executable, "tests/devices_of_fit.py"]
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(program, cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "held", done.stderr
+
+
+def test_other_optimisers_and_options_of_svi():
+    begin = {"anneal": 0, "init_params": {"logits": jnp.zeros(2)}, "num_starts": 1}
+    given = run(switches(numpyro.optim.Adam(0.05), noise=2.0), 1, **begin)
+    np.testing.assert_allclose(abs(given.params["logits"]), 0.05, rtol=1e-3)  # Adam's first step
+    passed = run(switches(numpyro.optim.Adam(0.05)), 1, noise=2.0, **begin)
+    np.testing.assert_array_equal(passed.losses, given.losses)
+    objective = VIMCOStar(0.5, 4, lambda fn, xs: jax.vmap(fn)(xs), doubly_reparameterized=False)
+    forward = run(switches(objective=objective), 1, forward_mode_differentiation=True, **begin)
+    backward = run(switches(objective=objective), 1, **begin)
+    np.testing.assert_allclose(forward.params["logits"], backward.params["logits"], rtol=1e-4)
+
+
+def test_minimize():
+    def model():
+        numpyro.sample("x", dist.Normal(numpyro.param("loc", lambda key: random.normal(key)), 1.0), obs=1.5)
+
+    svi = SVI(model, lambda: None, numpyro.optim.Minimize(), Trace_ELBO())
+    result = fit(svi, random.key(0), 1, num_starts=2, anneal=0, progress_bar=False)
+    np.testing.assert_allclose(result.params["loc"], 1.5, atol=1e-3)
+    np.testing.assert_allclose(result.best.params["loc"], 1.5, atol=1e-3)
+
+
+# Where starts begin.
+
+
+def with_closure(model):
+    inner = AutoNormal(model)
+    return lambda *args: inner(*args)
+
+
+def with_list(model):
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(block(model, hide=["c"])))
+    guide.append(AutoDelta(block(model, expose=["c"])))
+    return guide
+
+
+class Holder:
+    def __init__(self, model):
+        self.inner = {"guides": [AutoNormal(model)]}
+
+    def __call__(self, *args):
+        return self.inner["guides"][0](*args)
+
+
+GUIDES = {
+    "AutoNormal": AutoNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "in a closure": with_closure,
+    "AutoGuideList": with_list,
+    "in a handler": lambda model: scale(AutoNormal(model), scale=1.0),
+    "in a partial": lambda model: partial(with_closure(model)),
+    "in an object": Holder,
+}
+
+
+def two_continuous():
+    c = numpyro.sample("c", dist.Normal(0, 1))
+    d = numpyro.sample("d", dist.Normal(c, 1).expand([2]).to_event(1))
+    numpyro.sample("x", dist.Normal(d, 1).to_event(1), obs=X[:2])
+
+
+def locations(params):
+    return np.concatenate([np.reshape(v, (len(v), -1)) for k, v in sorted(params.items()) if k.endswith("loc")], axis=1)
+
+
+@pytest.mark.parametrize("case", GUIDES)
+def test_automatic_guides_begin_where_each_start_does(case):
+    guide = GUIDES[case](two_continuous)
+    svi = SVI(two_continuous, guide, optax.adam(0.05), Trace_ELBO())
+
+    first = locations(jax.vmap(svi.get_params)(initial_states(svi, random.key(0), 3, (), {})))
+    second = locations(jax.vmap(svi.get_params)(initial_states(svi, random.key(1), 3, (), {})))
+    assert first.shape == (3, 3) and len(np.unique(np.concatenate([first, second]))) == 18
+    # The guide itself is as the first of all starts made it.
+    kept = locations(jax.tree.map(lambda leaf: leaf[None], svi.get_params(svi.init(random.key(7)))))
+    np.testing.assert_allclose(kept[0], first[0], rtol=1e-5)
+
+
+def tracers(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.core.Tracer)]
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_mixed_guides_begin_where_each_start_does(conditional):
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        c = numpyro.sample("c", dist.Normal(z, 1.0))
+        numpyro.sample("x", dist.Normal(c, 1.0), obs=1.0)
+
+    guide = AutoMixed(model, conditional=conditional, init_loc_fn=init_to_uniform)
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
+    starts = fit(svi, random.key(0), 0, num_starts=3, progress_bar=False).params
+    result = fit(svi, random.key(0), 3, num_starts=3, progress_bar=False)
+    for name in ("c_auto_loc", "z_auto_logits"):
+        assert len(np.unique(starts[name])) == 3
+    for part in automatic_guides(guide):
+        assert part.prototype_trace is not None and not tracers({k: v for k, v in vars(part).items() if k != "_parts"})
+    guide.sample_posterior(random.key(1), result.best.params)
+    assert len(automatic_guides(guide)) == 3
+
+
+def test_guide_is_as_before_if_a_start_cannot_begin():
+    guide = AutoDiscrete(two_continuous)
+    svi = SVI(two_continuous, guide, optax.adam(0.05), VIMCOStar())
+    with pytest.raises(ValueError, match="no discrete latent"):
+        fit(svi, random.key(0), 3)
+    assert guide.prototype_trace is None and not guide.families
+
+
+# NaN.
+
+
+def edge_model(cliff):
+    numpyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def edge_guide(cliff):
+    """The density is NaN at a location below the cliff, and falls towards it by one in each step."""
+    loc = numpyro.param("loc", lambda key: random.uniform(key) * 6)
+    fine = numpyro.param("fine", 0.5)
+    numpyro.factor("slope", loc + 0.0 * jnp.sqrt(loc - cliff))
+    numpyro.sample("z", dist.Normal(fine, 1.0))
+
+
+def edge(**options):
+    svi = SVI(edge_model, edge_guide, optax.sgd(1.0), Trace_ELBO())
+    return lambda cliff: fit(svi, random.key(0), 8, cliff, num_starts=3, anneal=0, progress_bar=False, **options)
+
+
+def test_start_with_nan_is_dropped_with_a_warning():
+    locations = np.sort(np.asarray(edge(stable_update=True)(-100.0).params["loc"]))
+    cliff = float(locations[:2].mean())  # one start of three gets below it
+    with pytest.warns(
+        UserWarning, match="Start . of 3 is dropped: in step . NaN came up in the loss, .*'loc'"
+    ) as caught:
+        result = edge()(cliff)
+    assert "'fine'" not in str(caught[0].message)
+    assert len(caught) == 1 and result.failed.sum() == 1
+    dropped = int(np.argmax(result.failed))
+    assert np.isnan(result.losses[dropped]).any() and np.isfinite(result.losses[~result.failed]).all()
+    assert np.isnan(result.log_evidence[dropped]) and np.isfinite(result.log_evidence[~result.failed]).all()
+    assert np.isfinite(result.params["loc"]).all()
+    assert result.best.params["loc"] in result.params["loc"][~result.failed]
+
+
+def test_all_starts_with_nan_are_an_error():
+    with pytest.raises(ValueError, match=r"All 3 starts failed, the last of them in step .: NaN came up in .*loc"):
+        edge()(7.0)
+
+
+def test_stable_update_skips_steps_with_nan():
+    with pytest.warns(
+        UserWarning,
+        match="start . cannot be estimated: of 4,000 draws of its guide, 4,000 have a NaN",
+    ):
+        result = edge(stable_update=True)(-2.0)
+    assert not result.failed.any() and np.isnan(result.losses).any() and np.isfinite(result.params["loc"]).all()
+
+
+def test_infinite_loss_is_no_nan():
+    """All particles have weight zero until a start finds what the data allow."""
+
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.5).expand([6]).to_event(1))
+        numpyro.factor("all", jnp.where(z.sum() == 6, 0.0, -jnp.inf))
+
+    def guide():
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(6))).to_event(1))
+
+    result = fit(
+        SVI(model, guide, optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 60, num_starts=2, progress_bar=False
+    )
+    assert np.isinf(result.losses).any() and not result.failed.any()
+    assert result.params["logits"].max() > 0.1
+
+
+# Stopping, and going on.
+
+
+class Interrupting(steps.tqdm.tqdm):
+    """Ctrl-C while a chunk of steps is shown."""
+
+    looks = 0
+
+    def update(self, n=1):
+        Interrupting.looks += 1
+        if Interrupting.looks == 4:
+            raise KeyboardInterrupt
+        return super().update(n)
+
+
+def test_interrupted_fit_keeps_what_there_is_and_goes_on(monkeypatch, tmp_path):
+    """Saved and loaded by Orbax on the way; all that follows is bit for bit that of a fit in one piece."""
+    whole = run(switches(), 60)
+    monkeypatch.setattr(steps.tqdm, "tqdm", Interrupting)
+    with pytest.warns(UserWarning, match=r"Interrupted after \d+ of 60 steps"):
+        part = run(switches(), 60)
+    taken = part.losses.shape[1]
+    assert 4 <= taken < 30 and part.state.step == taken and np.isfinite(part.log_evidence).all()
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", part.state)
+    jax.clear_caches()
+    svi = switches()
+    target = run(svi, 0, key=5).state
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(tmp_path / "state", target)
+    rest = run(svi, 60 - taken, init_state=state, num_starts=7)
+    np.testing.assert_array_equal(np.concatenate([part.losses, rest.losses], 1), whole.losses)
+    np.testing.assert_array_equal(np.concatenate([part.power, rest.power], 1), whole.power)
+    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(rest.params)):
+        np.testing.assert_array_equal(one, other)
+    assert rest.state.step == 60 and (rest.log_evidence == whole.log_evidence).all()
+    assert (random.key_data(rest.state.svi.rng_key) == random.key_data(whole.state.svi.rng_key)).all()
+
+
+def test_schedule_of_your_own_goes_on_by_the_step():
+    schedule = optax.linear_schedule(0.1, 1.0, 20)
+    whole = run(switches(), 30, anneal=schedule)
+    part = run(switches(), 12, anneal=schedule)
+    rest = run(switches(), 18, anneal=schedule, init_state=part.state)  # this SVI has not been initialised
+    np.testing.assert_array_equal(np.concatenate([part.losses, rest.losses], 1), whole.losses)
+    with pytest.raises(ValueError, match=r"`anneal` is 0.5, but `init_state` is of a fit whose power was a function"):
+        run(switches(), 18, init_state=part.state)
+
+
+def test_interruption_before_the_first_step_is_one(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps.Steps, "_chunk", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(switches())
+
+
+def test_progress_bar_shows_bound_power_and_failures(capsys):
+    with pytest.warns(UserWarning, match="is dropped"):
+        edge_svi = SVI(edge_model, edge_guide, optax.sgd(1.0), Trace_ELBO())
+        fit(edge_svi, random.key(0), 8, -5.0, num_starts=3, anneal=0)
+    shown = capsys.readouterr().err
+    assert "8/8" in shown and "bound: " in shown and "power: 1" in shown and "of 3 starts failed" in shown
+    run(switches(), 5)
+    assert capsys.readouterr().err == ""
+
+
+# What there is to know, and errors.
+
+
+def test_log_evidence_of_a_subsample_is_unknown():
+    model, guide = programs(subsample_size=2)
+    result = fit(
+        SVI(model, guide, optax.adam(0.05), VIMCOStar(1.0, 4)), random.key(0), 20, num_starts=2, progress_bar=False
+    )
+    assert np.isnan(result.log_evidence).all()
+    best = int(np.argmin(result.losses[:, -2:].mean(1)))
+    np.testing.assert_array_equal(result.best.losses, result.losses[best])
+
+
+def test_mutable_state_of_numpyros_objectives():
+    def model(x):
+        count = numpyro.primitives.mutable("count", {"steps": jnp.zeros(())})
+        count["steps"] = count["steps"] + 1
+        numpyro.sample("c", dist.Normal(0, 1))
+
+    def guide(x):
+        numpyro.sample("c", dist.Normal(numpyro.param("loc", 0.0), 1.0))
+
+    svi = SVI(model, guide, optax.adam(0.05), Trace_ELBO())
+    with pytest.warns(UserWarning, match="The log evidence cannot be estimated. Mutable state"):
+        result = fit(svi, random.key(0), 5, X, num_starts=1, progress_bar=False)
+    assert result.state.svi.mutable_state["count"]["steps"].shape == (1,)
+    assert result.best.state.mutable_state["count"]["steps"] >= 5
+
+
+def test_start_without_a_log_evidence():
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.factor("never", -jnp.inf * (1 + z))
+
+    def guide():
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1)))
+
+    with pytest.warns(
+        UserWarning,
+        match="of 4,000 draws of its guide, 0 have a NaN weight, and 4,000 the weight zero",
+    ):
+        result = fit(
+            SVI(model, guide, optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 2, num_starts=1, progress_bar=False
+        )
+    assert np.isnan(result.log_evidence).all() and result.best.losses.shape == (2,)
+
+
+class Spread(NamedSharding):
+    """Over 4 devices that are not there: only the arithmetic of shapes."""
+
+    num_devices = 4
+
+    def shard_shape(self, shape):
+        return (shape[0] // 4,)
+
+
+SPREAD = Spread(Mesh(np.array(jax.devices()[:1]), ("starts",)), PartitionSpec("starts"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_steps": -1}, "`num_steps` is -1, but must be an integer of at least 0: so many steps are taken"),
+        ({"num_starts": 0}, "`num_starts` is 0, but must be an integer of at least 1: so many fits run side by side"),
+        ({"key": 1}, "`rng_key` is 1"),
+        ({"anneal": 1.2}, r"`anneal` is 1.2, but must be a share of the steps, in \[0, 1\], or 2 of them"),
+        ({"anneal": (0.5, 0.5, 0)}, "`anneal` is .*, or 2 of them"),
+        ({"anneal": "slow"}, "`anneal` is 'slow'"),
+        ({"anneal": lambda step: step / 10}, "`anneal` gives the power 0.0 at step 0"),
+        ({"anneal": lambda step: 1 / (4.0 - step)}, "`anneal` gives the power inf at step 4"),
+        ({"init_state": (1, 2)}, "`init_state` is of type tuple, but must be the `state` of what `fit` returned"),
+        ({"start_sharding": "starts"}, "`start_sharding` is 'starts', but must be a `jax.sharding.Sharding`"),
+        ({"start_sharding": SPREAD}, "`start_sharding` spreads starts over 4 devices, but there are 2 starts"),
+    ],
+)
+def test_errors(options, message):
+    options = dict(options)
+    key, num_steps = options.pop("key", random.key(0)), options.pop("num_steps", 30)
+    with pytest.raises(ValueError, match=message):
+        fit(switches(), key, num_steps, X, **{"num_starts": 2, "progress_bar": False, **options})
