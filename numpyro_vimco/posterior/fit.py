@@ -20,10 +20,10 @@ from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.posterior.annealing import geometric
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.proposals import _program as program_of
-from numpyro_vimco.posterior.proposals import log_evidence
+from numpyro_vimco.posterior.proposals import program_of
 from numpyro_vimco.posterior.starts import initial_states
 from numpyro_vimco.posterior.steps import FitState, Steps
+from numpyro_vimco.posterior.weights import log_mean
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_latent_site
 
@@ -258,7 +258,7 @@ def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tu
             )
             continue
         relative = np.exp(log_weight - log_weight.max(0))
-        estimates[i] = log_evidence(log_weight).sum()
+        estimates[i] = log_mean(log_weight).sum()
         errors[i] = np.sqrt(np.sum(relative.var(0, ddof=1) / EVIDENCE_DRAWS / relative.mean(0) ** 2))
     return estimates, errors
 
