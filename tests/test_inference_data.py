@@ -622,6 +622,13 @@ def test_errors(fitted):
         convert(SVIRunResult(wrong, result.state, result.losses))
 
 
+def test_error_for_a_parameter_that_is_nan(fitted):
+    svi, result = fitted
+    params = {**result.params, "z_auto_logits": result.params["z_auto_logits"].at[1].set(jnp.nan)}
+    with pytest.raises(ValueError, match="guide's parameter 'z_auto_logits' is NaN: the fit broke down"):
+        to_arviz(svi, params, model_args=(X,), rng_key=random.key(0))
+
+
 def test_error_without_latents():
     def model(x):
         numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1.0), obs=x)

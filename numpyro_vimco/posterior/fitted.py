@@ -160,7 +160,7 @@ def _check_data(model_trace: Trace, observed: Mapping[str, Observed]) -> None:
 def _check_params(program: str, declared: Trace, params: Mapping) -> None:
     """Raise unless the parameters are those that a model or a guide declares.
 
-    :raises ValueError: for a parameter that is missing or has another shape.
+    :raises ValueError: for a parameter that is missing, has another shape, or is NaN.
     """
     for name, site in declared.items():
         if site["type"] != "param":
@@ -176,6 +176,17 @@ def _check_params(program: str, declared: Trace, params: Mapping) -> None:
                 f"The {program}'s parameter '{name}' has shape {expected}, but {given} was given. Pass the result of "
                 "its own fit, and the model arguments that it was fitted with."
             )
+        if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(params[name]) if _is_float(leaf)):
+            raise ValueError(
+                f"The {program}'s parameter '{name}' is NaN: the fit broke down. Often the model computes something of "
+                "infinite derivative before a distribution, such as `jnp.log(z)` where z can be 0: write "
+                "`jnp.log(jnp.where(z > 0, z, 1))`, and let a mask or a factor say what is impossible. Else take a "
+                "smaller learning rate, or skip such steps (`stable_update=True`)."
+            )
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _check_not_subsampled(tr: Trace) -> None:
