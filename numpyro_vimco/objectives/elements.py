@@ -11,6 +11,7 @@ coupling that is zero at the start of a fit): diagnostics check again, at the fi
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,8 @@ def may_be_dependent(program: Program, params: dict[str, Any], rng_key: Array) -
 def check_elements(program: Program, params: dict[str, Any]) -> None:
     """Raise for elements that have weights of their own and are not independent; at concrete values.
 
+    Where the model holds values that are traced (an annealed likelihood), there is nothing to see.
+
     :raises ValueError: naming the plate, or the masked latent, and a site.
     """
     draw_key, evaluation_key = split(jax.random.key(0))
@@ -72,12 +75,15 @@ def check_elements(program: Program, params: dict[str, Any]) -> None:
         masks = {name: mask[0] for name, mask in sites.masks.items() if mask is not None and name in drawn_sites}
         return {site["name"]: site["value"] for site in drawn}, masks
 
-    drawn, masks = _quick(jax.vmap(draw), split(draw_key, 2 * PAIRS))
+    found = _quick(jax.vmap(draw), split(draw_key, 2 * PAIRS))
+    if found is None:
+        return
+    drawn, masks = found
     first, second = ({name: value[i::2] for name, value in drawn.items()} for i in (0, 1))
 
     def densities(level: str | None, *particles: Values) -> list[Sums]:
         fn = jax.vmap(lambda values: _densities(program.sites(params, evaluation_key, values), level, program))
-        found = _quick(fn, jax.tree.map(lambda *parts: jnp.concatenate(parts), *particles))
+        found: Sums = _quick(fn, jax.tree.map(lambda *parts: jnp.concatenate(parts), *particles)) or {}
         return [{k: found[k].part(slice(i * PAIRS, (i + 1) * PAIRS)) for k in found} for i in range(len(particles))]
 
     for level in (None, *program.plate_particles):
@@ -102,9 +108,13 @@ def check_elements(program: Program, params: dict[str, Any]) -> None:
 
 
 def _quick(fn: Callable, argument: Any) -> Any:
-    """``fn(argument)``, compiled with little optimization: it runs once."""
+    """``fn(argument)``, compiled with little optimization, as it runs once; None if ``fn`` holds traced values."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(argument)
+    if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+        return None
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(fn, compiler_options=options)(argument)
+    run = jax.jit(partial(jax.core.eval_jaxpr, closed.jaxpr, closed.consts), compiler_options=options)
+    return jax.tree.unflatten(jax.tree.structure(shapes), run(*jax.tree.leaves(argument)))
 
 
 class _Site(NamedTuple):
