@@ -20,7 +20,7 @@ from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior import weights
 from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.log_likelihoods import find_elements, log_likelihood_of
+from numpyro_vimco.posterior.log_likelihoods import find_elements, local_evidence
 from numpyro_vimco.posterior.observed import imputed_name, observed_sites, whole
 from numpyro_vimco.posterior.proposals import Proposals, plate_names, propose, squeezed, take
 from numpyro_vimco.randomness import split, split_by_name
@@ -53,8 +53,9 @@ def to_arviz(
     is resampled by itself; elements of a plate of ``plate_particles`` choose among their local particles first.
     Resampled draws repeat: their ESS as a chain means nothing, what counts is the attribute ``ess``.
 
-    All latents of ``num_proposals`` draws are held in memory, and one value for each datum and draw for each of the
-    groups posterior predictive and log-likelihood: 4 GB each for 1,000 draws of a million data.
+    All latents of ``num_proposals`` draws are held in memory with three densities for each element of plates that are
+    common to all sites, and one value for each datum and draw for each of the groups posterior predictive and
+    log-likelihood: 4 GB each for 1,000 draws of a million data.
 
     :param SVI svi: the inference object of the fit; with any objective.
     :param svi_result: what ``svi.run`` returned, a state of ``svi.update``, or a dict of parameters.
@@ -165,12 +166,15 @@ def _draw(
 
     keys = split_by_name(rng_key, ("proposals", "resampling", "posterior", "elements", "prior"))
     drawn = propose(fit, keys["proposals"], num_proposals, progress("proposals"))
-    latents, stats, attributes = _weighed(drawn, fit, keys["resampling"], num_samples if resample else None)
-    shared = drawn.structure.dims
-    stats = {name: squeezed(value, shared, drawn.structure) for name, value in stats.items()}
-    dims = dict.fromkeys(stats, plate_names(fit, shared))
+    structure = drawn.structure
+    latents, stats, log_evidence, attributes = _weighed(
+        drawn, fit, keys["resampling"], num_samples if resample else None
+    )
+    del drawn  # it is large
+    stats = {name: squeezed(value, structure.dims, structure) for name, value in stats.items()}
+    dims = dict.fromkeys(stats, plate_names(fit, structure.dims))
 
-    elements, averaged = find_elements(fit, drawn.structure) if "log_likelihood" in groups else ([], set())
+    elements, averaged = find_elements(fit, structure) if "log_likelihood" in groups else ([], set())
     given_latents = {
         "log_likelihood": set(fit.observed) - averaged if "log_likelihood" in groups else set(),
         "log_likelihood_given_latents": set(fit.observed) if "log_likelihood_given_latents" in groups else set(),
@@ -180,8 +184,11 @@ def _draw(
     found = in_chunks(follow, fit.chunk_size(), samples, latents, progress=progress("posterior"))
     found["sample_stats"] = stats
     for about, key in zip(elements, split(keys["elements"], max(len(elements), 1))):
-        values = log_likelihood_of(about, fit, key, drawn, latents, progress(f"log-likelihood of {about.name}"))
-        found["log_likelihood"][about.name] = values
+        if about.plate is None:
+            values = np.repeat(squeezed(log_evidence, structure.dims, structure)[None], num_samples, axis=0)
+        else:
+            values = local_evidence(about.plate, fit, key, latents, progress(f"log-likelihood of {about.name}"))
+        found["log_likelihood"][about.name] = np.where(about.present, values, np.nan)
         dims[about.name] = about.dims
     if "prior" in groups:
         samples = split(keys["prior"], num_samples)
@@ -192,21 +199,26 @@ def _draw(
 
 def _weighed(
     drawn: Proposals, fit: Fitted, rng_key: Array, num_samples: int | None
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, float]]:
-    """Latents and log-weights of draws, resampled unless ``num_samples`` is None, and how good the weights were."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+    """Latents and log-weights of draws, resampled unless ``num_samples`` is None; and what the weights say.
+
+    :return: latents, log-densities and log-weights, the log evidence of each element, and how good the weights were.
+    """
+    shape = drawn.log_weight.shape[1:]
     flat = drawn.log_weight.reshape(len(drawn.log_weight), -1)
     smoothed, k = weights.pareto_smooth(flat)
+    log_evidence = weights.of_elements(weights.log_mean, flat)
     attributes = {
-        "log_evidence": float(weights.log_mean(flat.astype(float)).sum()),
+        "log_evidence": float(log_evidence.sum()),
         "pareto_k": float(k.max()),
-        "ess": float(weights.effective_sample_size(smoothed.astype(float)).min()),
+        "ess": float(weights.of_elements(weights.effective_sample_size, smoothed).min()),
     }
     latents, stats = drawn.values, {"log_weight": drawn.log_weight, "log_p": drawn.log_p, "log_q": drawn.log_q}
     if num_samples is not None:
-        index = weights.resample(rng_key, smoothed, num_samples).reshape(num_samples, *drawn.log_weight.shape[1:])
+        index = weights.resample(rng_key, smoothed, num_samples).reshape(num_samples, *shape)
         latents = {name: take(value, index, fit.model_trace[name]["fn"].event_dim) for name, value in latents.items()}
         stats = {name: take(value, index) for name, value in stats.items()}
-    return latents, stats, attributes
+    return latents, stats, log_evidence.reshape(shape).astype(np.float32), attributes
 
 
 def _follow(fit: Fitted, predict: bool, likelihoods: Mapping[str, Collection[str]]) -> Callable:

@@ -29,14 +29,12 @@ from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.observed import imputed_name
 from numpyro_vimco.posterior.proposals import (
-    Proposals,
     can_have_particles,
     plate_names,
     program_of,
     squeezed,
     structure_of,
 )
-from numpyro_vimco.posterior.weights import log_mean
 from numpyro_vimco.randomness import SeedLevels, split
 from numpyro_vimco.sites import is_latent_site, sample_sites
 
@@ -139,39 +137,20 @@ def _draws_its_latents(fit: Fitted, plate: str) -> bool:
     return all("inside" in sources for sources in dependence(values, keys).values())
 
 
-def log_likelihood_of(
-    elements: Elements,
-    fit: Fitted,
-    rng_key: Array,
-    drawn: Proposals,
-    latents: dict[str, np.ndarray],
-    progress: str | None,
+def local_evidence(
+    plate: str, fit: Fitted, rng_key: Array, latents: dict[str, np.ndarray], progress: str | None
 ) -> np.ndarray:
-    """Log-likelihood of each element at each posterior draw, in nats, NaN where it has no data.
+    """Log-evidence of each element of a plate given what is outside of it, in nats.
 
-    :param drawn: draws of the guide.
     :param latents: draws of the posterior.
-    :return: of shape ``(draws, *elements.dims)``.
+    :return: of shape ``(draws, *plates)``, with the plates of :func:`find_elements`.
     """
     num_samples = len(next(iter(latents.values())))
-    if elements.plate is None:
-        shape = drawn.log_weight.shape
-        mean = log_mean(drawn.log_weight.reshape(shape[0], -1).astype(float)).reshape(1, *shape[1:])
-        values = squeezed(mean, drawn.structure.dims, drawn.structure).astype(np.float32)
-        values = np.repeat(values, num_samples, axis=0)
-    else:
-        at_once = int(np.clip(fit.num_at_a_time(), 2, LOCAL_PARTICLES))
-        outside = {
-            name: value for name, value in latents.items() if elements.plate not in _stack(fit.model_trace[name])
-        }
-        values = in_chunks(
-            _local_evidence(elements.plate, fit, at_once),
-            fit.num_at_a_time(at_once),
-            split(rng_key, num_samples),
-            outside,
-            progress=progress,
-        )
-    return values if elements.present.all() else np.where(elements.present, values, np.nan)
+    at_once = int(np.clip(fit.num_at_a_time(), 2, LOCAL_PARTICLES))
+    outside = {name: value for name, value in latents.items() if plate not in _stack(fit.model_trace[name])}
+    evidence = _local_evidence(plate, fit, at_once)
+    keys = split(rng_key, num_samples)
+    return in_chunks(evidence, fit.num_at_a_time(at_once), keys, outside, progress=progress)
 
 
 def _local_evidence(plate: str, fit: Fitted, at_once: int):

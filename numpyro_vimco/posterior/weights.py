@@ -7,6 +7,7 @@ Log-weights are in nats, of shape ``(draws, elements)``: an element is what has 
 them all but the caller: :class:`WeightStream` holds, for each element, its largest weights and sums of the others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jax import random
@@ -281,8 +282,14 @@ def pareto_smooth(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def effective_sample_size(log_weight: np.ndarray) -> np.ndarray:
-    """1 / Σ W² of each element, with W the normalized weights: of shape ``(elements,)``."""
+    """1 / Σ W² of each element, with W the normalized weights, without the leading axis of draws."""
     return np.exp(2 * logsumexp(log_weight, axis=0) - logsumexp(2 * log_weight, axis=0))
+
+
+def of_elements(fn: Callable[[np.ndarray], np.ndarray], log_weight: np.ndarray) -> np.ndarray:
+    """A function of log-weights of shape ``(draws, elements)``, in double precision, some elements at a time."""
+    begins = range(0, log_weight.shape[1], ELEMENTS)
+    return np.concatenate([fn(log_weight[:, begin : begin + ELEMENTS].astype(float)) for begin in begins])
 
 
 def resample(rng_key: Array, log_weight: np.ndarray, num_samples: int) -> np.ndarray:
