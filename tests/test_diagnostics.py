@@ -1,5 +1,7 @@
 """Diagnostics: right on toys, honest about bad fits, in agreement with ArviZ and NumPyro."""
 
+from functools import partial
+
 import jax
 from jax import random
 import jax.numpy as jnp
@@ -9,10 +11,11 @@ import numpyro
 import numpyro.distributions as dist
 import numpyro.infer
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.infer.svi import SVIRunResult
 import optax
 import pytest
+from scipy.special import logsumexp
 
 from helpers import ScoreNormal, arviz_psislw
 from numpyro_vimco import (
@@ -25,6 +28,8 @@ from numpyro_vimco import (
     importance_diagnostics,
     plots,
 )
+from numpyro_vimco.posterior.diagnostics import _reading
+from numpyro_vimco.posterior.weights import WeightStream, pareto_smooth
 
 matplotlib.use("agg")
 X = jnp.array([0.5, 1.0, -1.0])
@@ -73,10 +78,9 @@ def test_good_fit():
 
 def test_ess_and_k_are_those_of_arviz():
     found = importance_diagnostics(SVI_GAUSSIAN, at(scale=jnp.array(0.55)), model_args=(X,), rng_key=random.key(0))
-    log_weight = found.log_weight.ravel()
-    smoothed, k = arviz_psislw(log_weight)
-    np.testing.assert_allclose(found.pareto_k.ravel(), k)
-    np.testing.assert_allclose(found.ess.ravel(), 1 / np.sum(np.exp(smoothed) ** 2))
+    smoothed, k = arviz_psislw(found.log_weight)
+    np.testing.assert_allclose(found.pareto_k, k)
+    np.testing.assert_allclose(found.ess, 1 / np.sum(np.exp(smoothed) ** 2))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +207,180 @@ def test_errors_of_gradient_snr():
         gradient_snr(SVI_GAUSSIAN, {"loc": X}, model_args=(X,), rng_key=random.key(0))
     with pytest.raises(ValueError, match="do not fit `gaussian`: missing a required argument: 'x'"):
         gradient_snr(SVI_GAUSSIAN, at().params, rng_key=random.key(0))
+
+
+# Weights and readings.
+
+
+def choice(model_probability, guide_probability):
+    """A Bernoulli latent without data, whose weights take two values; known exactly."""
+
+    def model():
+        numpyro.sample("z", dist.Bernoulli(model_probability))
+        numpyro.sample("x", dist.Normal(0, 1), obs=0.0)
+
+    def guide():
+        numpyro.sample("z", dist.Bernoulli(numpyro.param("p", guide_probability)))
+
+    return SVI(model, guide, optax.adam(0.01), VIMCOStar()), {"p": jnp.array(guide_probability)}
+
+
+def test_a_tail_that_holds_next_to_no_weight_is_no_danger():
+    # 10,000 draws have about three with z = 1, each 10% above a tied rest.
+    svi, params = choice(0.00033, 0.00030)
+    for seed in range(8):
+        found = importance_diagnostics(svi, params, rng_key=random.key(seed))
+        assert found.reading == "good" and found.pareto_k == -np.inf
+
+
+@pytest.mark.parametrize("excess, k", [(0.5, -np.inf), (2.0, np.inf)])
+def test_where_a_tail_begins_to_be_a_danger(excess, k):
+    """Two of 10,000 weights above a tied rest, with so much of 0.1 / √10,000 of all weight."""
+    weight = np.ones((10_000, 1))
+    weight[:2] += excess * 0.1 / 100 * 10_000 / 2
+    assert pareto_smooth(np.log(weight))[1] == k
+
+
+@pytest.mark.parametrize(
+    "k, num_samples, expected", [(0.69, 10_000, "usable"), (0.69, 1000, "bad"), (0.71, 10**6, "bad")]
+)
+def test_bound_of_bad_is_that_of_the_number_of_draws(k, num_samples, expected):
+    """1 - 1 / log10(draws), at most 0.7: 0.667 for 1,000 draws."""
+    assert _reading(k, 0.9 * num_samples, num_samples) == expected
+
+
+def test_standard_error_adds_up_over_elements():
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Bernoulli(0.5))
+            numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Bernoulli(numpyro.param("p", 0.5)))
+
+    x = jnp.full(16, 1.7)
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
+    found = importance_diagnostics(svi, {"p": jnp.array(0.5)}, model_args=(x,), rng_key=random.key(0))
+    # All elements are alike, with two weights of equal probability: relative variance ((a - b) / (a + b))² each.
+    a, b = np.exp(dist.Normal(jnp.array([0.0, 2.0]), 1.0).log_prob(1.7))
+    expected = np.sqrt(16 * ((a - b) / (a + b)) ** 2 / 10_000)
+    # Known to about 1% from 10,000 draws; the largest of the elements alone would be a quarter of it.
+    assert abs(found.log_evidence_std_error / expected - 1) < 0.1
+
+
+def test_stream_of_weights_is_what_all_weights_say():
+    rng = np.random.default_rng(0)
+    log_weight = np.array([0.3, 1.0, 2.0, 5.0]) * rng.standard_t(5, size=(5000, 4)) - [0, 5, -1000, 1000]
+    log_weight[rng.random(log_weight.shape) < 0.1] = -np.inf
+    log_weight[:700, 2] = -np.inf
+    log_weight[3000, 1] = 900.0  # smoothed, it is far from the largest
+    stream = WeightStream(*log_weight.shape)
+    for block in np.split(log_weight, [1, 13, 400, 3000]):
+        stream.add(block)
+    found = stream.summary()
+    smoothed, k = arviz_psislw(log_weight.T)
+    relative = np.exp(log_weight - log_weight.max(0))
+    np.testing.assert_allclose(found.pareto_k, k)
+    np.testing.assert_allclose(found.ess, 1 / np.exp(2 * smoothed).sum(1))
+    np.testing.assert_allclose(found.log_evidence, np.log(relative.mean(0)) + log_weight.max(0))
+    np.testing.assert_allclose(found.variance, relative.var(0, ddof=1) / 5000 / relative.mean(0) ** 2)
+    worst = np.sort(relative[:, np.argmax(k)])[::-1]
+    np.testing.assert_allclose(found.heaviest, worst[: len(found.heaviest)] / worst.sum())
+    finite = np.where(np.isneginf(log_weight), -50.0, log_weight)
+    stream = WeightStream(*finite.shape)
+    for block in np.split(finite, [1, 13, 400, 3000]):
+        stream.add(block)
+    for n, bound in stream.summary().bounds.items():
+        groups = finite[: 5000 // n * n].reshape(-1, n, 4)
+        np.testing.assert_allclose(bound, (logsumexp(groups, axis=1) - np.log(n)).mean(0).sum())
+
+
+def test_memory_does_not_grow_with_draws_times_observations():
+    """Half a million weights a draw would be 20 GB for 10,000 draws; kept are 3 √draws each."""
+    stream = WeightStream(10_000, 1000)
+    for i in range(20):
+        stream.add(np.random.default_rng(i).normal(size=(500, 1000)).astype(np.float32))
+    assert sum(value.nbytes for value in vars(stream).values() if isinstance(value, np.ndarray)) < 1000 * 302 * 9
+
+
+def test_joint_weights_have_numbers_for_ess_and_k():
+    found = importance_diagnostics(SVI_GAUSSIAN, at(), model_args=(X,), rng_key=random.key(0), num_samples=1000)
+    assert np.shape(found.ess) == np.shape(found.pareto_k) == ()
+    assert f"{found.pareto_k:.1f}" and isinstance(found.ess, float)
+
+
+def correlated(x):
+    slope = numpyro.sample("slope", dist.Normal(0, 3))
+    rate = numpyro.sample("rate", dist.LogNormal(0, 1))
+    z = numpyro.sample("z", dist.Bernoulli(0.5))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", dist.Normal(slope + jnp.log(rate) + 0.1 * z, 0.1), obs=x)
+
+
+def test_advice_knows_correlated_latents():
+    x = jnp.full(4, 0.5)
+    advice = {}
+    for name, continuous in {"apart": AutoNormal, "together": AutoMultivariateNormal}.items():
+        guide = AutoMixed(correlated, continuous=partial(continuous, init_scale=0.3))
+        svi = SVI(correlated, guide, optax.adam(0.02), VIMCOStar())
+        result = svi.run(random.key(0), 1500, x, progress_bar=False)
+        advice[name] = importance_diagnostics(svi, result, model_args=(x,), rng_key=random.key(1)).advice
+    assert "'slope' and 'rate'" in advice["apart"] and "continuous=AutoMultivariateNormal" in advice["apart"]
+    assert "correlation" not in advice["together"]
+
+
+@pytest.mark.parametrize("structure", [None, "autoregressive"])
+def test_advice_names_only_what_can_help(structure):
+    guide = AutoMixed(correlated)
+    svi = SVI(correlated, guide, optax.adam(0.01), VIMCOStar())
+    result = svi.run(random.key(0), 2, jnp.full(4, 9.0), progress_bar=False)
+    guide.structure = structure
+    found = importance_diagnostics(svi, result, model_args=(jnp.full(4, 9.0),), rng_key=random.key(0))
+    assert found.reading == "bad" and "autoregressive" not in found.advice
+    assert ("autoregressive" in found.advice) == (structure is None)
+    found = importance_diagnostics(
+        SVI_GAUSSIAN, at(loc=X / 2 + 4, scale=jnp.array(0.3)), model_args=(X,), rng_key=random.key(0)
+    )
+    assert "AutoMixed" not in found.advice  # there is nothing discrete
+
+
+def test_results_states_and_parameters_are_all_taken():
+    svi = SVI(gaussian, gaussian_guide, optax.adam(0.01), VIMCOStar(num_particles=8))
+    state = svi.init(random.key(0), X)
+    for _ in range(3):
+        state, _ = svi.update(state, X)
+    params = svi.get_params(state)
+    arguments = dict(model_args=(X,), rng_key=random.key(1))
+    forms = (state, params, SVIRunResult(params, state, None))
+    for check in (
+        lambda form: importance_diagnostics(svi, form, num_samples=np.int64(100), **arguments).log_evidence,
+        lambda form: gradient_snr(svi, form, num_draws=np.int64(10), **arguments)["loc"].mean,
+        lambda form: (
+            compare_objectives(
+                svi, form, {"a": VIMCOStar}, num_particles=np.array([2]), num_draws=np.int32(10), **arguments
+            )["snr"].values
+        ),
+    ):
+        first, *others = (check(form) for form in forms)
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+    with pytest.raises(ValueError, match="The fit is given by int, but must be"):
+        importance_diagnostics(svi, 3, **arguments)
+    with pytest.raises(ValueError, match="this `svi` was never initialised"):
+        importance_diagnostics(SVI(gaussian, gaussian_guide, optax.adam(0.01), VIMCOStar()), state, **arguments)
+
+
+def test_error_of_a_seed_for_a_key():
+    arguments = dict(model_args=(X,), rng_key=1)
+    objectives = {"VIMCOStar": VIMCOStar}
+    for call in (
+        lambda: importance_diagnostics(SVI_GAUSSIAN, at(), **arguments),
+        lambda: gradient_snr(SVI_GAUSSIAN, at(), **arguments),
+        lambda: compare_objectives(SVI_GAUSSIAN, at(), objectives, **arguments),
+    ):
+        with pytest.raises(ValueError, match="`rng_key` is 1, but must be one key"):
+            call()
 
 
 # Gradients.

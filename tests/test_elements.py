@@ -153,3 +153,20 @@ def test_automatic_guides_pass():
     model = walk(jnp.tanh)
     svi = SVI(model, AutoMixed(model), optax.adam(0.05), VIMCOStar())
     assert np.isfinite(svi.run(random.key(0), 2, Y, progress_bar=False).losses).all()
+
+
+def test_model_that_holds_a_traced_value_is_not_looked_at():
+    def loss(power):
+        def model():
+            with numpyro.plate("time", 5):
+                eps = numpyro.sample("eps", dist.Normal(0, 0.7))
+                with numpyro.handlers.scale(scale=power):
+                    numpyro.sample("y", dist.Normal(jnp.cumsum(eps) * power, 0.5), obs=Y)
+
+        def guide():
+            with numpyro.plate("time", 5):
+                numpyro.sample("eps", dist.Normal(numpyro.param("loc", jnp.zeros(5)), 0.5))
+
+        return VIMCOStar(num_particles=4).loss(random.key(0), {}, model, guide)
+
+    assert np.isfinite(jax.jit(loss)(0.5))

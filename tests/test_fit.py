@@ -347,7 +347,8 @@ def test_power_is_an_argument_of_one_compiled_program():
 
     def count(num_steps, anneal):
         traces.clear()
-        fit(SVI(model, switch_guide, optax.adam(0.05), VIMCOStar(0.5, 4)), random.key(0), num_steps, X, anneal=anneal)
+        svi = SVI(model, switch_guide, optax.adam(0.05), VIMCOStar(0.5, 4))
+        quietly(svi, random.key(0), num_steps, X, anneal=anneal, num_starts=1)
         return len(traces)
 
     assert count(250, 0.5) == count(1, 0) == count(250, optax.linear_schedule(0.1, 1.0, 100))
@@ -366,10 +367,10 @@ def test_steps_are_those_of_svi_without_annealing():
         np.testing.assert_allclose(alone.params["logits"], result.params["logits"][i], rtol=1e-4, atol=1e-6)
 
 
-def test_one_start_after_the_other_gives_the_same():
-    side_by_side, in_turn = run(switches()), run(switches(), vectorize_starts=False)
-    np.testing.assert_allclose(in_turn.losses, side_by_side.losses, rtol=1e-5)
-    np.testing.assert_allclose(in_turn.params["logits"], side_by_side.params["logits"], rtol=1e-4, atol=1e-6)
+def test_one_start_after_the_other_gives_the_same(result):
+    in_turn = run(switches(), 150, num_starts=3, vectorize_starts=False)
+    np.testing.assert_allclose(in_turn.losses[:, :20], result.losses[:, :20], rtol=1e-4)
+    np.testing.assert_allclose(in_turn.params["logits"], result.params["logits"], rtol=0.02)
 
 
 def temp_size(vectorize_starts):
@@ -377,10 +378,8 @@ def temp_size(vectorize_starts):
     states = initial_states(svi, random.key(0), 16, (X,), {})
     state = FitState(states, jnp.array(0), jnp.zeros(16, int), jnp.zeros(16, bool))
     power = lambda step, _: jnp.ones(16)  # noqa: E731
-    compiled = (
-        jax.jit(steps.Steps(svi, (X,), {}, power, False, vectorize_starts, None)._chunk).lower(state, 1).compile()
-    )
-    return compiled.memory_analysis().temp_size_in_bytes
+    compiled = steps.Steps(svi, (X,), {}, power, False, vectorize_starts, None).compiled(state)
+    return compiled.func.lower(*compiled.args, state, 1).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_one_start_after_the_other_takes_the_memory_of_one():
@@ -395,13 +394,15 @@ def test_two_devices_give_what_one_gives():
 
 
 def test_other_optimisers_and_options_of_svi():
-    given = run(switches(noise=2.0), 1, anneal=0, init_params={"logits": jnp.zeros(2)})
-    np.testing.assert_allclose(given.params["logits"], 0, atol=0.06)
-    passed = run(switches(), 1, anneal=0, init_params={"logits": jnp.zeros(2)}, noise=2.0)
+    begin = {"anneal": 0, "init_params": {"logits": jnp.zeros(2)}, "num_starts": 1}
+    given = run(switches(numpyro.optim.Adam(0.05), noise=2.0), 1, **begin)
+    np.testing.assert_allclose(abs(given.params["logits"]), 0.05, rtol=1e-3)  # Adam's first step
+    passed = run(switches(numpyro.optim.Adam(0.05)), 1, noise=2.0, **begin)
     np.testing.assert_array_equal(passed.losses, given.losses)
     objective = VIMCOStar(0.5, 4, lambda fn, xs: jax.vmap(fn)(xs), doubly_reparameterized=False)
-    forward = run(switches(objective=objective), forward_mode_differentiation=True)
-    np.testing.assert_allclose(forward.losses, run(switches(objective=objective)).losses, rtol=1e-4)
+    forward = run(switches(objective=objective), 1, forward_mode_differentiation=True, **begin)
+    backward = run(switches(objective=objective), 1, **begin)
+    np.testing.assert_allclose(forward.params["logits"], backward.params["logits"], rtol=1e-4)
 
 
 def test_minimize():
@@ -544,7 +545,10 @@ def test_all_starts_with_nan_are_an_error():
 
 
 def test_stable_update_skips_steps_with_nan():
-    with pytest.warns(UserWarning, match="log evidence of start . cannot be estimated. 4,000 of 4,000 draws .* NaN"):
+    with pytest.warns(
+        UserWarning,
+        match="start . cannot be estimated: of 4,000 draws of its guide, 4,000 have a NaN",
+    ):
         result = edge(stable_update=True)(-2.0)
     assert not result.failed.any() and np.isnan(result.losses).any() and np.isfinite(result.params["loc"]).all()
 
@@ -657,7 +661,7 @@ def test_mutable_state_of_numpyros_objectives():
         numpyro.sample("c", dist.Normal(numpyro.param("loc", 0.0), 1.0))
 
     svi = SVI(model, guide, optax.adam(0.05), Trace_ELBO())
-    with pytest.warns(UserWarning, match="log evidence of start . cannot be estimated. Mutable state"):
+    with pytest.warns(UserWarning, match="The log evidence cannot be estimated. Mutable state"):
         result = fit(svi, random.key(0), 5, X, num_starts=1, progress_bar=False)
     assert result.state.svi.mutable_state["count"]["steps"].shape == (1,)
     assert result.best.state.mutable_state["count"]["steps"] >= 5
@@ -671,7 +675,10 @@ def test_start_without_a_log_evidence():
     def guide():
         numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1)))
 
-    with pytest.warns(UserWarning, match="The log evidence of start 0 cannot be estimated. None of 4,000 draws"):
+    with pytest.warns(
+        UserWarning,
+        match="of 4,000 draws of its guide, 0 have a NaN weight, and 4,000 the weight zero",
+    ):
         result = fit(
             SVI(model, guide, optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 2, num_starts=1, progress_bar=False
         )

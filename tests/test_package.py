@@ -40,8 +40,8 @@ importance_diagnostics(None, None)
 EXPECTED = [
     'note: Revealed type is "float"',
     'note: Revealed type is "dict[int, float]"',
-    'note: Revealed type is "numpy.ndarray[',
-    "numpyro_vimco.posterior.diagnostics.GradientStatistics",
+    'note: Revealed type is "float | numpy.ndarray[',
+    "numpyro_vimco.posterior.gradient_noise.GradientStatistics",
     'note: Revealed type is "xarray.core.dataset.Dataset"',
     'note: Revealed type is "str"',
     'note: Revealed type is "numpyro_vimco.objectives.elbo.VIMCOStar"',

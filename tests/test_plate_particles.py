@@ -12,12 +12,13 @@ import numpy as np
 import numpyro
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
-from numpyro.handlers import substitute
+from numpyro.handlers import seed, substitute, trace
 import pytest
 
 from helpers import ScoreNormal, initial_params
 from numpyro_vimco import VIMCOStar
 from numpyro_vimco.control_variates import local_vimco_star_signal, log_one_minus_share, normalized_weights
+from numpyro_vimco.objectives.plates import plate_structure
 
 X = np.array([0.7, -1.2])
 Y = np.array([0.4, -0.3])
@@ -430,3 +431,23 @@ def test_global_sites_are_not_evaluated_once_per_local_particle():
         return jax.jit(grad).lower(initial_params(model, guide)).compile().cost_analysis()["flops"]
 
     assert flops(64) < 1.1 * flops(2)
+
+
+def test_subsampling_of_two_plates_of_a_named_one_multiplies():
+    """Both plates are common to all sites of the level: its sum is scaled by (4 / 2) (6 / 2)."""
+
+    def program(sample):
+        sample("g")
+        with numpyro.plate("group", 4, subsample_size=2, dim=-2), numpyro.plate("member", 6, subsample_size=2, dim=-1):
+            sample("z")
+
+    def model():
+        program(lambda name: bernoulli(name, 0.3))
+
+    def guide():
+        program(lambda name: bernoulli(name, numpyro.param(f"{name}_logits", 0.1)))
+
+    traces = [trace(seed(program, 0)).get_trace() for program in (model, guide)]
+    structure = plate_structure(*traces, {"group": 2}, frozenset(), linear=True)
+    assert structure.local_scale("group") == structure.level_scale("group") == 6
+    assert structure.scale == 1

@@ -58,7 +58,7 @@ class Boolean:
 
     def quantile(self, q: np.ndarray, logits: Array) -> Array:
         """The smallest value whose cumulative probability is at least ``q``."""
-        return (jnp.asarray(q) > jax.nn.sigmoid(-logits)).astype(int)
+        return jnp.asarray(q > jax.nn.sigmoid(-logits), int)
 
     def features(self, value: Array) -> Array:
         """What other sites may depend on, in a new axis at the end."""

@@ -50,7 +50,8 @@ def set_up(guide: AutoGuide, *args, **kwargs) -> None:
     transformation of JAX.
     """
     if guide.prototype_trace is None:
-        with jax.ensure_compile_time_eval(), _ConcreteKeys():
+        # NumPyro's initialization functions promote ranks where its objectives do not.
+        with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"), _ConcreteKeys():
             guide._setup_prototype(*args, **kwargs)
 
 

@@ -76,7 +76,7 @@ def normalized_weights(log_weights: LogWeights, alpha: float) -> PerParticle:
     if alpha == 1:
         return jnp.where(jnp.isneginf(log_weights), 0, 1 / log_weights.shape[0]).astype(log_weights.dtype)
     weights = jnp.exp(_shifted(log_weights, alpha))
-    total = jnp.sum(weights, axis=0)
+    total = jnp.sum(weights, axis=0, keepdims=True)
     return weights / jnp.where(total == 0, 1, total)
 
 
@@ -90,14 +90,14 @@ def log_one_minus_share(log_weights: LogWeights, alpha: float) -> PerParticle:
     shifted = _shifted(log_weights, alpha)
     # By position: the compiler may fuse the shift so that the largest is not exactly zero.
     largest = jax.nn.one_hot(jnp.argmax(log_weights, axis=0), log_weights.shape[0], axis=0, dtype=bool)
-    log_others = logsumexp(jnp.where(largest, -jnp.inf, shifted), axis=0)
+    log_others = logsumexp(jnp.where(largest, -jnp.inf, shifted), axis=0, keepdims=True)
     log_others = jnp.where(jnp.isneginf(log_others), jnp.log(jnp.finfo(shifted.dtype).tiny), log_others)
-    return jnp.where(shares <= 0.5, jnp.log1p(-shares), log_others - logsumexp(shifted, axis=0))
+    return jnp.where(shares <= 0.5, jnp.log1p(-shares), log_others - logsumexp(shifted, axis=0, keepdims=True))
 
 
 def reinforce_signal(log_weights: LogWeights, alpha: float) -> PerParticle:
     r"""No baseline: :math:`s_j = \hat L - W_j`; 0 where the bound is ``-inf``."""
-    bound = vr_iwae_bound(log_weights, alpha)
+    bound = vr_iwae_bound(log_weights, alpha)[None]
     return jnp.where(jnp.isneginf(bound), 0, bound - normalized_weights(log_weights, alpha))
 
 
@@ -121,7 +121,7 @@ def vimco_geometric_signal(log_weights: LogWeights, alpha: float) -> PerParticle
         return vimco_arithmetic_signal(log_weights, alpha)
     shares = normalized_weights(log_weights, alpha)
     shifted = _shifted(log_weights, alpha)
-    log_total = logsumexp(shifted, axis=0)
+    log_total = logsumexp(shifted, axis=0, keepdims=True)
     log_mean_share = _mean_of_others(shifted) - jnp.where(jnp.isneginf(log_total), 0, log_total)
     difference = shares - jnp.exp(log_mean_share)
     log_ratio = jnp.where(
@@ -179,6 +179,7 @@ def local_vimco_star_signal(
     :param share: W. Both broadcast to an element of ``local_log_weights``.
     :param local_log_weights: log v_m in nats, of shape ``(local_particles, *plates)``.
     """
+    log_one_minus_w, share = log_one_minus_w[None], share[None]
     local = normalized_weights(local_log_weights, 0.0)
     log_one_minus_v = log_one_minus_share(local_log_weights, 0.0)
     # s = h(x) / (1 - α) + W k with x = W [1 - (1 - V)^(1 - α)] and k = [1 - (1 - V)^(1 - α)] / (1 - α) - V,
@@ -216,7 +217,7 @@ def _series(coefficients: Sequence[float], x: Array) -> Array:
 def _shifted(log_weights: LogWeights, alpha: float) -> PerParticle:
     """``(1 - alpha) * log_weights`` less its maximum over the particles; ``-inf`` where all weights are zero."""
     powers = (1 - alpha) * log_weights
-    largest = jnp.max(powers, axis=0)
+    largest = jnp.max(powers, axis=0, keepdims=True)
     return powers - jnp.where(jnp.isneginf(largest), 0, largest)
 
 
@@ -232,5 +233,6 @@ def _centred(log_weights: LogWeights) -> PerParticle:
     r""":math:`(\log w_j - \mathrm{mean}_{i \ne j} \log w_i) / N`, which is (log w_j - mean) / (N - 1)."""
     shifted = _shifted(log_weights, alpha=0.0)
     zero = jnp.isneginf(shifted)
-    mean = jnp.sum(jnp.where(zero, 0, shifted), axis=0) / jnp.maximum(jnp.sum(~zero, axis=0), 1)
+    count = jnp.maximum(jnp.sum(~zero, axis=0, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(zero, 0, shifted), axis=0, keepdims=True) / count
     return jnp.where(zero, 0, shifted - mean) / (log_weights.shape[0] - 1)

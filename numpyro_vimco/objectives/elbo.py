@@ -19,7 +19,7 @@ from numpyro_vimco.objectives import control_variates, gradients
 from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding, delta_error
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.densities import Densities
-from numpyro_vimco.objectives.elements import check_elements
+from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
 from numpyro_vimco.objectives.gradients import Weights
 from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.randomness import SeedPlates, split
@@ -47,15 +47,23 @@ class ImportanceWeightedELBO(ELBO):
 
     **Plates.** If plates are common to all sample sites of model and guide, each of their elements has a bound
     of its own, with its own weights, and the objective is their sum; if they are subsampled, it is scaled.
-    Other plates are summed into one weight, and can be subsampled only where α = 1.
+    Other plates are summed into one weight, and can be subsampled only where α = 1. Elements of a plate must then be
+    independent, as a plate says. Where the data are not traced, this is checked when a fit begins (and at its end by
+    diagnostics); plates whose elements depend on each other belong into ``joint_plates``.
 
     **Scale and mask.** `handlers.scale` multiplies a site's log-density in the weight; the gradient is that of
     this scaled objective, with the score of the density that the sample was drawn from. `handlers.mask`
     takes elements of a site out of the program: they have neither a density nor a score, and
-    nothing that is not masked should depend on them.
+    nothing that is not masked should depend on them. Where the model masks a latent, as ``obs_mask`` does, its
+    density in the guide does not count either, whoever wrote the guide. A guide that draws latents jointly
+    (`AutoMultivariateNormal`) has no density of single elements: there, masked ones count with the density that the
+    model would give them, which integrates to one.
 
     **Zero weights.** Where all particles of an element have weight zero, the loss is ``inf`` and the gradient 0.
-    NaN log-weights give a NaN loss.
+    Where some have, they take no part in the gradient, even if the derivative of a density is infinite there (a
+    Poisson count at rate 0). What the model computes before its distributions is out of reach: ``jnp.log(z)`` at
+    z = 0 makes the gradient NaN, and ``jnp.where(z > 0, z, 1)`` inside of the logarithm is the cure. NaN
+    log-weights give a NaN loss. There is no second derivative: it is an error.
 
     :param float alpha: order α of the bound, in [0, 1]: 0 is the importance-weighted bound (IWAE), tightest for
         a given number of particles; 1 is the ELBO. Defaults to 0.
@@ -162,11 +170,12 @@ class ImportanceWeightedELBO(ELBO):
         plate_key, rng_key = split(rng_key)
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
-        if (kinds.elements or kinds.masks) and not _has_tracers((args, kwargs)):
+        concrete = not _has_tracers((args, kwargs))
+        if concrete and (kinds.elements or kinds.masks) and may_be_dependent(program, param_map, rng_key):
             # Parameters are traced in a fit: those that it begins with are as good here.
             with jax.ensure_compile_time_eval():
-                concrete = self.program(model, guide, args, kwargs, jax.random.key(0))
-                check_elements(concrete, {} if _has_tracers(param_map) else param_map)
+                untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
+                check_elements(untraced, {} if _has_tracers(param_map) else param_map)
         self._check(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)

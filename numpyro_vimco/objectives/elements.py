@@ -10,6 +10,8 @@ The check knows what it sees. It can be fooled by a dependence that shows at rar
 coupling that is zero at the start of a fit): diagnostics check again, at the fitted ones.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
+from numpyro_vimco.dependence import may_mix
 from numpyro_vimco.objectives.checks import elements_error, masked_latent_error
 from numpyro_vimco.objectives.densities import SiteDensities, log_prob_of
 from numpyro_vimco.objectives.levels import level_of
@@ -29,8 +32,34 @@ from numpyro_vimco.sites import is_drawn, sample_sites
 PAIRS, ROUNDING = 4, 1e-4
 
 
+def may_be_dependent(program: Program, params: dict[str, Any], rng_key: Array) -> bool:
+    """Whether :func:`check_elements` has anything to find, by the computation of densities; nothing is computed.
+
+    False is certain, and spares the check, which is compiled, in most fits.
+    """
+    sizes: set[int] = set()
+    masked: list[str] = []
+
+    def draw(rng_key: Array) -> Values:
+        sites = program.sites(params, rng_key)
+        everywhere = sample_sites(sites.model_trace) + sample_sites(sites.guide_trace)
+        sizes.update(frame.size for site in everywhere for frame in site["cond_indep_stack"])
+        masked.extend(name for name, mask in sites.masks.items() if mask is not None)
+        return {site["name"]: site["value"] for site in sample_sites(sites.guide_trace) if is_drawn(site)}
+
+    def densities(values: Values) -> dict[str, Array]:
+        sites = program.sites(params, rng_key, values)
+        found = {site["name"]: log_prob_of(site) for site in sample_sites(sites.model_trace)}
+        return found | {f"{s['name']} of the guide": sites.of_guide_site(s) for s in sample_sites(sites.guide_trace)}
+
+    drawn = jax.eval_shape(draw, rng_key)
+    return bool(masked) or may_mix(densities, drawn, sizes - {1})
+
+
 def check_elements(program: Program, params: dict[str, Any]) -> None:
     """Raise for elements that have weights of their own and are not independent; at concrete values.
+
+    Where the model holds values that are traced (an annealed likelihood), there is nothing to see.
 
     :raises ValueError: naming the plate, or the masked latent, and a site.
     """
@@ -46,12 +75,15 @@ def check_elements(program: Program, params: dict[str, Any]) -> None:
         masks = {name: mask[0] for name, mask in sites.masks.items() if mask is not None and name in drawn_sites}
         return {site["name"]: site["value"] for site in drawn}, masks
 
-    drawn, masks = jax.vmap(draw)(split(draw_key, 2 * PAIRS))
+    found = _quick(jax.vmap(draw), split(draw_key, 2 * PAIRS))
+    if found is None:
+        return
+    drawn, masks = found
     first, second = ({name: value[i::2] for name, value in drawn.items()} for i in (0, 1))
 
     def densities(level: str | None, *particles: Values) -> list[Sums]:
         fn = jax.vmap(lambda values: _densities(program.sites(params, evaluation_key, values), level, program))
-        found = fn(jax.tree.map(lambda *parts: jnp.concatenate(parts), *particles))
+        found: Sums = _quick(fn, jax.tree.map(lambda *parts: jnp.concatenate(parts), *particles)) or {}
         return [{k: found[k].part(slice(i * PAIRS, (i + 1) * PAIRS)) for k in found} for i in range(len(particles))]
 
     for level in (None, *program.plate_particles):
@@ -73,6 +105,16 @@ def check_elements(program: Program, params: dict[str, Any]) -> None:
         for name in after:
             if after[name].differs_from(before[name].value):
                 raise masked_latent_error(name, latent)
+
+
+def _quick(fn: Callable, argument: Any) -> Any:
+    """``fn(argument)``, compiled with little optimization, as it runs once; None if ``fn`` holds traced values."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(argument)
+    if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+        return None
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    run = jax.jit(partial(jax.core.eval_jaxpr, closed.jaxpr, closed.consts), compiler_options=options)
+    return jax.tree.unflatten(jax.tree.structure(shapes), run(*jax.tree.leaves(argument)))
 
 
 class _Site(NamedTuple):

@@ -50,7 +50,8 @@ def weigh(
 
     def scaled(weight: Array, scale: float = structure.scale) -> Array:
         # Where all weights are zero there is no direction to go: no gradient.
-        return jnp.where(nothing, 0, scale * weight)
+        lead = (1,) * (weight.ndim - nothing.ndim)
+        return jnp.where(nothing.reshape(lead + nothing.shape), 0, scale * weight)
 
     share, path_factor = cv.normalized_weights(total, alpha), cv.path_factor(total, alpha)
     weights = Levels(Weights(scaled(share), scaled(score_signal(total)), path_factor), {})

@@ -4,7 +4,6 @@
 """Several fits of one posterior, side by side."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 import warnings
 
@@ -18,11 +17,13 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 
 from numpyro_vimco.arguments import check_integer, check_key
+from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.posterior.annealing import geometric
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.proposals import log_evidence, propose
+from numpyro_vimco.posterior.proposals import program_of
 from numpyro_vimco.posterior.starts import initial_states
 from numpyro_vimco.posterior.steps import FitState, Steps
+from numpyro_vimco.posterior.weights import log_mean
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_latent_site
 
@@ -241,22 +242,44 @@ def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tu
     try:
         if not _has_evidence(svi, args, kwargs):
             return estimates, errors
-        fitted = Fitted.of(svi, starts[0], args, kwargs)
+        log_weights = _log_weights(Fitted.of(svi, starts[0], args, kwargs))
+        keys = [split(key, EVIDENCE_DRAWS) for key in split(rng_key, len(failed))]
+        weights = {i: log_weights(starts[i], keys[i]) for i in np.flatnonzero(~failed)}
     except (ValueError, NotImplementedError) as error:
         warnings.warn(f"The log evidence cannot be estimated. {error}", stacklevel=3)
         return estimates, errors
-    for i, key in enumerate(split(rng_key, len(failed))):
-        if failed[i]:
-            continue
-        try:
-            log_weight = propose(replace(fitted, params=starts[i]), key, EVIDENCE_DRAWS).log_weight
-        except (ValueError, NotImplementedError) as error:
-            warnings.warn(f"The log evidence of start {i} cannot be estimated. {error}", stacklevel=3)
+    for i, log_weight in weights.items():
+        nan, zero = np.isnan(log_weight).sum(0).max(), np.isneginf(log_weight).sum(0).max()
+        if nan or zero == EVIDENCE_DRAWS:
+            warnings.warn(
+                f"The log evidence of start {i} cannot be estimated: of {EVIDENCE_DRAWS:,} draws of its guide, {nan:,} "
+                f"have a NaN weight, and {zero:,} the weight zero.",
+                stacklevel=3,
+            )
             continue
         relative = np.exp(log_weight - log_weight.max(0))
-        estimates[i] = log_evidence(log_weight).sum()
+        estimates[i] = log_mean(log_weight).sum()
         errors[i] = np.sqrt(np.sum(relative.var(0, ddof=1) / EVIDENCE_DRAWS / relative.mean(0) ** 2))
     return estimates, errors
+
+
+def _log_weights(fitted: Fitted) -> Callable[[dict[str, Any], Array], np.ndarray]:
+    """From parameters and keys to log-weights of draws of the guide, of shape ``(keys, *plates)``: one program."""
+    program = program_of(fitted, fitted.plate_particles)
+
+    def log_weight(params, rng_key):
+        levels, structure = program.evaluate(params, rng_key)
+        local = [structure.sum_to_shared(cv.log_mean_weight(level.log_weight)) for level in levels.local.values()]
+        return sum(local, levels.shared.log_weight)
+
+    compiled = jax.jit(jax.vmap(log_weight, in_axes=(None, 0)))
+    size = fitted.chunk_size()
+
+    def log_weights(params, keys):
+        parts = [compiled(params, keys[begin : begin + size]) for begin in range(0, len(keys), size)]
+        return np.concatenate(jax.device_get(parts)).astype(float)
+
+    return log_weights
 
 
 def _has_evidence(svi: SVI, args: tuple, kwargs: dict) -> bool:

@@ -1,41 +1,37 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From a fitted guide to ArviZ."""
+"""From a fitted guide to ArviZ: draws first, then groups with names."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import arviz as az
-from jax import random
+import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-import numpyro.distributions as dist
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
-from numpyro.infer.svi import SVIRunResult
+from numpyro.infer.svi import SVIRunResult, SVIState
 
-from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.objectives.plates import Structure
-from numpyro_vimco.posterior import proposals
+from numpyro_vimco.arguments import check_integer, check_key
+from numpyro_vimco.posterior import weights
+from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.proposals import (
-    effective_sample_size,
-    in_chunks,
-    log_evidence,
-    pareto_smooth,
-    propose,
-    take,
-)
-from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
+from numpyro_vimco.posterior.log_likelihoods import find_elements, local_evidence
+from numpyro_vimco.posterior.observed import imputed_name, observed_sites, whole
+from numpyro_vimco.posterior.proposals import Proposals, plate_names, propose, squeezed, take
+from numpyro_vimco.randomness import split, split_by_name
+from numpyro_vimco.sites import is_latent_site
 
-GROUPS = ("posterior_predictive", "log_likelihood", "prior")
+GROUPS = ("posterior_predictive", "log_likelihood", "log_likelihood_given_latents", "prior")
 
 
 def to_arviz(
     svi: SVI,
-    svi_result: SVIRunResult,
+    svi_result: SVIRunResult | SVIState | Mapping[str, Any],
     *,
     model_args: tuple = (),
     model_kwargs: Mapping[str, Any] | None = None,
@@ -47,42 +43,66 @@ def to_arviz(
     constant_data: Mapping[str, Any] | None = None,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, list[str]] | None = None,
+    progress_bar: bool = True,
 ):
     """
     The posterior as ArviZ knows it, from draws of the guide that are resampled by their importance weights. Named and
     ordered after ``arviz.from_numpyro_svi``, which takes draws of the guide as they are.
 
-    Weights are Pareto-smoothed by ArviZ. Where plates are common to all sites, each of their elements has its own, and
+    Weights are Pareto-smoothed. Where plates are common to all sites, each of their elements has its own, and
     is resampled by itself; elements of a plate of ``plate_particles`` choose among their local particles first.
     Resampled draws repeat: their ESS as a chain means nothing, what counts is the attribute ``ess``.
 
+    All latents of ``num_proposals`` draws are held in memory with three densities for each element of plates that are
+    common to all sites, and one value for each datum and draw for each of the groups posterior predictive and
+    log-likelihood: 4 GB each for 1,000 draws of a million data.
+
     :param SVI svi: the inference object of the fit; with any objective.
-    :param SVIRunResult svi_result: what ``svi.run`` returned.
+    :param svi_result: what ``svi.run`` returned, a state of ``svi.update``, or a dict of parameters.
     :param tuple model_args: the model's arguments, as in the fit; with all data, not a subsample.
     :param dict model_kwargs: the model's keyword arguments.
     :param jax.random.key rng_key: random number generator key.
     :param int num_samples: number of posterior draws. Defaults to 1,000.
     :param int num_proposals: number of draws of the guide to resample from. Defaults to four times ``num_samples``.
     :param bool resample: False keeps ``num_samples`` draws of the guide as they are; their weights are
-        ``sample_stats.log_weight``.
-    :param groups: optional groups to compute: ``"posterior_predictive"`` and ``"log_likelihood"`` (the default; both
-        have the size of the data for each draw), and ``"prior"``, which brings ``prior_predictive`` along. The
-        posterior predictive draws observed sites anew, given the latents and, where a site depends on them, other data.
-        Where data are masked, log-likelihoods are 0.
+        ``sample_stats.log_weight``. There are no other proposals then.
+    :param groups: optional groups to compute, by default the first two:
+
+        - ``"posterior_predictive"``: observed sites drawn anew, given the latents and, where a site depends on them,
+          other data. Also where data are missing.
+        - ``"log_likelihood"``, for ``az.loo`` and ``az.compare``. Of data in no plate with latents of its own, one
+          value for each, under the name of their site. Of a plate that has latents of its own, say ``"site"``, one
+          value for each element, under ``"site_element"``: of all data in the element, with its latents averaged out by
+          256 local particles for each draw (as many evaluations of the plate), so that an element is left out with
+          its latents. Where a plate is common to all sites it is the element's evidence, the same for all draws.
+        - ``"log_likelihood_given_latents"``: a value for each datum given all latents of the draw.
+        - ``"prior"``: draws of the prior, with the group ``prior_predictive``.
+
+        Log-likelihoods and observed data are NaN where data are masked. A site ``x`` with ``obs_mask`` keeps its name
+        in all groups; imputed values are in ``posterior["x"]``.
     :param dict constant_data: data to keep, by name.
     :param dict coords: coordinates by dimension.
     :param dict dims: names of dimensions by site. Others are named by their plates, and by
         ``infer={"event_dims": [...]}`` of their site.
+    :param bool progress_bar: whether to show one where it takes more than a few seconds. Defaults to True.
     :return: an ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) with the groups posterior (with deterministic
         sites), sample_stats (``log_weight``, ``log_p``, ``log_q`` in nats; by element of common plates), observed_data,
         and those asked for. Attributes of the posterior: the library and its version, objective, its alpha and number
-        of particles, number of steps, number of proposals, ``log_evidence`` (nats), ``pareto_k`` and ``ess`` (of the
-        worst element).
+        of particles, number of steps if losses are known, number of proposals, ``log_evidence`` (nats), ``pareto_k``
+        and ``ess`` (of the worst element).
     :raises ValueError: for parameters that do not fit the guide, arguments that do not fit the model, a
-        subsampled plate, a model without latents, no draws, fewer proposals than draws, or an unknown group.
+        subsampled plate, a model without latents, data that are NaN, no draws, fewer proposals than draws, proposals
+        beside ``resample=False``, an unknown group, or ``rng_key`` that is no key.
+    :raises UserWarning: for a plate with latents of its own that cannot be averaged out of its log-likelihood.
     """
+    check_key(rng_key)
     num_samples = check_integer("num_samples", num_samples, 1, "it is the number of posterior draws")
-    if num_proposals is None or not resample:
+    if num_proposals is not None and not resample:
+        raise ValueError(
+            "`num_proposals` is given, but with `resample=False` draws are not chosen among proposals: `num_samples` "
+            "draws of the guide are kept as they are. Leave `num_proposals` out."
+        )
+    if num_proposals is None:
         num_proposals = 4 * num_samples if resample else num_samples
     num_proposals = check_integer(
         "num_proposals", num_proposals, num_samples, "draws are chosen among them, and each should be there once"
@@ -90,87 +110,155 @@ def to_arviz(
     unknown = set(groups) - set(GROUPS)
     if unknown:
         raise ValueError(f"`groups` has {', '.join(map(repr, sorted(unknown)))}, but must be some of {GROUPS}.")
-    fit = Fitted.of(svi, svi_result.params, model_args, model_kwargs)
-    proposal_key, choice_key, follow_key, prior_key = random.split(rng_key, 4)
-    drawn = propose(fit, proposal_key, num_proposals)
-    smoothed, k = pareto_smooth(drawn.log_weight)
-    latents, stats = drawn.values, {"log_weight": drawn.log_weight, "log_p": drawn.log_p, "log_q": drawn.log_q}
-    if resample:
-        index = proposals.resample(choice_key, smoothed, num_samples)
-        latents = {name: take(value, index, fit.model_trace[name]["fn"].event_dim) for name, value in latents.items()}
-        stats = {name: take(value, index) for name, value in stats.items()}
-    summed = tuple(dim for dim in range(-drawn.structure.ndim, 0) if dim not in drawn.structure.dims)
-    stats = {name: value.squeeze(summed) for name, value in stats.items()}
-
-    parts = [group.removeprefix("posterior_") for group in groups]
-    posterior = in_chunks(_follow(fit, parts), fit.chunk_size(), random.split(follow_key, num_samples), latents)
-    draws = {"posterior": posterior["latent"], "sample_stats": stats}
-    draws |= {group: posterior[part] for group, part in zip(groups, parts) if part in posterior}
-    if "prior" in groups:
-        prior = in_chunks(_follow(fit, ["predictive"]), fit.chunk_size(), random.split(prior_key, num_samples), {})
-        draws |= {"prior": prior["latent"], "prior_predictive": prior["predictive"]}
-    data = {group: {name: value[None] for name, value in values.items()} for group, values in draws.items() if values}
-    data["observed_data"] = {
-        name: np.broadcast_to(np.asarray(site["value"]), _whole(site).shape())
-        for name, site in _observed(fit.model_trace).items()
+    fit = Fitted.of(svi, svi_result, model_args, model_kwargs)
+    draws = _draw(fit, rng_key, num_samples, num_proposals, resample, groups, progress_bar)
+    observed = {about.name: about.only_present(fit.model_trace[name]["value"]) for name, about in fit.observed.items()}
+    data = {group: {name: value[None] for name, value in values.items()} for group, values in draws.groups.items()}
+    data |= {
+        "observed_data": observed,
+        "constant_data": {name: np.asarray(value) for name, value in (constant_data or {}).items()},
     }
-    data["constant_data"] = {name: np.asarray(value) for name, value in (constant_data or {}).items()}
-    tree = _from_dict(
-        {group: values for group, values in data.items() if values},
-        coords,
-        {**_dims(fit), **dict.fromkeys(stats, _common_dims(fit, drawn.structure)), **(dims or {})},
-    )
+    data = {group: values for group, values in data.items() if values}
+    tree = _from_dict(data, coords, {**_dims(fit), **draws.dims, **(dims or {})})
+    losses = getattr(svi_result, "losses", None)
     tree["posterior"].attrs.update(
         {
             "inference_library": "numpyro_vimco",
             "inference_library_version": version("numpyro_vimco"),
             "objective": type(svi.loss).__name__,
             **{k: getattr(svi.loss, k) for k in ("alpha", "num_particles") if hasattr(svi.loss, k)},
-            "num_steps": len(svi_result.losses),
+            **({} if losses is None else {"num_steps": len(losses)}),
             "num_proposals": num_proposals,
-            "log_evidence": float(log_evidence(drawn.log_weight).sum()),
-            "pareto_k": float(k.max()),
-            "ess": float(effective_sample_size(smoothed).min()),
+            **draws.attributes,
         }
     )
     return tree
 
 
-def _follow(fit: Fitted, parts: Collection[str]):
-    """What follows from the latents of one draw: all of them, with deterministic sites, new data, log-likelihoods.
+# Drawing.
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn.
+
+    :ivar groups: by group and variable, arrays with a leading axis for the draws.
+    :ivar dims: names of the other dimensions, of variables that are no sites.
+    :ivar attributes: how good the weights were.
+    """
+
+    groups: dict[str, dict[str, np.ndarray]]
+    dims: dict[str, list[str]]
+    attributes: dict[str, float]
+
+
+def _draw(
+    fit: Fitted,
+    rng_key: Array,
+    num_samples: int,
+    num_proposals: int,
+    resample: bool,
+    groups: Collection[str],
+    progress_bar: bool,
+) -> Draws:
+    def progress(what: str) -> str | None:
+        return what if progress_bar else None
+
+    keys = split_by_name(rng_key, ("proposals", "resampling", "posterior", "elements", "prior"))
+    drawn = propose(fit, keys["proposals"], num_proposals, progress("proposals"))
+    structure = drawn.structure
+    latents, stats, log_evidence, attributes = _weighed(
+        drawn, fit, keys["resampling"], num_samples if resample else None
+    )
+    del drawn  # it is large
+    stats = {name: squeezed(value, structure.dims, structure) for name, value in stats.items()}
+    dims = dict.fromkeys(stats, plate_names(fit, structure.dims))
+
+    elements, averaged = find_elements(fit, structure) if "log_likelihood" in groups else ([], set())
+    given_latents = {
+        "log_likelihood": set(fit.observed) - averaged if "log_likelihood" in groups else set(),
+        "log_likelihood_given_latents": set(fit.observed) if "log_likelihood_given_latents" in groups else set(),
+    }
+    follow = _follow(fit, "posterior_predictive" in groups, given_latents)
+    samples = split(keys["posterior"], num_samples)
+    found = in_chunks(follow, fit.chunk_size(), samples, latents, progress=progress("posterior"))
+    found["sample_stats"] = stats
+    for about, key in zip(elements, split(keys["elements"], max(len(elements), 1))):
+        if about.plate is None:
+            values = np.repeat(squeezed(log_evidence, structure.dims, structure)[None], num_samples, axis=0)
+        else:
+            values = local_evidence(about.plate, fit, key, latents, progress(f"log-likelihood of {about.name}"))
+        found["log_likelihood"][about.name] = np.where(about.present, values, np.nan)
+        dims[about.name] = about.dims
+    if "prior" in groups:
+        samples = split(keys["prior"], num_samples)
+        prior = in_chunks(_follow(fit, True, {}), fit.chunk_size(), samples, {}, progress=progress("prior"))
+        found |= {"prior": prior["posterior"], "prior_predictive": prior["posterior_predictive"]}
+    return Draws(found, dims, attributes)
+
+
+def _weighed(
+    drawn: Proposals, fit: Fitted, rng_key: Array, num_samples: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+    """Latents and log-weights of draws, resampled unless ``num_samples`` is None; and what the weights say.
+
+    :return: latents, log-densities and log-weights, the log evidence of each element, and how good the weights were.
+    """
+    shape = drawn.log_weight.shape[1:]
+    flat = drawn.log_weight.reshape(len(drawn.log_weight), -1)
+    smoothed, k = weights.pareto_smooth(flat)
+    log_evidence = weights.of_elements(weights.log_mean, flat)
+    attributes = {
+        "log_evidence": float(log_evidence.sum()),
+        "pareto_k": float(k.max()),
+        "ess": float(weights.of_elements(weights.effective_sample_size, smoothed).min()),
+    }
+    latents, stats = drawn.values, {"log_weight": drawn.log_weight, "log_p": drawn.log_p, "log_q": drawn.log_q}
+    if num_samples is not None:
+        index = weights.resample(rng_key, smoothed, num_samples).reshape(num_samples, *shape)
+        latents = {name: take(value, index, fit.model_trace[name]["fn"].event_dim) for name, value in latents.items()}
+        stats = {name: take(value, index) for name, value in stats.items()}
+    return latents, stats, log_evidence.reshape(shape).astype(np.float32), attributes
+
+
+def _follow(fit: Fitted, predict: bool, likelihoods: Mapping[str, Collection[str]]) -> Callable:
+    """What follows from the latents of one draw: the posterior with deterministic sites, new data, log-likelihoods.
 
     Latents that are not given are drawn from the prior.
+
+    :param likelihoods: by group, the observed sites whose log-likelihoods given the latents it has.
     """
-    shown = [n for n, site in fit.model_trace.items() if is_latent_site(site) or site["type"] == "deterministic"]
+    shown = [
+        name
+        for name, site in fit.model_trace.items()
+        if site["type"] == "deterministic" or (is_latent_site(site) and not imputed_name(name, fit.model_trace))
+    ]
+
+    def log_likelihood(site: dict) -> Array:
+        about = fit.observed[site["name"]]
+        log_prob = site["fn"].log_prob(site["value"])
+        return log_prob if about.present.all() else jnp.where(about.elements, log_prob, jnp.nan)
 
     def follow(rng_key: Array, latents: dict[str, Array]) -> dict[str, dict[str, Array]]:
-        model = substitute(seed(fit.svi.model, rng_key), data={**fit.params, **latents})
+        model_key, predictive_key = split(rng_key)
+        model = substitute(seed(fit.svi.model, model_key), data={**fit.params, **latents})
         model_trace = trace(model).get_trace(*fit.args, **fit.kwargs)
-        observed = _observed(model_trace)
-        found = {"latent": {name: model_trace[name]["value"] for name in shown}}
-        if "predictive" in parts:
-            keys = random.split(random.fold_in(rng_key, 1), max(len(observed), 1))
-            found["predictive"] = {name: _whole(site).sample(key) for key, (name, site) in zip(keys, observed.items())}
-        if "log_likelihood" in parts:
-            found["log_likelihood"] = {name: site["fn"].log_prob(site["value"]) for name, site in observed.items()}
+        observed = observed_sites(model_trace)
+        given_names = {name: fit.observed[name].name for name in observed}
+        found = {"posterior": {name: model_trace[name]["value"] for name in shown}}
+        if predict:
+            keys = split_by_name(predictive_key, observed)
+            found["posterior_predictive"] = {
+                given_names[name]: whole(site).sample(keys[name]) for name, site in observed.items()
+            }
+        for group, names in likelihoods.items():
+            found[group] = {given_names[name]: log_likelihood(observed[name]) for name in observed if name in names}
         return found
 
     return follow
 
 
-def _observed(model_trace: Trace) -> Trace:
-    """Observed sites; factors are none."""
-    return {
-        site["name"]: site
-        for site in sample_sites(model_trace)
-        if site["is_observed"] and not isinstance(unwrapped(site["fn"]), dist.Unit)
-    }
-
-
-def _whole(site: dict) -> dist.Distribution:
-    """The distribution of a site with the batch shape that it takes with its value."""
-    fn, shape = site["fn"], np.shape(site["value"])
-    return fn.expand(np.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim]))
+# Laying out.
 
 
 def _dims(fit: Fitted) -> dict[str, list[str]]:
@@ -180,7 +268,7 @@ def _dims(fit: Fitted) -> dict[str, list[str]]:
         if site["type"] not in ("sample", "deterministic"):
             continue
         plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
-        shape = _whole(site).batch_shape if site["type"] == "sample" else np.shape(site["value"])
+        shape = whole(site).batch_shape if site["type"] == "sample" else np.shape(site["value"])
         batch = range(-len(shape), 0)
         sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
         if site["type"] == "deterministic" and any(shape[dim] != sizes.get(dim) for dim in batch):
@@ -188,17 +276,16 @@ def _dims(fit: Fitted) -> dict[str, list[str]]:
         event = list(site["infer"].get("event_dims", [])) if site["type"] == "sample" else []
         dims = [plates.get(dim, f"{name}_dim_{i}") for i, dim in enumerate(batch)] + event
         if dims:
-            named[name] = dims
+            named[fit.observed[name].name if name in fit.observed else name] = dims
     return named
 
 
-def _common_dims(fit: Fitted, structure: Structure) -> list[str]:
-    frames = {frame for site in sample_sites(fit.model_trace) for frame in site["cond_indep_stack"]}
-    common = sorted((frame for frame in frames if frame.dim in structure.dims), key=lambda frame: frame.dim)
-    return [frame.name for frame in common]
-
-
 def _from_dict(data: dict, coords, dims):
-    if az.__version__.startswith("0."):
-        return az.from_dict(**data, coords=coords, dims=dims)
-    return az.from_dict(data, coords=coords, dims=dims)
+    if not az.__version__.startswith("0."):
+        return az.from_dict(data, coords=coords, dims=dims)
+    # ArviZ 0.x takes groups that it does not know as datasets only.
+    own = {group: data.pop(group) for group in ("log_likelihood_given_latents",) if group in data}
+    tree = az.from_dict(**data, coords=coords, dims=dims)
+    for group, values in own.items():
+        tree.add_groups({group: az.dict_to_dataset(values, coords=coords, dims=dims)})
+    return tree

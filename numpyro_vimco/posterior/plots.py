@@ -9,7 +9,6 @@ Pictures of the posterior are ArviZ's.
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import logsumexp
 import xarray as xr
 
 from numpyro_vimco.posterior.diagnostics import ImportanceDiagnostics
@@ -78,18 +77,17 @@ def plot_weights(diagnostics: ImportanceDiagnostics, *, ax: "Axes | None" = None
     With equal weights this is the dotted line; a curve that is high at its left end says that few draws decide.
 
     :param ImportanceDiagnostics diagnostics: of :func:`~numpyro_vimco.importance_diagnostics`. Where weights are
-        per element, the element with the largest k is shown.
+        per element, the element with the largest k is shown, as far as its heaviest draws.
     :param Axes ax: where to draw; a new figure by default.
     """
     ax = _axes(ax)
-    flat = diagnostics.log_weight.reshape(len(diagnostics.log_weight), -1)
-    worst = int(np.argmax(diagnostics.pareto_k))
-    shares = np.sort(np.exp(flat[:, worst] - logsumexp(flat[:, worst])))[::-1]
-    rank = np.arange(1, len(shares) + 1)
+    rank = np.arange(1, len(diagnostics.heaviest) + 1)
+    equal = np.arange(1, diagnostics.num_samples + 1)
+    worst = np.argmax(diagnostics.pareto_k)
     ess, k = np.ravel(diagnostics.ess)[worst], np.ravel(diagnostics.pareto_k)[worst]
-    ax.plot(rank, np.cumsum(shares), color="C0", lw=1.8, label="weights of the draws")
-    ax.plot(rank, rank / len(rank), color="black", ls=":", lw=1.2, label="equal weights")
-    ax.axvline(ess, color="C3", ls="--", lw=1.2, label=f"ESS {ess:,.0f} of {len(rank):,}")
+    ax.plot(rank, np.cumsum(diagnostics.heaviest), color="C0", lw=1.8, label="weights of the draws")
+    ax.plot(equal, equal / len(equal), color="black", ls=":", lw=1.2, label="equal weights")
+    ax.axvline(ess, color="C3", ls="--", lw=1.2, label=f"ESS {ess:,.0f} of {len(equal):,}")
     ax.set(xscale="log", xlabel="number of heaviest draws", ylabel="share of the weight", ylim=(0, 1.05))
     ax.set_title(f"Pareto k {k:.2f} ({diagnostics.reading})")
     ax.legend(loc="upper left")

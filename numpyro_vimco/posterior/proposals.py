@@ -5,34 +5,40 @@
 
 Weights are as in the objective of the fit: one for each element of the plates that are common to all sites. Where a
 plate has particles of its own, one of them is drawn for each element by its local weight, and the weight left to the
-whole is the design's Ẑ: together they are properly weighted. Arrays are NumPy's, in double precision where they are
-weights.
+whole is the design's Ẑ: together they are properly weighted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import arviz as az
 import jax
 from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from scipy.special import logsumexp
+from numpyro.distributions import biject_to
+from numpyro.handlers import substitute
 
 from numpyro_vimco.objectives import control_variates as cv
+from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
 from numpyro_vimco.objectives.program import Program
+from numpyro_vimco.posterior.chunks import chunks, in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.weights import WeightStream, WeightSummary
+from numpyro_vimco.randomness import split, split_by_name
+from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
+
+# Correlations are looked for among so many continuous coordinates: these draws are kept.
+CORRELATED_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """Draws from a guide.
+    """Draws from a guide; arrays have a leading axis for them.
 
     :ivar values: of each latent, of shape ``(N, *batch, *event)``.
-    :ivar log_p: log p(x, z), of shape ``(N, *plates)``, in nats.
+    :ivar log_p: log p(x, z), of shape ``(N, *plates)``, of size 1 where a plate is not common to all sites; in nats.
     :ivar log_q: log q(z), likewise.
     :ivar log_weight: log-weight, likewise; log_p - log_q but for local particles.
     :ivar structure: what plates those are.
@@ -45,67 +51,188 @@ class Proposals:
     structure: Structure
 
 
-def propose(fit: Fitted, rng_key: Array, num_proposals: int) -> Proposals:
-    """Draw from the guide, chunk by chunk.
+@dataclass(frozen=True)
+class Weighed:
+    """What the weights of a guide's draws say, without the draws.
+
+    :ivar summary: of the weights.
+    :ivar shape: of the plates that are common to all sites, whose elements have weights of their own.
+    :ivar log_weight: the log-weights themselves, of shape ``(draws,)``, where they are joint; else None.
+    :ivar continuous: draws of the first continuous latents that are in no plate, in unconstrained space, of shape
+        ``(draws, coordinates)``, where weights are joint.
+    :ivar coordinates: their names.
+    """
+
+    summary: WeightSummary
+    shape: tuple[int, ...]
+    log_weight: np.ndarray | None
+    continuous: np.ndarray
+    coordinates: list[str]
+
+
+def propose(fit: Fitted, rng_key: Array, num_proposals: int, progress: str | None = None) -> Proposals:
+    """Draw from the guide.
 
     :raises ValueError: for NaN weights, and where all are zero.
     """
-    program = _program(fit, fit.plate_particles)
-    structures: list[Structure] = []
+    particle, structure = _particle(fit)
+    keys = split(rng_key, num_proposals)
+    values, log_p, log_q, log_weight = in_chunks(particle, fit.chunk_size(), keys, progress=progress)
+    nan = np.isnan(log_weight).reshape(num_proposals, -1).any(1).sum()
+    _check_weights(int(nan), bool(np.isneginf(log_weight).all(0).any()), num_proposals)
+    return Proposals(values, log_p, log_q, log_weight, structure)
 
-    def particle(rng_key):
-        rng_key, choice_key = random.split(rng_key)
-        levels, structure = program.propose(fit.params, rng_key)
-        structures.append(structure)
+
+def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> Weighed:
+    """Draw from the guide, and keep only what the weights say.
+
+    :raises ValueError: as :func:`propose`.
+    """
+    particle, structure = _particle(fit)
+    sizes = _plate_sizes(fit)
+    shape = tuple(sizes[name] for name in plate_names(fit, structure.dims))
+    coordinates = _coordinates(fit) if not shape else {}
+
+    def weight(rng_key):
+        values, _, _, log_weight = particle(rng_key)
+        unconstrained = [biject_to(fit.model_trace[name]["fn"].support).inv(values[name]) for name in coordinates]
+        return log_weight, jnp.concatenate([jnp.zeros(0), *map(jnp.ravel, unconstrained)])
+
+    stream = WeightStream(num_draws, int(np.prod(shape)))
+    kept: list[np.ndarray] = []
+    continuous, nan = [], 0
+    for _, (log_weight, values) in chunks(weight, fit.chunk_size(), split(rng_key, num_draws), progress=progress):
+        log_weight = log_weight.reshape(len(log_weight), -1)
+        if not shape:
+            log_weight = log_weight.astype(float)
+        nan += int(np.isnan(log_weight).any(1).sum())
+        if nan:
+            continue
+        stream.add(log_weight)
+        continuous.append(values)
+        if not shape:
+            kept.append(log_weight[:, 0])
+    _check_weights(nan, not nan and stream.has_zero(), num_draws)
+    return Weighed(
+        stream.summary(),
+        shape,
+        np.concatenate(kept) if not shape else None,
+        np.concatenate(continuous),
+        [name for names in coordinates.values() for name in names],
+    )
+
+
+def _particle(fit: Fitted) -> tuple[Callable[[Array], tuple], Structure]:
+    """One draw of the guide, with its local particles chosen, as a function of a key: the arrays of `Proposals`."""
+    program = program_of(fit, fit.plate_particles)
+    structure = structure_of(program, fit)
+    _check_independent(program, fit)
+
+    def particle(rng_key: Array) -> tuple[dict[str, Array], Array, Array, Array]:
+        program_key, choice_key = split(rng_key)
+        levels, structure = program.propose(fit.params, program_key)
+        choice_keys = split_by_name(choice_key, levels.local)
         values, densities = levels.shared
         log_p, log_q, log_weight = densities.model, densities.log_guide, densities.log_weight
-        for i, (local_values, local) in enumerate(levels.local.values()):
+        for plate, (local_values, local) in levels.local.items():
             log_weight = log_weight + structure.sum_to_shared(cv.log_mean_weight(local.log_weight))
-            chosen = random.categorical(random.fold_in(choice_key, i), local.log_weight, axis=0)[None]
+            chosen = random.categorical(choice_keys[plate], local.log_weight, axis=0)[None]
             for name, value in local_values.items():
                 values[name] = take(value, chosen, fit.model_trace[name]["fn"].event_dim)[0]
             log_p = log_p + structure.sum_to_shared(take(local.model, chosen)[0])
             log_q = log_q + structure.sum_to_shared(take(local.log_guide, chosen)[0])
         return values, log_p, log_q, log_weight
 
-    keys = random.split(rng_key, num_proposals)
-    values, log_p, log_q, log_weight = in_chunks(particle, fit.chunk_size(), keys)
-    _check_weights(log_weight)
-    return Proposals(values, log_p.astype(float), log_q.astype(float), log_weight.astype(float), structures[0])
+    return particle, structure
 
 
-def _check_weights(log_weight: np.ndarray) -> None:
-    """Raise unless there are importance weights to work with; of shape ``(N, *plates)``.
+def squeezed(log_prob, kept: Collection[int], structure: Structure):
+    """Log-densities without the dimensions of plates that are summed over.
 
+    :param kept: the others, as negative numbers.
+    """
+    return log_prob.squeeze(tuple(dim for dim in range(-structure.ndim, 0) if dim not in kept))
+
+
+def plate_names(fit: Fitted, dims: Iterable[int], inside: str | None = None) -> list[str]:
+    """Names of the plates at some dimensions, of the sites inside of a plate if one is given, from the left."""
+    stacks = [site["cond_indep_stack"] for site in sample_sites(fit.model_trace)]
+    stacks = [stack for stack in stacks if inside is None or any(frame.name == inside for frame in stack)]
+    names = {frame.dim: frame.name for stack in stacks for frame in stack if frame.dim in set(dims)}
+    return [names[dim] for dim in sorted(names)]
+
+
+def _plate_sizes(fit: Fitted) -> dict[str, int]:
+    return {frame.name: frame.size for site in sample_sites(fit.model_trace) for frame in site["cond_indep_stack"]}
+
+
+def _coordinates(fit: Fitted) -> dict[str, list[str]]:
+    """Names of the coordinates of continuous latents that are in no plate, by site, as long as they are few."""
+    found: dict[str, list[str]] = {}
+    size = 0
+    for name, site in fit.model_trace.items():
+        if not is_latent_site(site) or is_discrete(site) or site["cond_indep_stack"]:
+            continue
+        shape = jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape
+        size += int(np.prod(shape))
+        if size <= CORRELATED_SIZE:
+            found[name] = [name + (f"[{','.join(map(str, i))}]" if i else "") for i in np.ndindex(*shape)]
+    return found
+
+
+def _check_weights(nan: int, zero: bool, num_draws: int) -> None:
+    """Raise unless there are importance weights to work with.
+
+    :param nan: number of draws with a NaN weight.
+    :param zero: whether all weights of an element are zero.
     :raises ValueError: for NaN weights, and where all are zero.
     """
-    nan = int(np.isnan(log_weight).reshape(len(log_weight), -1).any(1).sum())
     if nan:
         raise ValueError(
-            f"{nan:,} of {len(log_weight):,} draws of the guide have a NaN weight: model or guide has a NaN "
+            f"{nan:,} of {num_draws:,} draws of the guide have a NaN weight: model or guide has a NaN "
             "log-density there. `jax.config.update('jax_debug_nans', True)` finds where."
         )
-    if bool(np.isneginf(log_weight).all(0).any()):
+    if zero:
         raise ValueError(
-            f"None of {len(log_weight):,} draws of the guide has a density under the model: the guide proposes nothing "
+            f"None of {num_draws:,} draws of the guide has a density under the model: the guide proposes nothing "
             "that the posterior holds. Look at the supports of both, and at what the data rule out."
         )
 
 
-def can_have_particles(fit: Fitted, plate: str) -> bool:
-    """Whether a plate can be named in ``plate_particles``."""
-    program = _program(fit, {**fit.plate_particles, plate: 2})
+def can_have_particles(fit: Fitted, plate_particles: Mapping[str, int]) -> bool:
+    """Whether plates can be named together in ``plate_particles``, at these parameters."""
+    program = program_of(fit, plate_particles)
     try:
-        jax.eval_shape(lambda key: program.propose(fit.params, key)[0], random.key(0))
+        structure_of(program, fit)
+        _check_independent(program, fit)
     except ValueError:
         return False
     return True
 
 
-def _program(fit: Fitted, plate_particles: Mapping[str, int]) -> Program:
+def _check_independent(program: Program, fit: Fitted) -> None:
+    """Raise for elements that have weights of their own, and are not independent at the fitted parameters.
+
+    :raises ValueError: naming the plate, or the masked latent, and a site.
+    """
+    kinds = program.kinds(fit.params, random.key(0))
+    if (kinds.elements or kinds.masks) and may_be_dependent(program, fit.params, random.key(0)):
+        check_elements(program, fit.params)
+
+
+def structure_of(program: Program, fit: Fitted) -> Structure:
+    """How the plates of a program combine densities, found without computing anything."""
+    return jax.eval_shape(program.evaluate, fit.params, random.key(0))[1]
+
+
+def program_of(fit: Fitted, plate_particles: Mapping[str, int], given: Mapping[str, Array] | None = None) -> Program:
+    """A fit's model and guide as a program.
+
+    :param given: values of latents, in place of those that the guide draws.
+    """
     return Program(
         model=fit.svi.model,
-        guide=fit.svi.guide,
+        guide=substitute(fit.svi.guide, data=given) if given else fit.svi.guide,
         args=fit.args,
         kwargs=fit.kwargs,
         by_score=lambda site: False,
@@ -115,21 +242,7 @@ def _program(fit: Fitted, plate_particles: Mapping[str, int]) -> Program:
     )
 
 
-def in_chunks(fn: Callable, chunk_size: int, *inputs: Any) -> Any:
-    """``jax.vmap(fn)(*inputs)``, so many elements at a time, with the results on the host."""
-    length = len(jax.tree.leaves(inputs)[0])
-    chunk_size = min(chunk_size, length)
-    compiled = jax.jit(jax.vmap(fn))
-    outputs = []
-    for begin in range(0, length, chunk_size):
-        # All chunks have one shape: the last begins earlier, and what it repeats is dropped.
-        start = min(begin, length - chunk_size)
-        chunk = compiled(*jax.tree.map(lambda x, start=start: x[start : start + chunk_size], inputs))
-        outputs.append(jax.tree.map(lambda x, skip=begin - start: np.asarray(x)[skip:], chunk))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
-
-
-def take(values: Any, index: Any, event_dim: int = 0) -> Any:
+def take(values, index, event_dim: int = 0):
     """For each element of plates, the value at its own index.
 
     :param values: of shape ``(N, *batch, *event)``, JAX's or NumPy's.
@@ -142,71 +255,3 @@ def take(values: Any, index: Any, event_dim: int = 0) -> Any:
         return values[index.reshape(-1)]
     xp = np if isinstance(values, np.ndarray) else jnp
     return xp.take_along_axis(values, index, axis=0)
-
-
-def log_evidence(log_weight: np.ndarray) -> np.ndarray:
-    """Estimate of the log evidence of each element, in nats: the logarithm of the mean weight.
-
-    :param log_weight: of shape ``(N, *plates)``, as everywhere here.
-    """
-    return logsumexp(log_weight, axis=0) - np.log(len(log_weight))
-
-
-def effective_sample_size(smoothed: np.ndarray) -> np.ndarray:
-    """1 / Σ W² of each element, from normalized log-weights."""
-    return 1 / np.exp(2 * smoothed).sum(0)
-
-
-def pareto_smooth(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pareto-smoothed normalized log-weights, and the shape k of their tail, by ArviZ, for each element [1].
-
-    Weights whose tail does not vary are left as they are, with k = -inf; so are fewer than 25, with k = inf.
-
-    1. Vehtari et al. 2024, *Pareto Smoothed Importance Sampling*, JMLR 25(72)
-    """
-    flat = log_weight.reshape(len(log_weight), -1)
-    smoothed, k = flat - logsumexp(flat, axis=0), np.full(flat.shape[1], np.inf)
-    if len(flat) >= 25:
-        # The tail that ArviZ fits: a fifth of the draws, or 3 √N if that is less. Few discrete values tie there.
-        tail = int(np.ceil(min(len(flat) / 5, 3 * len(flat) ** 0.5)))
-        cutoffs = np.partition(flat, -tail - 1, axis=0)[-tail - 1]
-        for i, cutoff in enumerate(cutoffs):
-            above = flat[flat[:, i] > cutoff + 1e-3, i]
-            if len(above) == 0 or (len(above) >= 5 and np.ptp(above) < 1e-3):
-                k[i] = -np.inf
-            elif len(above) >= 5:
-                smoothed[:, i], k[i] = _psislw(smoothed[:, i])
-    return smoothed.reshape(log_weight.shape), k.reshape(log_weight.shape[1:])
-
-
-def _psislw(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
-    with np.errstate(over="ignore"):  # in ArviZ's fit of the tail, where 1 / inf is meant to be 0
-        if az.__version__.startswith("0."):
-            smoothed, k = az.psislw(log_weight)
-        else:
-            from arviz_stats.base import array_stats
-
-            smoothed, k = array_stats.psislw(-log_weight)  # as of log-likelihoods
-    if not np.isfinite(k):  # too few draws hold the weight for a tail to be fitted
-        return log_weight, np.inf
-    return smoothed - logsumexp(smoothed), float(k)
-
-
-def resample(rng_key: Array, log_weight: np.ndarray, num_samples: int) -> np.ndarray:
-    """Indices of draws, each in proportion to its weight, for each element of plates by itself.
-
-    Systematic resampling, in random order: how often a draw is taken differs from what its weight asks for by less than
-    one.
-
-    :return: integers of shape ``(num_samples, *plates)``.
-    """
-    flat = log_weight.reshape(len(log_weight), -1)
-    offset_key, order_key = random.split(rng_key)
-    offsets = np.asarray(random.uniform(offset_key, (flat.shape[1],)), float)
-    indices = np.empty((num_samples, flat.shape[1]), int)
-    for i in range(flat.shape[1]):
-        cumulative = np.cumsum(np.exp(flat[:, i] - flat[:, i].max()))
-        points = (np.arange(num_samples) + offsets[i]) / num_samples * cumulative[-1]
-        order = np.asarray(random.permutation(random.fold_in(order_key, i), num_samples))
-        indices[:, i] = np.minimum(np.searchsorted(cumulative, points), len(flat) - 1)[order]
-    return indices.reshape(num_samples, *log_weight.shape[1:])

@@ -86,7 +86,7 @@ def _parts(part: Any) -> list:
     if isinstance(part, MethodType):
         return [part.__self__, part.__func__]
     if isinstance(part, FunctionType):
-        if part.__module__.partition(".")[0] in ("jax", "numpyro"):
+        if (part.__module__ or "").partition(".")[0] in ("jax", "numpyro"):
             return [cell.cell_contents for cell in part.__closure__ or ()]
         variables = inspect.getclosurevars(part)
         return [*variables.nonlocals.values(), *variables.globals.values()]

@@ -85,7 +85,7 @@ class Steps:
             by_start = state.svi, state.anneal_steps, state.failed
             svi_state, anneal_steps, failed = jax.device_put(by_start, self.start_sharding)
             state = FitState(svi_state, jnp.asarray(np.asarray(state.step)), anneal_steps, failed)
-        chunk = jax.jit(self._chunk)
+        chunk = self.compiled(state)
         done: list[tuple[FitState, Record]] = []
         taken, length = 0, 1
         with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
@@ -115,8 +115,23 @@ class Steps:
         powers = np.concatenate([none, *(np.asarray(record.power) for _, record in done)])
         return done[-1][0] if done else state, losses.T, powers.T
 
+    def compiled(self, state: FitState) -> partial[tuple[FitState, Record]]:
+        """So many steps from a state, as one program. The number of steps is an argument, so that runs of any length
+        are the same program, and results are bit for bit.
+
+        Arrays that model and guide hold, data above all, are arguments too: as constants they would be part of the
+        program, and those that are spread over devices would be gathered.
+        """
+        closed, outputs = jax.make_jaxpr(self._chunk, return_shape=True)(state, 1)
+
+        @jax.jit
+        def run(held, *inputs):
+            flat = jax.core.eval_jaxpr(closed.jaxpr, held, *jax.tree.leaves(inputs))
+            return jax.tree.unflatten(jax.tree.structure(outputs), flat)
+
+        return partial(run, closed.consts)
+
     def _chunk(self, state: FitState, length: Int[Array, ""]) -> tuple[FitState, Record]:
-        """The number of steps is an argument, so that runs of any length are one program: results are bit for bit."""
         starts, names = len(state.failed), self._names(state)
         nothing = jnp.full((CHUNK_STEPS, starts), jnp.nan)
         record = Record(nothing, nothing, jnp.zeros((starts, 1 + len(names)), bool), jnp.zeros(starts, int))

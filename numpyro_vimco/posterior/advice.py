@@ -1,0 +1,114 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What to do about a fit whose weights are not good: only what can help the model and the guide at hand."""
+
+import numpy as np
+
+from numpyro_vimco.guides.auto_mixed import AutoMixed
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.proposals import Weighed, can_have_particles
+from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
+
+# Where "good" ends: weights of infinite variance, and an effective sample size relative to the draws.
+HEAVY_TAIL, LOW_ESS = 0.5, 0.1
+# A correlation that the guide lacks is told from this size on: it lowers the ESS of a pair to √(1 - 0.3²) at most.
+CORRELATED = 0.3
+
+
+def advise(fit: Fitted, weighed: Weighed, reading: str) -> str:
+    """What to make of the weights, or what to do."""
+    if reading == "good":
+        return "Importance-weighted estimates can be trusted."
+    summary = weighed.summary
+    parts = []
+    if reading == "usable":
+        if summary.ess.min() / len(weighed.continuous) < LOW_ESS:
+            parts.append(
+                "Few draws hold most of the weight: the guide spends the others where the posterior has little."
+            )
+        if summary.pareto_k.max() >= HEAVY_TAIL:
+            parts.append(
+                "The weights have a heavy tail: the guide proposes a part of the posterior too rarely, and one such "
+                "draw can move an estimate by more than its standard error."
+            )
+        parts.append("Compare with a second key and more draws.")
+    plate = _joint_plate(fit)
+    if plate:
+        parts.append(
+            f"One weight is a product over all elements of the plate '{plate}', and hardly a draw holds all of it: "
+            f"give its elements particles of their own, VIMCOStar(plate_particles={{'{plate}': 8}})."
+        )
+        return " ".join(parts)
+    pair = _missing_correlation(weighed)
+    if pair:
+        parts.append(
+            f"The guide lacks a correlation of continuous latents ('{pair[0]}' and '{pair[1]}'): {pair[2]:.2f} under "
+            f"the weighted draws, {pair[3]:.2f} in the guide. {_correlated_guide(fit)} has it."
+        )
+    elif reading == "bad":
+        parts.append(
+            "The guide misses a part of the posterior, so that estimates may be far off: train for longer or with more "
+            f"particles, or use a richer guide ({_richer_guide(fit)})."
+        )
+    else:
+        parts.append("docs/checking_a_fit.md says what makes a guide better.")
+    return " ".join(parts)
+
+
+def _has(fit: Fitted, discrete: bool) -> bool:
+    return any(is_latent_site(site) and is_discrete(site) == discrete for site in sample_sites(fit.model_trace))
+
+
+def _correlated_guide(fit: Fitted) -> str:
+    if _has(fit, discrete=True):
+        return "AutoMixed(model, continuous=AutoMultivariateNormal)"
+    return "AutoMultivariateNormal(model)"
+
+
+def _richer_guide(fit: Fitted) -> str:
+    if not _has(fit, discrete=True):
+        return "AutoMultivariateNormal(model), a flow, or one by hand"
+    if isinstance(fit.svi.guide, AutoMixed) and getattr(fit.svi.guide, "structure", None) == "autoregressive":
+        return "one by hand"
+    return 'AutoMixed(model, structure="autoregressive"), or one by hand'
+
+
+def _missing_correlation(weighed: Weighed) -> tuple[str, str, float, float] | None:
+    """Two continuous latents whose correlation the guide lacks most: their names, and correlations without and with it.
+
+    The guide's are those of its draws, the posterior's those of its weighted draws, if these are enough to tell.
+    """
+    values = weighed.continuous
+    if values.shape[1] < 2 or weighed.log_weight is None:
+        return None
+    weight = np.exp(weighed.log_weight - weighed.log_weight.max())
+    posterior = _correlation(values, weight / weight.sum())
+    guide = _correlation(values, np.full(len(values), 1 / len(values)))
+    difference = np.abs(np.triu(posterior - guide, 1))
+    # Four standard errors of a correlation of as many draws.
+    if difference.max() < max(CORRELATED, 4 / weighed.summary.ess[0] ** 0.5):
+        return None
+    i, j = np.unravel_index(np.argmax(difference), difference.shape)
+    return weighed.coordinates[i], weighed.coordinates[j], posterior[i, j], guide[i, j]
+
+
+def _correlation(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    centred = values - weight @ values
+    covariance = (centred * weight[:, None]).T @ centred
+    scale = np.sqrt(np.maximum(np.diag(covariance), np.finfo(float).tiny))
+    return covariance / scale / scale[:, None]
+
+
+def _joint_plate(fit: Fitted) -> str | None:
+    """A plate with latents of its own beside others, whose elements share a weight."""
+    sites = sample_sites(fit.model_trace)
+    for site in filter(is_latent_site, sites):
+        names = [frame.name for frame in site["cond_indep_stack"]]
+        if any(name in fit.plate_particles for name in names):
+            continue
+        for frame in sorted(site["cond_indep_stack"], key=lambda frame: frame.dim):
+            common = all(frame in other["cond_indep_stack"] for other in sites)
+            if frame.size > 1 and not common and can_have_particles(fit, {**fit.plate_particles, frame.name: 2}):
+                return frame.name
+    return None

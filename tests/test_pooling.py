@@ -1,0 +1,264 @@
+"""Draws from the guides of several starts: properly weighted by enumeration, and better than any start alone."""
+
+from functools import partial
+import itertools
+
+import jax
+from jax import random
+import jax.numpy as jnp
+from jax.scipy.special import expit, logsumexp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
+from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+import optax
+import pytest
+
+from numpyro_vimco import AutoMixed, VIMCOStar
+from numpyro_vimco.objectives.levels import Levels
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.pooling import Mixture, mixed, pool
+from numpyro_vimco.posterior.starts import initial_states
+from numpyro_vimco.posterior.widening import WIDER, widened
+
+X = np.array([0.7, -1.2])
+
+
+def fitted(model, guide, params, objective=None):
+    """The first of several starts; parameters have a leading axis for them."""
+    svi = SVI(model, guide, optax.adam(0.1), objective or VIMCOStar())
+    return Fitted.of(svi, jax.tree.map(lambda leaf: leaf[0], params), (), {})
+
+
+def log_bernoulli(logits, value):
+    return value * logits - jnp.logaddexp(0.0, logits)
+
+
+def log_normal(loc, x):
+    return -0.5 * (x - loc) ** 2 - 0.5 * np.log(2 * np.pi)
+
+
+def binary(size):
+    return np.array(list(itertools.product([0, 1], repeat=size)))
+
+
+def components(logits):
+    """From the logits of two starts to those of four components: widened copies have half of them."""
+    return np.concatenate([logits, np.asarray(logits) / 2])
+
+
+def test_joint_draws_are_properly_weighted(x64):
+    """For each outcome, the expected weight of draws there is p(x, z), exactly."""
+
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
+        y = numpyro.sample("y", dist.Bernoulli(logits=numpyro.param("coupling", 0.2) * z))
+        numpyro.sample("x", dist.Normal(z + 2.0 * y, 1.0), obs=1.4)
+
+    def guide():
+        z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("z_logits", 0.0)))
+        numpyro.sample("y", dist.Bernoulli(logits=numpyro.param("slope", 0.0) * z))
+
+    # The target is the posterior at the first start's parameters of the model.
+    starts = {"z_logits": [2.0, -3.0], "slope": [1.0, -4.0], "coupling": [0.5, 9.0]}
+    params = {name: jnp.array(values) for name, values in starts.items()}
+    mixture = Mixture(fitted(model, guide, params), params)
+    outcomes, log_shares = binary(2), mixture.log_shares(1000)
+    z, y = outcomes.T
+    weigh = jax.vmap(lambda z, y: mixture.log_weights(Levels({"z": z, "y": y}, {}), log_shares)[0].shared)
+    log_weight = jax.jit(weigh)(jnp.array(z), jnp.array(y))
+    np.testing.assert_allclose(np.exp(log_shares), [0.35, 0.35, 0.15, 0.15])
+    log_p = log_bernoulli(0.3, z) + log_bernoulli(0.5 * z, y) + log_normal(z + 2.0 * y, 1.4)
+    z_logits, slope = components(params["z_logits"])[:, None], components(params["slope"])[:, None]
+    log_q = log_bernoulli(z_logits, z) + log_bernoulli(slope * z, y)
+    expected = np.exp(log_shares) @ np.exp(log_q) * np.exp(log_weight)
+    np.testing.assert_allclose(expected, np.exp(log_p), rtol=1e-12)
+
+
+def test_elements_of_a_common_plate_have_weights_of_their_own(x64):
+    def model():
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
+            numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=X)
+
+    def guide():
+        with numpyro.plate("data", 2):
+            numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(2))))
+
+    params = {"logits": jnp.array([[2.0, 1.0], [-3.0, 4.0]])}
+    mixture = Mixture(fitted(model, guide, params), params)
+    log_shares = mixture.log_shares(1000)
+    weigh = jax.vmap(lambda z: mixture.log_weights(Levels({"z": z}, {}), log_shares)[0].shared)
+    z = binary(1) * np.ones((2, 2), int)  # outcomes of each element
+    log_weight = jax.jit(weigh)(jnp.array(z))
+    assert log_weight.shape == (2, 2)
+    log_q = log_bernoulli(components(params["logits"])[:, None], z)
+    expected = np.exp(log_weight) * np.tensordot(np.exp(log_shares), np.exp(log_q), axes=1)
+    np.testing.assert_allclose(expected, np.exp(log_bernoulli(0.3, z) + log_normal(2.0 * z, X)), rtol=1e-12)
+
+
+def test_local_particles_are_properly_weighted(x64):
+    """Every outcome of g and of four local particles (of two guides and their copies) in each of two elements.
+
+    The expectation of Ẑ times the probability that these local values are chosen is p(x, g, e), for all g and e.
+    """
+
+    def model():
+        g = numpyro.sample("g", dist.Bernoulli(logits=0.2))
+        with numpyro.plate("data", 2):
+            e = numpyro.sample("e", dist.Bernoulli(logits=0.8 * g - 0.4))
+            numpyro.sample("x", dist.Normal(1.1 * e + g, 1.0), obs=X)
+
+    def guide():
+        g = numpyro.sample("g", dist.Bernoulli(logits=numpyro.param("g_logits", 0.0)))
+        with numpyro.plate("data", 2):
+            numpyro.sample("e", dist.Bernoulli(logits=numpyro.param("slope", 0.0) * g + numpyro.param("shift", 0.0)))
+
+    starts = {"g_logits": [2.0, -1.0], "slope": [1.0, -2.0], "shift": [0.3, -3.0]}
+    params = {name: jnp.array(values) for name, values in starts.items()}
+    mixture = Mixture(fitted(model, guide, params, VIMCOStar(plate_particles={"data": 2})), params)
+    assert mixture.counts(2) == (1, 1)
+    log_shares, outcomes = mixture.log_shares(1000), binary(9)
+    g, e = jnp.array(outcomes[:, 0]), jnp.array(outcomes[:, 1:].reshape(-1, 4, 2))
+
+    @jax.jit
+    @jax.vmap
+    def weigh(g, e):
+        levels, structure = mixture.log_weights(Levels({"g": g}, {"data": {"e": e}}), log_shares)
+        local = levels.local["data"]
+        total = levels.shared + structure.sum_to_shared(logsumexp(local, axis=0) - np.log(4))
+        return jnp.exp(total).squeeze(), jnp.exp(local - logsumexp(local, axis=0))
+
+    weight, choice = weigh(g, e)
+    parameters = {name: components(value)[:, None] for name, value in params.items()}
+    q_g = np.exp(log_shares) @ np.exp(log_bernoulli(parameters["g_logits"], outcomes[:, 0]))
+    logits = parameters["slope"] * outcomes[:, 0] + parameters["shift"]  # (components, outcomes): a particle of each
+    q_e = np.exp(log_bernoulli(logits.T[..., None], np.asarray(e))).prod((1, 2))
+    for target_g, *target in binary(3):
+        chosen = np.where(np.asarray(e) == target, choice, 0).sum(1).prod(1) * (outcomes[:, 0] == target_g)
+        target = np.array(target)
+        log_p = log_bernoulli(0.2, target_g) + log_bernoulli(0.8 * target_g - 0.4, target).sum()
+        log_p += log_normal(1.1 * target + target_g, X).sum()
+        np.testing.assert_allclose(np.sum(q_g * q_e * weight * chosen), np.exp(log_p), rtol=1e-12)
+
+
+def test_values_that_model_or_guides_rule_out():
+    """Possible for all guides; for one; not by the model; neither by the model nor by the first guide (0 / 0)."""
+    log_weight = jnp.log(jnp.array([[2.0, 2.0, 0.0, jnp.nan], [2.0, jnp.inf, 0.0, 0.0], [2.0, jnp.inf, 0.0, 0.0]]))
+    np.testing.assert_allclose(np.exp(mixed(log_weight, jnp.log(jnp.array([0.5, 0.3, 0.2])))), [2, 4, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_pool_has_what_a_start_lost(local):
+    """Each start proposes one of two values; both are posterior with 0.5. A mean of 8,000 draws, within five errors."""
+
+    def model():
+        g = numpyro.sample("g", dist.Bernoulli(0.5))
+        with numpyro.plate("data", 2):
+            e = numpyro.sample("e", dist.Normal(2.0 * g - 1.0, 1.0))
+            numpyro.sample("x", dist.Normal(e, 1.0), obs=jnp.zeros(2))
+        numpyro.deterministic("sum", e.sum())
+
+    def guide():
+        g = numpyro.sample("g", dist.Bernoulli(logits=numpyro.param("g_logits", 0.0)))
+        with numpyro.plate("data", 2):
+            numpyro.sample("e", dist.Normal(g - 0.5 + numpyro.param("shift", 0.0), 0.8))
+
+    params = {"g_logits": jnp.array([-12.0, 12.0]), "shift": jnp.array([0.0, 0.2])}
+    fit = fitted(model, guide, params, VIMCOStar(plate_particles={"data": 4} if local else {}))
+    pooled = pool(fit, params, random.key(0), 8000)
+    weight = np.exp(pooled.log_weight.ravel() - pooled.log_weight.max())
+    weight /= weight.sum()
+    assert pooled.values["g"].shape == (8000,) and pooled.values["e"].shape == (8000, 2)
+    assert (np.bincount(pooled.component) == [2800, 2800, 1200, 1200]).all()
+    e = pooled.values["e"]
+    for value, exact in ((pooled.values["g"], 0.5), (e[:, 0], 0.0), (e[:, 1] ** 2, 0.75)):
+        mean = weight @ value
+        assert abs(mean - exact) < 5 * np.sqrt(np.sum(weight**2 * (value - mean) ** 2))
+    assert np.sum(weight[pooled.values["g"] == 0]) > 0.4 and np.sum(weight[pooled.values["g"] == 1]) > 0.4
+    exact = float(dist.Normal(1.0, 2**0.5).log_prob(0.0)) * 2
+    relative = np.exp(pooled.log_weight.ravel() - exact)
+    assert abs(relative.mean() - 1) < 5 * relative.std() / 8000**0.5
+
+
+def mixed_model():
+    with numpyro.plate("predictor", 2):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        c = numpyro.sample("c", dist.Normal(z, 1.0))
+    scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    numpyro.sample("x", dist.Normal(c, scale).to_event(1), obs=X)
+
+
+def continuous_model():
+    c = numpyro.sample("c", dist.Normal(0.0, 1.0))
+    scale = numpyro.sample("scale", dist.LogNormal(c, 0.5))
+    numpyro.sample("x", dist.Normal(c, scale).expand([2]).to_event(1), obs=X)
+
+
+wide_normal = partial(AutoNormal, init_scale=1.0)
+CASES = {
+    "AutoMixed": (mixed_model, partial(AutoMixed, continuous=wide_normal)),
+    "AutoMixed, conditional": (mixed_model, partial(AutoMixed, continuous=wide_normal, structure="conditional")),
+    "AutoMultivariateNormal": (continuous_model, partial(AutoMultivariateNormal, init_scale=0.8)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_automatic_guides_have_densities_at_the_draws_of_other_starts(case):
+    """The evidence from a pool of guides as they begin is that from the prior, within five errors."""
+    model, make = CASES[case]
+    guide = make(model, init_loc_fn=init_to_uniform(radius=0.5))
+    svi = SVI(model, guide, optax.adam(0.1), VIMCOStar())
+    params = jax.vmap(svi.get_params)(initial_states(svi, random.key(0), 2, (), {}))
+    pooled = pool(fitted(model, guide, params), params, random.key(1), 8000)
+    assert set(pooled.values) == ({"z", "c", "scale"} if model is mixed_model else {"c", "scale"})
+    for name, value in pooled.values.items():
+        assert len(np.unique(value, axis=0)) > 2, name
+
+    def prior(key):
+        with numpyro.handlers.seed(rng_seed=key), numpyro.handlers.trace() as tr:
+            model()
+        return tr["x"]["fn"].log_prob(tr["x"]["value"]).sum()
+
+    likelihood = np.exp(jax.jit(jax.vmap(prior))(random.split(random.key(2), 20_000)), dtype=float)
+    weight = np.exp(pooled.log_weight.ravel())
+    error = np.hypot(likelihood.std() / 20_000**0.5, weight.std() / 8000**0.5)
+    assert error < 0.1 * likelihood.mean() and abs(weight.mean() - likelihood.mean()) < 5 * error
+
+
+def test_delta_at_a_parameter_cannot_be_pooled():
+    guide = AutoDelta(continuous_model)
+    svi = SVI(continuous_model, guide, optax.adam(0.1), Trace_ELBO())
+    params = jax.vmap(svi.get_params)(initial_states(svi, random.key(0), 2, (), {}))
+    with pytest.raises(NotImplementedError, match=r"Site 'c' of the guide is a Delta .* parameter 'c_auto_loc'"):
+        Mixture(fitted(continuous_model, guide, params), params)
+
+
+@pytest.mark.parametrize(
+    "fn, wide",
+    [
+        (dist.Normal(1.0, 2.0), dist.Normal(1.0, 2.0 * WIDER)),
+        (dist.Bernoulli(logits=3.0).expand([2]).mask(False), dist.Bernoulli(logits=1.5).expand([2]).mask(False)),
+        (dist.Bernoulli(probs=expit(3.0)), dist.Bernoulli(logits=1.5)),
+        (
+            dist.Categorical(logits=jnp.array([1.0, 3.0])).expand([2]),
+            dist.Categorical(logits=jnp.array([0.5, 1.5])).expand([2]),
+        ),
+        (dist.LogNormal(jnp.ones(2), 2.0).to_event(1), dist.LogNormal(jnp.ones(2), 2.0 * WIDER).to_event(1)),
+        (
+            dist.MultivariateNormal(jnp.ones(2), jnp.array([[2.0, 0.5], [0.5, 1.0]])),
+            dist.MultivariateNormal(jnp.ones(2), WIDER**2 * jnp.array([[2.0, 0.5], [0.5, 1.0]])),
+        ),
+        (
+            dist.LowRankMultivariateNormal(jnp.ones(2), jnp.ones((2, 1)), jnp.ones(2)),
+            dist.MultivariateNormal(jnp.ones(2), WIDER**2 * (1 + jnp.eye(2))),
+        ),
+        (dist.Poisson(3.0), dist.Poisson(3.0)),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
+def test_widened_distributions(fn, wide):
+    value = fn.sample(random.key(0))
+    np.testing.assert_allclose(widened(fn).log_prob(value), wide.log_prob(value), rtol=1e-4)
+    assert widened(fn).batch_shape == fn.batch_shape and widened(fn).event_shape == fn.event_shape
