@@ -100,7 +100,9 @@ def test_guide_of_every_discrete_prior(name):
 
     def model():
         z = numpyro.sample("z", prior)
-        numpyro.sample("x", dist.Normal(jnp.asarray(z, float), 1.0).to_event(), obs=jnp.ones(jnp.shape(z)))
+        # What depends on a masked element is masked as well.
+        likelihood = dist.Normal(jnp.asarray(z, float), 1.0).mask(getattr(prior, "_mask", True))
+        numpyro.sample("x", likelihood.to_event(), obs=jnp.ones(jnp.shape(z)))
 
     guide = AutoDiscrete(model)
     params = start(guide)
