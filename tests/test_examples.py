@@ -34,7 +34,7 @@ def test_gaussian_mixture(tmp_path):
 
 
 def test_n_mixture(tmp_path):
-    log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=400", "--grid=40", f"--output={tmp_path}")
+    log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=1000", "--grid=40", f"--output={tmp_path}")
     assert joint < local < log_evidence
 
 

@@ -257,9 +257,9 @@ def test_a_fit_that_stops_and_goes_on_is_the_uninterrupted_one(optimizer, key, t
 @pytest.mark.parametrize(
     "chunk_size, message",
     [
-        (0, "is 0, but must be a positive divisor of `num_particles`, which is 12: 1 would do"),
-        (-3, "is -3, but must be a positive divisor .* 1 would do"),
-        (5, "is 5, but .* 4 or 6 would do"),
+        (0, "is 0, but must be an integer of at least 1"),
+        (-3, "is -3, but must be an integer of at least 1"),
+        (5, "is 5, but must be a divisor of `num_particles`, which is 12: 4 or 6 would do"),
         (24, "is 24, but .* 12 would do"),
         (2.0, "is 2.0, but must be an integer"),
         ("all", "is 'all', but must be an integer"),

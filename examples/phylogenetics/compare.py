@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 from numpyro.infer.svi import SVIRunResult
-from numpyro_vimco.diagnostics import GradientStatistics
 import pandas as pd
 
 from numpyro_vimco import VIMCO, ReweightedWakeSleep, VIMCOStar, gradient_snr, importance_diagnostics
+from numpyro_vimco.posterior.gradient_noise import GradientStatistics
 
 from . import run
 from .alignment import Alignment, read_alignment

@@ -32,7 +32,7 @@ class ImportanceDiagnostics:
     :ivar ess: effective sample size, 1 / Σ W² with Pareto-smoothed weights.
     :ivar pareto_k: shape of the weights' tail, as in ArviZ; -inf where the tail is tied, or where what lies above its
         beginning is less than 0.1 / √draws of the weight, so that it can do no harm
-        (:func:`~numpyro_vimco.posterior.weights.smooth_tail`).
+        (``weights.smooth_tail``).
     :ivar reading: of the worst element. ``"bad"``: k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et al. 2024),
         or an ESS below 100; ``"good"``: k < 0.5 (finite variance) and an ESS of a tenth of the draws or more;
         ``"usable"`` between. A part of the posterior that was never proposed shows in none of these.
