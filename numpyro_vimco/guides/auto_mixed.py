@@ -70,15 +70,16 @@ class AutoMixed(StructuralGuide):
     predictors in one regression, is drawn element after element.
 
     A matrix of couplings of one site to all before it is full up to 131,072 entries (360 switches with each other).
-    Beyond, it is a product of two matrices of rank 8, with about 16 parameters for each element; elements are dealt out
-    to 32 blocks, and coupled to the blocks before their own. Drawing is compiled without a Python loop over elements:
-    continuous elements solve a triangular system; discrete ones iterate to the draw that one after the other would give.
+    Beyond, it is a product of two matrices of rank 8, with about 16 parameters for each element; elements are dealt
+    out to 32 blocks, and coupled to the blocks before their own. Drawing is compiled without a Python loop over
+    elements: continuous elements solve a triangular system; discrete ones iterate to the draw that one after the
+    other would give.
 
-    **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`), continuous ones at the median of
-    their prior with a scale of 0.1, by ``init_loc_fn``. A random start far out, as NumPyro's default, costs
-    *autoregressive* half of its effective sample size: what is switched off has to find its prior again. Where the prior
-    is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that not all weight is with
-    one particle.
+    **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`), continuous ones at the
+    median of their prior with a scale of 0.1, by ``init_loc_fn``. A random start far out, as NumPyro's default,
+    costs *autoregressive* half of its effective sample size: what is switched off has to find its prior again.
+    Where the prior is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that not
+    all weight is with one particle.
 
     :param callable model: a NumPyro model.
     :param continuous: an automatic guide of NumPyro for continuous latents, or a function from a model (and keyword

@@ -83,7 +83,10 @@ def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list
         )
         if isinstance(site, ContinuousSite):
             own = tuple(name for name in site.own if name in parents)
-            site = replace(site, own=own, prior=frozenset(graph.factors[site.name] - {site.name}))
+            # What of these an element can reach, it has already.
+            whole = {other.name for other in reached if other.name in own and plates(other) <= local}
+            coupled = tuple(name for name in site.coupled if name not in whole)
+            site = replace(site, own=own, coupled=coupled, prior=frozenset(graph.factors[site.name] - {site.name}))
         result.append(site)
     return result
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
@@ -53,6 +54,8 @@ def set_up(guide: AutoGuide, *args, **kwargs) -> None:
         # NumPyro's initialization functions promote ranks where its objectives do not.
         with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"), _ConcreteKeys():
             guide._setup_prototype(*args, **kwargs)
+            # Under `jax.vmap` a `custom_jvp` returns a tracer even for values that are not traced; its copy is none.
+            guide._init_locs = jax.tree.map(jnp.copy, getattr(guide, "_init_locs", {}))
 
 
 class _ConcreteKeys(Messenger):
