@@ -1,5 +1,13 @@
 """Shared by all tests: shapes of the package's arrays are checked at run time, and warnings are errors."""
 
+import os
+from pathlib import Path
+
+# What XLA compiles is kept, for other processes and other runs: half of the time of all tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax
 from jaxtyping import install_import_hook
 import pytest
