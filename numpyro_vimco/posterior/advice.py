@@ -7,7 +7,8 @@ import numpy as np
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.proposals import Weighed, can_have_particles
+from numpyro_vimco.posterior.proposals import can_have_particles
+from numpyro_vimco.posterior.weighing import Weighed
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
 
 # Where "good" ends: weights of infinite variance, and an effective sample size relative to the draws.

@@ -10,12 +10,11 @@ from typing import Any
 from jaxtyping import Array
 import numpy as np
 from numpyro.infer import SVI
-from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior.advice import HEAVY_TAIL, LOW_ESS, advise
-from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.proposals import weigh
+from numpyro_vimco.posterior.fitted import Fitted, Result
+from numpyro_vimco.posterior.weighing import weigh
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class ImportanceDiagnostics:
 
 def importance_diagnostics(
     svi: SVI,
-    svi_result: SVIRunResult | SVIState | Mapping[str, Any],
+    svi_result: Result,
     *,
     model_args: tuple = (),
     model_kwargs: Mapping[str, Any] | None = None,
@@ -85,7 +84,7 @@ def importance_diagnostics(
     sites, beside that of a few draws of the model.
 
     :param SVI svi: the inference object of the fit; with any objective.
-    :param svi_result: what ``svi.run`` returned, a state of ``svi.update``, or a dict of parameters.
+    :param svi_result: what ``fit`` or ``svi.run`` returned, a state of ``svi.update``, or a dict of parameters.
     :param tuple model_args: the model's arguments, as in the fit; with all data, not a subsample.
     :param dict model_kwargs: the model's keyword arguments.
     :param jax.random.key rng_key: random number generator key.
