@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 import inspect
-from typing import Any
+from typing import Any, TypeAlias
 import warnings
 
 import jax
@@ -28,7 +28,7 @@ from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 CHUNK_ELEMENTS = 2**20
 
 # What a fit is given by, after it.
-Result = FitResult | SVIRunResult | SVIState | Mapping[str, Any]
+Result: TypeAlias = FitResult | SVIRunResult | SVIState | Mapping[str, Any]
 
 
 @dataclass(frozen=True)

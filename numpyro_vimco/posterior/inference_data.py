@@ -221,9 +221,9 @@ def _draw(
         prior = in_chunks(_follow(fit, True, {}), fit.chunk_size(), samples, {}, progress=progress("prior"))
         prior = jax.tree.map(lambda value: value[None], prior)
         found |= {"prior": prior["posterior"], "prior_predictive": prior["posterior_predictive"]}
-    attributes = {name: [chain[3][name] for chain in chains] for name in chains[0][3]}
-    if num_chains == 1:
-        attributes = {name: value for name, (value,) in attributes.items()}
+    attributes: dict[str, Any] = chains[0][3]
+    if num_chains > 1:
+        attributes = {name: [chain[3][name] for chain in chains] for name in attributes}
     return Draws(found, dims, attributes)
 
 

@@ -170,15 +170,16 @@ class Mixture:
         of_guides = [jax.vmap(partial(under, wide), axis_size=self.num_starts)(self.params) for wide in (False, True)]
         levels = jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_guides)
 
-        def mixed(log_p: Array, log_q: Array, log_shares: Array) -> tuple[Array, Array]:
+        def mixed(densities: tuple[Array, Array], log_shares: Array) -> tuple[Array, Array]:
+            log_p, log_q = densities
             shares = log_shares.reshape(-1, *(1,) * (log_q.ndim - 1))
             return log_p[0], logsumexp(shares + log_q, axis=0)
 
         local = {}
         for name in values.local:
             counts = np.repeat(self.local_counts(name), self.num_starts)
-            local[name] = mixed(*levels.local[name], jnp.log(counts / counts.sum()))
-        return Levels(mixed(*levels.shared, self.log_shares), local), structures[0]
+            local[name] = mixed(levels.local[name], jnp.log(counts / counts.sum()))
+        return Levels(mixed(levels.shared, self.log_shares), local), structures[0]
 
     def program(self, wide: bool, plate_particles: Mapping[str, int]) -> Program:
         """The model with a component."""

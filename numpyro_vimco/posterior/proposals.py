@@ -87,7 +87,7 @@ class Sampler:
 
 def merged(draws: Any, number: int) -> Any:
     """The first draws of arrays of shape ``(keys, size, ...)``, of shape ``(number, ...)``."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:number], draws)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:number], draws)
 
 
 def each_start(fit: Fitted) -> Sampler:
