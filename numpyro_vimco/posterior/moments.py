@@ -49,10 +49,11 @@ class Moments:
         weight = np.exp(log_weight - shift)
         self._weights = np.stack([old * change**i + (weight**i).sum(0) for i, old in enumerate(self._weights, 1)])
         for name in self._event_dims:
-            value = values[name].astype(float)
+            value = np.nan_to_num(
+                values[name].astype(float), posinf=0, neginf=0
+            )  # what is beyond single precision has no weight
             centre = self._centres.setdefault(name, value.mean(0))
             value = value - centre
-            value[~np.isfinite(value)] = 0  # beyond single precision: of no weight
             sums = self._sums.get(name, np.zeros((2, 2, *centre.shape)))
             for power, old in enumerate(sums):
                 old *= self._aligned(name, (change ** (power + 1) * np.ones_like(largest))[None], value.ndim)[0]
