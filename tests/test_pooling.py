@@ -265,5 +265,7 @@ def test_delta_at_a_parameter_cannot_be_pooled():
 )
 def test_widened_distributions(fn, wide):
     value = fn.sample(random.key(0))
-    np.testing.assert_allclose(widened(fn).log_prob(value), wide.log_prob(value), rtol=1e-4)
-    assert widened(fn).batch_shape == fn.batch_shape and widened(fn).event_shape == fn.event_shape
+    np.testing.assert_allclose(widened(fn, WIDER, 0.5).log_prob(value), wide.log_prob(value), rtol=1e-4)
+    assert (
+        widened(fn, WIDER, 0.5).batch_shape == fn.batch_shape and widened(fn, WIDER, 0.5).event_shape == fn.event_shape
+    )

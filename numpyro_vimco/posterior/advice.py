@@ -56,7 +56,9 @@ def advise(
     disagree = False
     if agreement is not None and agreement["differs"].any():
         disagree = True
-        parts.append(f"The starts disagree: {differences(agreement)}. The pooled draws have what any of them found.")
+        parts.append(f"The starts disagree: {differences(agreement)}.")
+        if reading == "usable":
+            parts.append("The pooled draws have what any of them found.")
     if past or disagree:
         parts.append(f"What helps, in this order: {_remedies(fit, annealed)}.")
     if past:

@@ -96,5 +96,5 @@ def differences(agreement: xr.Dataset) -> str:
                 parts.append(f"'{found['quantity'].item()}' by {by:.2f} ± {error:.2f} {unit}")
         sentences.append(f"start {agreement['start'].values[i]} is off in {' and '.join(parts)}")
     if len(named) > NAMED:
-        sentences.append(f"{len(named) - NAMED} more are off")
+        sentences.append(f"and {len(named) - NAMED} more")
     return "; ".join(sentences)

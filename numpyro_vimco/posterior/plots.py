@@ -146,8 +146,9 @@ def plot_agreement(diagnostics: ImportanceDiagnostics, *, num_latents: int = 10,
     ax.axvspan(-TOLERANCE, TOLERANCE, color="0.9", zorder=0)
     ax.set_yticks(position, shown["quantity"].values)
     ax.invert_yaxis()
-    ax.set(xlabel="difference from the pooled draws (nats; posterior standard deviations)")
-    ax.legend(loc="best")
+    low, high = ax.get_xlim()
+    ax.set(xlim=(min(low, -3 * TOLERANCE), max(high, 3 * TOLERANCE)), xlabel="off the pool by (nats; posterior SD)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 

@@ -22,9 +22,7 @@ density is in the mixture.
    and Effective Importance Sampling*, for mixtures with fixed shares
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -40,7 +38,6 @@ from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels
 from numpyro_vimco.objectives.plates import Structure
-from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.proposals import (
     Draw,
@@ -59,6 +56,7 @@ from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
 OWN, WIDENED = 7, 3
 
 Values = dict[str, Array]
+Bool = Array | np.ndarray | bool
 
 
 @dataclass(frozen=True)
@@ -111,44 +109,41 @@ class Mixture:
         each = self.fit.plate_particles[plate] / self.num_starts / (OWN + WIDENED)
         return max(round(OWN * each), 1), max(round(WIDENED * each), 1)
 
-    def guide(self, wide: bool) -> Callable:
-        """The guide, or its widened copy."""
-        return Widened(self.fit.svi.guide) if wide else self.fit.svi.guide
-
-    def trace_guide(self, wide: bool, params: dict[str, Any], rng_key: Array, given: Values | None = None) -> Trace:
+    def trace_guide(self, wide: Bool, params: dict[str, Any], rng_key: Array, given: Values | None = None) -> Trace:
         """A draw of a component, with one particle for each local element.
 
+        :param wide: whether of the widened copy.
         :param given: values of some sites.
         """
-        guide = seed(substitute(self.guide(wide), data={**params, **self.fit.of_model, **(given or {})}), rng_key)
+        guide = seed(
+            substitute(Widened(self.fit.svi.guide, wide), data={**params, **self.fit.of_model, **(given or {})}),
+            rng_key,
+        )
         return trace(guide).get_trace(*self.fit.args, **self.fit.kwargs)
 
-    def draw(self, wide: bool, params: dict[str, Any], rng_key: Array) -> Levels[Values]:
+    def draw(self, wide: Bool, params: dict[str, Any], rng_key: Array) -> Levels[Values]:
         """A draw of a component, with local particles of all components; sites that are Delta are left out.
 
         :param params: of the component.
         """
-        rng_key, *wide_keys = split(rng_key, 3)
+        shared_key, local_key = split(rng_key)
         plates = self.fit.plate_particles
 
-        def shared_of(tr: Trace) -> Values:
-            return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) is None}
+        def values_of(tr: Trace, level: str | None) -> Values:
+            return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) == level}
 
-        shared = shared_of(self.trace_guide(wide, params, rng_key))
+        shared = values_of(self.trace_guide(wide, params, shared_key), None)
         local: dict[str, Values] = {}
-        for is_wide, wide_key in zip((False, True), wide_keys):
-            for plate, key in split_by_name(wide_key, plates).items():
+        for plate, key in split_by_name(local_key, plates).items():
+            wide_of_each = np.repeat([False, True], self.local_counts(plate))
 
-                def particle(params, key, plate=plate, is_wide=is_wide):
-                    tr = self.trace_guide(is_wide, params, key, shared)
-                    return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) == plate}
+            def particle(wide, params, rng_key, plate=plate):
+                return values_of(self.trace_guide(wide, params, rng_key, shared), plate)
 
-                number = self.local_counts(plate)[is_wide]
-                keys = split(key, (self.num_starts, number))
-                found = jax.vmap(jax.vmap(particle, in_axes=(None, 0)))(self.params, keys)
-                flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in found.items()}
-                before = local.get(plate, {name: value[:0] for name, value in flat.items()})
-                local[plate] = {name: jnp.concatenate([before[name], value]) for name, value in flat.items()}
+            of_start = jax.vmap(particle, in_axes=(0, None, 0))
+            keys = split(key, (self.num_starts, len(wide_of_each)))
+            found = jax.vmap(of_start, in_axes=(None, 0, 0))(wide_of_each, self.params, keys)
+            local[plate] = merged(found)
         return Levels(shared, local)
 
     def densities(self, values: Levels[Values]) -> tuple[Levels[tuple[Array, Array]], Structure]:
@@ -158,17 +153,17 @@ class Mixture:
         """
         structures: list[Structure] = []
 
-        def under(wide: bool, params: dict[str, Any]) -> Levels[tuple[Array, Array]]:
+        number = {name: len(next(iter(local.values()))) for name, local in values.local.items()}
+
+        def under(wide: Bool, params: dict[str, Any]) -> Levels[tuple[Array, Array]]:
+            program = replace(program_of(self.fit, number), guide=Widened(self.fit.svi.guide, wide))
             # The key is not used: all sites that are drawn have their value.
-            number = {name: len(next(iter(local.values()))) for name, local in values.local.items()}
-            levels, structure = self.program(wide, number).densities(
-                {**params, **self.fit.of_model}, random.key(0), values
-            )
+            levels, structure = program.densities({**params, **self.fit.of_model}, random.key(0), values)
             structures.append(structure)
             return map_levels(lambda densities: (densities.model, densities.log_guide), levels)
 
-        of_guides = [jax.vmap(partial(under, wide), axis_size=self.num_starts)(self.params) for wide in (False, True)]
-        levels = jax.tree.map(lambda *parts: jnp.concatenate(parts), *of_guides)
+        of_starts = jax.vmap(under, in_axes=(None, 0), axis_size=self.num_starts)
+        levels = merged(jax.vmap(of_starts, in_axes=(0, None))(np.array([False, True]), self.params))
 
         def mixed(densities: tuple[Array, Array], log_shares: Array) -> tuple[Array, Array]:
             log_p, log_q = densities
@@ -180,10 +175,6 @@ class Mixture:
             counts = np.repeat(self.local_counts(name), self.num_starts)
             local[name] = mixed(levels.local[name], jnp.log(counts / counts.sum()))
         return Levels(mixed(levels.shared, self.log_shares), local), structures[0]
-
-    def program(self, wide: bool, plate_particles: Mapping[str, int]) -> Program:
-        """The model with a component."""
-        return replace(program_of(self.fit, plate_particles), guide=self.guide(wide))
 
 
 def drawn(tr: Trace) -> Values:
@@ -209,7 +200,7 @@ def pooled(fit: Fitted) -> Sampler:
     # The guides' densities are evaluated for all components at a time.
     at_once = max(fit.chunk_size() // (2 * num_starts), 1)
 
-    def particle(wide: bool, start: Array, params: dict[str, Any], rng_key: Array) -> Draw:
+    def particle(start: Array, params: dict[str, Any], wide: Array, rng_key: Array) -> Draw:
         draw_key, choice_key, rest_key = split(rng_key, 3)
         values = mixture.draw(wide, params, draw_key)
         levels, structure = mixture.densities(values)
@@ -236,20 +227,19 @@ def pooled(fit: Fitted) -> Sampler:
     event_dims = {site["name"]: site["fn"].event_dim for site in sites}
 
     def draw(rng_key: Array) -> Draw:
-        order_key, *keys = split(rng_key, 3)
-        parts = []
-        for wide, number, key in zip((False, True), (OWN, WIDENED), keys):
+        order_key, draw_key = split(rng_key)
+        wide = jnp.repeat(jnp.array([False, True]), np.array([OWN, WIDENED]), total_repeat_length=OWN + WIDENED)
 
-            def of_start(inputs, wide=wide, number=number):
-                start, params, keys = inputs
-                return jax.lax.map(partial(particle, wide, start, params), keys, batch_size=min(at_once, number))
+        def of_start(inputs):
+            start, params, keys = inputs
+            return jax.lax.map(lambda x: particle(start, params, *x), (wide, keys), batch_size=min(at_once, len(wide)))
 
-            draws = jax.lax.map(of_start, (jnp.arange(num_starts), params, split(key, (num_starts, number))))
-            parts.append(merged(draws, num_starts * number))
+        inputs = jnp.arange(num_starts), params, split(draw_key, (num_starts, len(wide)))
+        draws = merged(jax.lax.map(of_start, inputs))
         order = random.permutation(order_key, size)
-        return jax.tree.map(lambda *x: jnp.concatenate(x)[order], *parts)
+        return jax.tree.map(lambda x: x[order], draws)
 
-    program = mixture.program(False, plates)
+    program = program_of(fit, plates)
     check_independent(program, fit)
     return Sampler(draw, size, max(at_once // size, 1), structure_of(program, fit))
 

@@ -85,8 +85,8 @@ class Sampler:
             yield block
 
 
-def merged(draws: Any, number: int) -> Any:
-    """The first draws of arrays of shape ``(keys, size, ...)``, of shape ``(number, ...)``."""
+def merged(draws: Any, number: int | None = None) -> Any:
+    """The first draws, or all, of arrays of shape ``(keys, size, ...)``, of shape ``(number, ...)``."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:number], draws)
 
 
