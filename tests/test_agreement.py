@@ -27,6 +27,7 @@ from numpyro_vimco import (
     plots,
     to_arviz,
 )
+from numpyro_vimco.posterior.agreement import agree, compare
 from numpyro_vimco.posterior.diagnostics import _reading
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Moments
@@ -93,9 +94,37 @@ def test_starts_that_lost_different_modes_are_named(lost):
 
 def test_pool_repairs_what_starts_lost(lost):
     # 4,000 draws of a mixture whose weights vary by little: 6 standard errors of the evidence are 0.03.
-    assert abs(lost.log_evidence - LOG_EVIDENCE) < 0.03
+    assert abs(lost.log_evidence - LOG_EVIDENCE) < 0.03 and lost.log_weight.shape == (4000,)
     pooled = lost.agreement["pooled"].sel(quantity="m")
     assert abs(pooled - 0.5) < 6 * lost.agreement["pooled_std_error"].sel(quantity="m") < 0.06
+
+
+def test_bounds_are_those_of_draws_in_random_order():
+    """Half of the draws have next to no weight: groups of four of one start would have a bound of their own."""
+    result = fit_result({"logits": jnp.zeros(2), "loc": jnp.array([0.0, 4.0])})
+    found = importance_diagnostics(SVI_TWO_MODES, result, num_samples=8000, **ARGUMENTS)
+    shuffled = np.random.default_rng(0).permutation(found.log_weight).reshape(-1, 4)
+    groups = np.log(np.exp(shuffled).mean(1))
+    assert abs(found.bounds[4] - groups.mean()) < 6 * groups.std() / 1000**0.5
+
+
+def test_small_differences_are_none():
+    """0.09 standard deviations that are certain, and 0.15; 0.45 of an error of 0.1, and 0.55."""
+    fitted = Fitted.of(SVI_TWO_MODES, AGREEING, (), {})
+    rng = np.random.default_rng(0)
+
+    def moments(shift, number):
+        value = rng.normal(size=number)
+        found = Moments({"z": 0})
+        found.add(np.zeros(number), {"z": (value - value.mean()) / value.std() + shift})
+        return found
+
+    pool = moments(0.0, 10**6)
+    certain = [moments(shift, 10**6) for shift in (0.0, 0.09, 0.15)]
+    uncertain = [moments(shift, 100) for shift in (0.45, 0.55)]
+    table = compare(fitted, [0, 1, 2, 3, 4], pool, certain + uncertain)
+    assert list(table["differs"].sel(quantity="z").values) == [False, False, True, False, True]
+    assert not agree(table) and agree(table.isel(start=[0, 1, 3])) and not agree(table.isel(start=[0]))
 
 
 def test_starts_that_agree_are_good(agreeing):
@@ -177,6 +206,7 @@ def test_elements_of_common_plates_are_compared_and_pooled_by_themselves():
     assert list(differs["quantity"][differs.any("start")].values) == ["log evidence[1]", "z[1]"]
     assert list(differs["start"][differs.any("quantity")].values) == [1]
     log_evidence = np.logaddexp(norm(0).logpdf(DATA), norm(2).logpdf(DATA)) - np.log(2)
+    np.testing.assert_allclose(found.agreement["log_evidence"][[0, 2]], log_evidence.sum(), atol=0.1)
     assert abs(found.log_evidence - log_evidence.sum()) < 6 * found.log_evidence_std_error
     tree = to_arviz(svi, result, num_samples=4000, num_proposals=8000, **ARGUMENTS)
     # 8,000 proposals: 6 standard errors, with the noise of resampling, are below 0.05.
@@ -311,6 +341,12 @@ def test_bound_above_the_evidence_proves_a_loss():
     assert np.isnan(bound[0]) and abs(bound[1] - LOG_EVIDENCE - 0.4) < 6 * error[1]
     assert abs(error[1] / (0.3 / 200**0.5) - 1) < 0.3
     assert "smaller learning rate" in found.advice and "annealing" in found.advice
+
+
+def test_advice_leaves_out_what_is_there_already():
+    svi = svi_with(VIMCOStar(0.5))
+    found = importance_diagnostics(svi, with_past(0.4, annealed=100), num_samples=100, **ARGUMENTS)
+    assert "What helps, in this order: a smaller learning rate, a structured guide" in found.advice
 
 
 @pytest.mark.parametrize(
