@@ -46,7 +46,7 @@ class ImportanceDiagnostics:
         - ``"usable"`` between: at best where there is one fit alone, and where starts disagree.
 
         Where starts agree and the ESS is half of the draws or more, k is no reason for less: see
-        :func:`importance_diagnostics`.
+        :func:`~numpyro_vimco.importance_diagnostics`.
     :ivar advice: what to make of it, or what to do.
     :ivar num_samples: number of draws.
     :ivar heaviest: shares of the total weight that the heaviest draws hold, from the largest, of the element with the
@@ -112,8 +112,8 @@ def importance_diagnostics(
     """
     Draw from the fitted guide, and see what its importance weights say.
 
-    **Several starts.** Given a result of ``fit``, the draws are pooled, as :func:`to_arviz` does it: from the guides of
-    all starts and wider copies of them, with the density of that mixture. Beside them each start is estimated from
+    **Several starts.** Given a result of ``fit``, the draws are pooled, as :func:`~numpyro_vimco.to_arviz` does it: from
+    the guides of all starts and wider copies of them, with the density of that mixture. Beside them each start is estimated from
     ``num_samples`` draws of its own guide, and held against the pool (``agreement``). And a bound that a start reached
     earlier, at power 1, which lies above the log evidence of the pool proves that a part of the posterior was lost,
     since no bound can be above it; that is looked for where the objective is known to be a bound and the model has no

@@ -65,7 +65,8 @@ def fit(
         )
         svi = SVI(model, AutoMixed(model), optax.adam(schedule), VIMCOStar(0.5, num_particles=64))
         result = fit(svi, random.key(0), num_steps, x)
-        posterior = to_arviz(svi, result.best, model_args=(x,), rng_key=random.key(1))
+        diagnostics = importance_diagnostics(svi, result, model_args=(x,), rng_key=random.key(1))
+        posterior = to_arviz(svi, result, model_args=(x,), rng_key=random.key(2))
 
     **Going on.** ``fit(..., init_state=result.state)`` takes ``num_steps`` further steps, bit for bit those that one
     long run would have taken. The state knows the number of steps taken and over how many the power rises, which is a

@@ -29,7 +29,7 @@ class FitState(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What :func:`fit` returns.
+    """What :func:`~numpyro_vimco.fit` returns.
 
     :ivar params: parameters of all starts, with a leading axis for them. Those of a start that was dropped are the
         last ones before it failed.
