@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What each site of a structured guide depends on, and in which order they are drawn. Why: :class:`.AutoMixed`."""
+"""The order in which a structured guide draws its sites, and what each depends on. For reasons see `AutoMixed`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace

@@ -54,7 +54,7 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Weighed:
-    """What the weights of a guide's draws say, without the draws.
+    """The weights of a guide's draws, without most of the draws.
 
     :ivar summary: summary of the weights of each element.
     :ivar shape: sizes of the plates that are common to all sites, whose elements have weights of their own; () where

@@ -63,7 +63,7 @@ class WeightStream:
     def __init__(self, num_draws: int, num_elements: int):
         self.num_draws, self.num_elements = num_draws, num_elements
         self._bounds = _Bounds([4**i for i in range(10) if 4**i <= num_draws // 10] or [1], num_elements)
-        # The largest `_kept` weights so far are among the first `_filled` of each row; none of them is below the cutoff.
+        # The largest `_kept` weights so far are among the first `_filled` of each row, and none is below the cutoff.
         self._kept = min(tail_length(num_draws) + 1, num_draws)
         self._top = np.empty((num_elements, 0), np.float32)
         self._filled = np.zeros(num_elements, int)
