@@ -43,11 +43,11 @@ class AutoDiscrete(StructuralGuide):
     distribution of its mean, which a negative binomial cannot be, or wider. Both are positive and optimised by their
     logarithm, so that a step is a fraction of what they are.
 
-    The guide begins near the prior, given the values by ``init_loc_fn`` of what a site depends on, and slightly off: 1%
-    of the probability is spread evenly over finite supports, so that each value is proposed at times, and parameters
-    are moved by 0.1 standard normals in unconstrained space, so that symmetric models (mixtures) can leave the
-    symmetric point. Only these moves depend on the key of the fit. Supports are those of the first call's arguments.
-    The guide of the continuous latents is another; :class:`AutoMixed` has both.
+    The guide begins near the prior of each site, at the values that ``init_loc_fn`` gives to the latents that the site
+    depends on. It differs from the prior in two ways. 1% of the probability is spread evenly over finite supports, so
+    that each value is proposed at times. Parameters are moved by 0.1 standard normals in unconstrained space, so that
+    symmetric models (mixtures) can leave the symmetric point; only these moves depend on the key of the fit. Supports
+    are those of the first call's arguments. Continuous latents need another guide; :class:`AutoMixed` has both.
 
     :param callable model: a NumPyro model.
     :param str prefix: a prefix of the parameters' names. Defaults to ``"auto"``.
@@ -57,12 +57,12 @@ class AutoDiscrete(StructuralGuide):
         site, 8 beyond.
     :param callable init_loc_fn: a NumPyro initialization function. Where it has a value for a discrete site
         (``init_to_value(values={"z": 2})``), the guide begins there: with 90% of the probability if the support is
-        finite, as its location if not. Defaults to :func:`numpyro.infer.init_to_median`, which has none, so that the
-        guide begins at the prior given the medians of what it depends on.
+        finite, as its location if not. Defaults to :func:`numpyro.infer.init_to_median`, which has no values for
+        discrete sites, so that the guide begins at the prior given the medians of the other latents.
     :param callable create_plates: as in NumPyro: returns the plates, for data subsampling.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
-        at the first call, if there is no discrete latent, if bounds of a support depend on other
-        latents, differ between elements of a subsampled plate, or are traced.
+        at the first call, if there is no discrete latent, or if bounds of a support depend on other latents, differ
+        between elements of a subsampled plate, or are traced.
     :raises NotImplementedError: at the first call, for a support without a family (multinomial): the message has a
         hand-written guide.
 
@@ -151,7 +151,7 @@ class AutoDiscrete(StructuralGuide):
                 raise bounds_error(site, f"differ between elements of the plate '{subsampled[0].name}', a subsample")
 
     def _full_size(self, site: dict, value: Array, event_dim: int) -> Array:
-        """Repeat what is for a subsample, for the whole plate."""
+        """Repeat the values of a subsample for the whole plate."""
         for frame in site["cond_indep_stack"]:
             size = self._full_plate_size(frame.name)
             if size != frame.size:

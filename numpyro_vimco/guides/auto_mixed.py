@@ -36,16 +36,16 @@ class AutoMixed(StructuralGuide):
     A guide over all latents of a model, discrete and continuous, of one of three structures.
 
     **mean_field**: all elements are independent. Continuous latents have any automatic guide of NumPyro, discrete ones
-    :class:`AutoDiscrete`. Cheapest, and right where the posterior has no dependence worth the name.
+    :class:`AutoDiscrete`. This is the cheapest structure, for posteriors with little dependence.
 
     **conditional**: continuous latents are Normal in unconstrained space, as in
     :class:`~numpyro.infer.autoguide.AutoNormal`, with a location and a scale that depend on discrete values, so that a
-    spike and its slab can differ. An element depends on the discrete sites that are in no plate that it is not in
-    itself: in a plate that both are in, on the same element; else on all elements.
+    spike and its slab can differ. An element depends on the discrete sites all of whose plates it is in too: on the
+    same element of these plates, and along other dimensions on all elements.
 
     **autoregressive**: latents are drawn one after the other, each given those before it: discrete ones first. With
     :math:`d_i` the elements of discrete sites, :math:`f_j` their features, :math:`u_i` the elements of continuous sites
-    in unconstrained space, and "own" the discrete values that *conditional* has,
+    in unconstrained space, and "own" the discrete values that :math:`u_i` depends on in *conditional*,
 
     .. math::
 
@@ -54,32 +54,34 @@ class AutoMixed(StructuralGuide):
                + \kappa g_i \sum_{j<i} B_{ij} g_j u_j, \;
                s_i(\mathrm{own}) \exp \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
 
-    (Derived in this project.) The feature of a boolean is its value; of a finite support, an indicator of each value.
-    A count k above its smallest value has four: k, centred and scaled by the prior's median and scale; log(1 + k), less
-    that of the median; 1 / (1 + k); and an indicator of 0. Counts have W for the logarithms of location and scale.
+    (Derived in this project.) The feature of a boolean is its value. The features of a finite support are the
+    indicators of its values. A count k above its smallest value has four features: k, centred and scaled by the prior's
+    median and scale; log(1 + k), less that of the median; 1 / (1 + k); and an indicator of 0. Counts have a W for the
+    logarithm of the location and one for that of the scale.
 
-    g is 0 where the own values leave a latent without effect on all others, as a coefficient that is multiplied by a
-    switch: it then follows its prior, whatever the others are. This is found by trying. W, A, B and S begin at zero,
-    where the guide is *conditional*, and learn by the factor :math:`\kappa` more slowly than the rest: couplings that
-    learn as fast chase the first particle that does well, and lose modes.
+    g is 0 where the own values leave a latent without effect on all others, such as a coefficient that is multiplied by
+    a switch that is off. The posterior of such a latent is its prior, whatever the others are. These values are found
+    by evaluating the model at each. W, A, B and S begin at zero, where the guide is *conditional*, and learn by the
+    factor :math:`\kappa` more slowly than the other parameters: couplings that learn as fast follow the first particle
+    that does well, and lose modes.
 
-    Couplings are those that the model has given the data: two latents that share no factor, and that no later latent
-    connects, have none. Elements of a plate that share nothing but what is outside of it are drawn independently given
-    what is outside, so that the number of parameters is linear in the plate's size, and the plate may be subsampled or
-    have `plate_particles`. Sites in such plates come after all others. A plate whose elements the data couple, such as
-    predictors in one regression, is drawn element after element.
+    Latents are coupled as they are in the model given the data: two latents that share no factor, and that no later
+    latent connects, have no coupling. Elements of a plate that share only latents outside of the plate are drawn
+    independently given these. The number of parameters is then linear in the plate's size, and the plate may be
+    subsampled or have `plate_particles`. Sites in such plates come after all others. A plate whose elements the data
+    couple, such as predictors in one regression, is drawn element after element.
 
-    A matrix of couplings of one site to all before it is full up to 131,072 entries (360 switches with each other).
+    The matrix of couplings of one site to all before it is full up to 131,072 entries (360 switches with each other).
     Beyond, it is a product of two matrices of rank 8, with about 16 parameters for each element; elements are dealt
-    out to 32 blocks, and coupled to the blocks before their own. Drawing is compiled without a Python loop over
-    elements: continuous elements solve a triangular system; discrete ones iterate to the draw that one after the
-    other would give.
+    out to 32 blocks, and coupled to the elements of the blocks before their own. Drawing is compiled without a Python
+    loop over elements: for continuous elements a triangular system is solved; discrete ones are iterated until they are
+    what drawing one after the other would give.
 
     **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`), continuous ones at the
-    median of their prior with a scale of 0.1, by ``init_loc_fn``. A random start far out, as NumPyro's default,
-    costs *autoregressive* half of its effective sample size: what is switched off has to find its prior again.
-    Where the prior is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that not
-    all weight is with one particle.
+    median of their prior with a scale of 0.1, by ``init_loc_fn``. A random start far from it, as NumPyro's default,
+    costs *autoregressive* half of its effective sample size, as latents that are switched off have to find their prior
+    again. Where the prior is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that
+    not all weight is with one particle.
 
     :param callable model: a NumPyro model.
     :param continuous: an automatic guide of NumPyro for continuous latents, or a function from a model (and keyword
@@ -164,7 +166,7 @@ class AutoMixed(StructuralGuide):
             self._structure_sites(discrete, continuous, *args, **kwargs)
 
     def _structure_sites(self, discrete: Samples, continuous: Samples, *args, **kwargs) -> None:
-        """Find out what the sites of a guide with dependences depend on."""
+        """Set ``_sites``: the sites of a guide with dependences, and what each depends on."""
         sites = self._parts[0].sites if discrete else []
         if continuous:
             sites = [*sites, *continuous_sites(self._parts[-1])]
@@ -199,7 +201,7 @@ class AutoMixed(StructuralGuide):
         self._parts, self._sites, self.plates = [], [], {}
 
     def _shared_plates(self, *args, **kwargs) -> list[numpyro.plate]:
-        """The plates of this call: both guides must see the same subsample."""
+        """The plates of this call, for both guides: they must see the same subsample."""
         return list(self.plates.values())
 
     def __call__(self, *args, **kwargs) -> dict[str, Array]:
@@ -234,7 +236,7 @@ class AutoMixed(StructuralGuide):
             return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
-        """Medians of all latents, as the two guides have them.
+        """Medians of all latents, each by its own guide.
 
         :raises NotImplementedError: with another structure than mean_field: a mixture has no closed quantiles.
         """
@@ -243,7 +245,7 @@ class AutoMixed(StructuralGuide):
             return {name: value for part in self._parts for name, value in part.median(params).items()}
 
     def quantiles(self, params, quantiles) -> dict[str, Array]:
-        """Quantiles of all latents, as the two guides have them.
+        """Quantiles of all latents, each by its own guide.
 
         :raises NotImplementedError: as :meth:`median`.
         """
@@ -260,7 +262,7 @@ class AutoMixed(StructuralGuide):
 
 
 def _is_beside_continuous(site: dict) -> bool:
-    """What a continuous guide must not see: all but continuous latents, plates and parameters."""
+    """Whether a site is to be hidden from a continuous guide, which sees continuous latents, plates and parameters."""
     return site["type"] == "deterministic" or (site["type"] == "sample" and (site["is_observed"] or is_discrete(site)))
 
 

@@ -11,7 +11,8 @@ pictures.
 - `inference_data`: `to_arviz` (`log_likelihoods`: of plates with latents).
 - `diagnostics`: whether a fit can be trusted (`advice`: what to do if not); `gradient_noise`: was its gradient good
   enough; `plots`: the pictures.
-- `proposals`: draws with their importance weights (`weights`: what weights say, `chunks`: how draws are computed).
+- `proposals`: draws with their importance weights (`weights`: evidence, ESS and tails of weights, `chunks`: how many
+  draws are computed at a time).
 - `fitted`: how parameters, arguments and data are checked (`observed`: data that are missing).
 """
 

@@ -1,11 +1,12 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws from a fitted guide with their importance weights: what is known of the posterior after a fit.
+"""Draws from a fitted guide with their importance weights.
 
 Weights are as in the objective of the fit: one for each element of the plates that are common to all sites. Where a
-plate has particles of its own, one of them is drawn for each element by its local weight, and the weight left to the
-whole is the design's Ẑ: together they are properly weighted.
+plate has local particles, one of them is drawn for each element in proportion to its local weight. The draw with the
+chosen particles is then properly weighted by Ẑ, the weight of the shared sites times the mean local weight of each
+element (``docs/mathematics.md``).
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -29,19 +30,19 @@ from numpyro_vimco.posterior.weights import WeightStream, WeightSummary
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
 
-# Correlations are looked for among so many continuous coordinates: these draws are kept.
+# Draws of at most this number of continuous coordinates are kept, to look for correlations among them.
 CORRELATED_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """Draws from a guide; arrays have a leading axis for them.
+    """N draws from a guide.
 
-    :ivar values: of each latent, of shape ``(N, *batch, *event)``.
-    :ivar log_p: log p(x, z), of shape ``(N, *plates)``, of size 1 where a plate is not common to all sites; in nats.
-    :ivar log_q: log q(z), likewise.
-    :ivar log_weight: log-weight, likewise; log_p - log_q but for local particles.
-    :ivar structure: what plates those are.
+    :ivar values: values of each latent, of shape ``(N, *batch, *event)``.
+    :ivar log_p: log p(x, z) in nats, of shape ``(N, *plates)``, of size 1 where a plate is not common to all sites.
+    :ivar log_q: log q(z) in nats, of the same shape.
+    :ivar log_weight: log-weights in nats, of the same shape: log_p - log_q without local particles, else log Ẑ.
+    :ivar structure: which plates are common to all sites.
     """
 
     values: dict[str, np.ndarray]
@@ -53,14 +54,15 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Weighed:
-    """What the weights of a guide's draws say, without the draws.
+    """The weights of a guide's draws, without most of the draws.
 
-    :ivar summary: of the weights.
-    :ivar shape: of the plates that are common to all sites, whose elements have weights of their own.
-    :ivar log_weight: the log-weights themselves, of shape ``(draws,)``, where they are joint; else None.
+    :ivar summary: summary of the weights of each element.
+    :ivar shape: sizes of the plates that are common to all sites, whose elements have weights of their own; () where
+        weights are joint.
+    :ivar log_weight: the log-weights in nats, of shape ``(draws,)``, where they are joint; else None.
     :ivar continuous: draws of the first continuous latents that are in no plate, in unconstrained space, of shape
-        ``(draws, coordinates)``, where weights are joint.
-    :ivar coordinates: their names.
+        ``(draws, coordinates)``; without coordinates where weights are not joint.
+    :ivar coordinates: names of these coordinates.
     """
 
     summary: WeightSummary
@@ -73,6 +75,7 @@ class Weighed:
 def propose(fit: Fitted, rng_key: Array, num_proposals: int, progress: str | None = None) -> Proposals:
     """Draw from the guide.
 
+    :param progress: name of the progress bar; None for no bar.
     :raises ValueError: for NaN weights, and where all are zero.
     """
     particle, structure = _particle(fit)
@@ -84,8 +87,9 @@ def propose(fit: Fitted, rng_key: Array, num_proposals: int, progress: str | Non
 
 
 def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> Weighed:
-    """Draw from the guide, and keep only what the weights say.
+    """Draw from the guide, and keep only a summary of the weights.
 
+    :param progress: name of the progress bar; None for no bar.
     :raises ValueError: as :func:`propose`.
     """
     particle, structure = _particle(fit)
@@ -123,7 +127,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
 
 
 def _particle(fit: Fitted) -> tuple[Callable[[Array], tuple], Structure]:
-    """One draw of the guide, with its local particles chosen, as a function of a key: the arrays of `Proposals`."""
+    """A function from a key to one draw of the guide, with local particles chosen: the first four of `Proposals`."""
     program = program_of(fit, fit.plate_particles)
     structure = structure_of(program, fit)
     _check_independent(program, fit)
@@ -147,15 +151,18 @@ def _particle(fit: Fitted) -> tuple[Callable[[Array], tuple], Structure]:
 
 
 def squeezed(log_prob, kept: Collection[int], structure: Structure):
-    """Log-densities without the dimensions of plates that are summed over.
+    """Log-densities of shape ``(…, *plates)`` without the dimensions of plates that are summed over.
 
-    :param kept: the others, as negative numbers.
+    :param kept: the dimensions that are not summed over, negative.
     """
     return log_prob.squeeze(tuple(dim for dim in range(-structure.ndim, 0) if dim not in kept))
 
 
 def plate_names(fit: Fitted, dims: Iterable[int], inside: str | None = None) -> list[str]:
-    """Names of the plates at some dimensions, of the sites inside of a plate if one is given, from the left."""
+    """Names of the plates at some dimensions, from left to right.
+
+    :param inside: a plate; only plates of sites that are in it are named. Defaults to None: those of all sites.
+    """
     stacks = [site["cond_indep_stack"] for site in sample_sites(fit.model_trace)]
     stacks = [stack for stack in stacks if inside is None or any(frame.name == inside for frame in stack)]
     names = {frame.dim: frame.name for stack in stacks for frame in stack if frame.dim in set(dims)}
@@ -211,7 +218,7 @@ def can_have_particles(fit: Fitted, plate_particles: Mapping[str, int]) -> bool:
 
 
 def _check_independent(program: Program, fit: Fitted) -> None:
-    """Raise for elements that have weights of their own, and are not independent at the fitted parameters.
+    """Raise for elements that have weights of their own and are not independent at the fitted parameters.
 
     :raises ValueError: naming the plate, or the masked latent, and a site.
     """

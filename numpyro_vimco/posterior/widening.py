@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A wider copy of a guide: where its families are known, logits are halved and scales are multiplied by 1.5."""
+"""A wider copy of a guide: in known families, logits are halved and scales are multiplied by 1.5."""
 
 from copy import copy
 from functools import singledispatch
@@ -15,7 +15,7 @@ WIDER = 1.5
 
 
 class Widened(Messenger):
-    """A guide whose latent sites are wider, where their family is known; the others are as they were."""
+    """A guide whose latent sites are wider, where their family is known; other sites stay as they are."""
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
@@ -24,7 +24,7 @@ class Widened(Messenger):
 
 @singledispatch
 def widened(fn: dist.Distribution) -> dist.Distribution:
-    """A wider distribution on the same support: logits are halved, scales are multiplied by 1.5."""
+    """A wider distribution on the same support; ``fn`` itself, if its family is not known."""
     return fn
 
 
