@@ -48,8 +48,9 @@ def may_mix(fn: Callable[[Any], Any], inputs: Any, sizes: Collection[int]) -> bo
     False is certain. True may be wrong: it is the answer for every primitive that is not known to act on each element
     separately.
     """
-    closed = jax.make_jaxpr(fn)(inputs)
-    return _may_mix(closed.jaxpr, [True] * len(closed.jaxpr.invars), frozenset(sizes))[0]
+    jaxpr = jax.make_jaxpr(fn)(inputs).jaxpr
+    jaxpr, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _may_mix(jaxpr, [True] * sum(used), frozenset(sizes))[0]
 
 
 def _may_mix(jaxpr: Any, depends: list[bool], sizes: frozenset[int]) -> tuple[bool, list[bool]]:

@@ -67,22 +67,16 @@ def run_mapped(svi):
     return jax.tree.map(lambda x: x[0], params)
 
 
-def run_plainly(svi):
-    return svi.run(random.key(0), 2, 1.0, progress_bar=False).params
-
-
 CONDITIONAL = partial(AutoMixed, structure="conditional")
 
 
 @pytest.mark.parametrize(
     "model, make, first_call",
     [
-        (small_model, CONDITIONAL, run_plainly),
         (small_model, CONDITIONAL, keep_key_traced),
         (small_model, CONDITIONAL, keep_nothing),
         (small_model, CONDITIONAL, run_mapped),
         (small_model, partial(AutoMixed, structure="autoregressive"), run_mapped),
-        (small_model, partial(AutoMixed, structure="autoregressive"), keep_nothing),
         (small_model, partial(AutoMixed, continuous=AutoMultivariateNormal), keep_key_traced),
         (continuous_uniform, AutoMixed, keep_nothing),
         (continuous_uniform, AutoMixed, run_mapped),

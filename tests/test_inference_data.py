@@ -219,7 +219,7 @@ def test_noise_of_latents_and_of_data_is_independent(prior):
         assert np.abs(np.triu(np.corrcoef([b, *noise]), 1)).max() < 0.095
 
 
-@pytest.mark.parametrize("partitionable", [False, True])
+@pytest.mark.parametrize("partitionable", [pytest.param(False, marks=pytest.mark.long), True])
 def test_no_two_sample_statements_have_one_key(partitionable, monkeypatch):
     """All keys that one call hands to distributions, to the choice of particles and to resampling are distinct."""
     keys = []
@@ -231,7 +231,7 @@ def test_no_two_sample_statements_have_one_key(partitionable, monkeypatch):
             key = next(
                 x for x in (*args, *kwargs.values()) if isinstance(x, jax.Array) and x.dtype.name.startswith("key")
             )
-            jax.debug.callback(lambda data: keys.append(np.ravel(data)), random.key_data(key))
+            jax.debug.callback(lambda data: keys.append(np.array(data).ravel()), random.key_data(key))
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, spied)

@@ -233,8 +233,9 @@ def test_two_processes_give_what_one_gives():
             process.wait()
 
 
-@pytest.mark.parametrize("optimizer", [numpyro.optim.Adam, optax.adam], ids=["numpyro", "optax"])
-@pytest.mark.parametrize("key", [random.key, random.PRNGKey])
+@pytest.mark.parametrize(
+    "optimizer, key", [(numpyro.optim.Adam, random.PRNGKey), (optax.adam, random.key)], ids=["numpyro", "optax"]
+)
 def test_a_fit_that_stops_and_goes_on_is_the_uninterrupted_one(optimizer, key, tmp_path):
     def svi():
         return SVI(*global_latents(), optimizer(0.05), VIMCOStar(num_particles=4))

@@ -178,6 +178,11 @@ def sites_of(model, *args, make=STRUCTURED):
     return {site.name: site for site in (guide._sites if make is STRUCTURED else guide.sites)}
 
 
+def parents(site):
+    """The sites that one depends on, by couplings or as its own."""
+    return tuple(sorted({*site.coupled, *getattr(site, "own", ())}))
+
+
 def test_what_is_independent_given_the_data_stays_so():
     def model():
         a = numpyro.sample("a", dist.Bernoulli(0.3))
@@ -188,7 +193,7 @@ def test_what_is_independent_given_the_data_stays_so():
         numpyro.sample("y", dist.Normal(v, 1), obs=0.5)
 
     sites = sites_of(model)
-    assert {name: site.coupled for name, site in sites.items()} == {"a": (), "b": (), "u": ("a",), "v": ("b",)}
+    assert {name: parents(site) for name, site in sites.items()} == {"a": (), "b": (), "u": ("a",), "v": ("b",)}
 
 
 def test_what_is_drawn_before_separates_and_what_comes_later_couples():
@@ -205,8 +210,8 @@ def test_what_is_drawn_before_separates_and_what_comes_later_couples():
         u = numpyro.sample("u", dist.Normal(a + b, 1))
         numpyro.sample("x", dist.Normal(u, 1), obs=0.5)
 
-    assert {n: s.coupled for n, s in sites_of(chain).items()} == {"a": (), "b": ("a",), "c": ("b",), "u": ("c",)}
-    assert {n: s.coupled for n, s in sites_of(collider).items()} == {"a": (), "b": ("a",), "u": ("a", "b")}
+    assert {n: parents(s) for n, s in sites_of(chain).items()} == {"a": (), "b": ("a",), "c": ("b",), "u": ("c",)}
+    assert {n: parents(s) for n, s in sites_of(collider).items()} == {"a": (), "b": ("a",), "u": ("a", "b")}
 
 
 def mixture(x, is_cumulative=False):
@@ -225,7 +230,8 @@ def test_elements_of_a_plate_are_coupled_only_if_they_share_something():
     params = start(STRUCTURED(mixture), jnp.ones(7))
     assert params["z_auto_weights"].shape == (7, 1, 2)  # of each element, by the two means
     assert params["shift_auto_couplings"].shape == (7, 1, 2)
-    assert params["shift_auto_loc_weights"].shape == (7, 1, 1)  # by its own z
+    assert params["shift_auto_loc_z"].shape == (7, 1)
+    assert "shift_auto_loc_weights" not in params  # its own z is all that it reaches
     params = start(STRUCTURED(partial(mixture, is_cumulative=True)), jnp.ones(7))
     assert params["z_auto_weights"].shape == (7, 1, 7)
 
@@ -299,6 +305,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.long
 def test_every_support_beside_every_other():
     def model(x):
         values = [numpyro.sample(name, fn) for name, fn in {**COUNTS, **CONTINUOUS}.items()]
