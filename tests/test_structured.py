@@ -83,7 +83,7 @@ def test_discrete_density_and_sampler_agree(rank):
 def test_couplings_begin_at_zero():
     guide = DISCRETE(competing)
     params = start(guide, 1.0)
-    plain = AutoDiscrete(competing)
+    plain = AutoDiscrete(competing, structure="mean_field")
     shared = {name: value for name, value in params.items() if name in start(plain, 1.0)}
     for outcome in (0, 30, 71):
         values = {name: value[outcome] for name, value in OUTCOMES.items()}
@@ -242,7 +242,7 @@ def test_nothing_in_common_costs_nothing():
             z = numpyro.sample("z", dist.Bernoulli(0.4))
             numpyro.sample("x", dist.Normal(z, 1), obs=x)
 
-    guide, plain = DISCRETE(model), AutoDiscrete(model)
+    guide, plain = DISCRETE(model), AutoDiscrete(model, structure="mean_field")
     assert set(start(guide, jnp.ones(7))) == set(start(plain, jnp.ones(7)))
 
 
