@@ -73,7 +73,7 @@ class AutoMixed(StructuralGuide):
 
     The matrix of couplings of one site to all before it is full up to 131,072 entries (360 switches with each other).
     Beyond, it is a product of two matrices of rank 8, with about 16 parameters for each element; elements are dealt
-    out to 32 blocks, and coupled to the elements of the blocks before their own. Drawing is compiled without a Python
+    out to 8 blocks, and coupled to the elements of the blocks before their own. Drawing is compiled without a Python
     loop over elements: for continuous elements a triangular system is solved; discrete ones are iterated until they are
     what drawing one after the other would give.
 
