@@ -73,13 +73,13 @@ CONDITIONAL = partial(AutoMixed, structure="conditional")
 @pytest.mark.parametrize(
     "model, make, first_call",
     [
-        (small_model, CONDITIONAL, keep_key_traced),
+        pytest.param(small_model, CONDITIONAL, keep_key_traced, marks=pytest.mark.long),
         (small_model, CONDITIONAL, keep_nothing),
         (small_model, CONDITIONAL, run_mapped),
-        (small_model, partial(AutoMixed, structure="autoregressive"), run_mapped),
+        pytest.param(small_model, partial(AutoMixed, structure="autoregressive"), run_mapped, marks=pytest.mark.long),
         (small_model, partial(AutoMixed, continuous=AutoMultivariateNormal), keep_key_traced),
         (continuous_uniform, AutoMixed, keep_nothing),
-        (continuous_uniform, AutoMixed, run_mapped),
+        pytest.param(continuous_uniform, AutoMixed, run_mapped, marks=pytest.mark.long),
     ],
 )
 def test_no_tracer_survives(model, make, first_call):

@@ -20,7 +20,7 @@ import optax
 import pytest
 from sklearn.datasets import load_diabetes
 
-from helpers import arviz_psislw, load_example
+from helpers import arviz_psislw, load_example, of_two_lengths
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
 from numpyro_vimco.posterior import log_likelihoods
 from numpyro_vimco.posterior.fitted import Fitted
@@ -40,7 +40,11 @@ def hierarchical(x):
         numpyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
 
-@pytest.fixture(scope="module", params=[{}, {"row": 4}], ids=["joint weights", "local particles"])
+@pytest.fixture(
+    scope="module",
+    params=[{}, pytest.param({"row": 4}, marks=pytest.mark.long)],
+    ids=["joint weights", "local particles"],
+)
 def fitted(request):
     svi = SVI(
         hierarchical,
@@ -173,6 +177,7 @@ def test_elements_of_common_plates_are_resampled_by_themselves():
     assert abs(tree["posterior"].attrs["log_evidence"] - jax.nn.logsumexp(log_joint, axis=1).sum()) < 0.15
 
 
+@pytest.mark.long
 def test_inclusion_probabilities_of_variable_selection():
     """The guide by hand of docs/writing_a_guide.md, with the data and the exact posterior of the example."""
     example = load_example("variable_selection")
@@ -398,6 +403,7 @@ print(tree["posterior"]["u0"].size, kilobytes)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_million_draws_of_ten_sites_in_two_gigabytes():
     output = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=240, check=True)
@@ -501,7 +507,9 @@ def two_latents(x):
 TOGETHER = partial(AutoMixed, continuous=AutoMultivariateNormal)
 
 
-@pytest.mark.parametrize("model, guide", [(walk, AutoNormal), (two_latents, TOGETHER)])
+@pytest.mark.parametrize(
+    "model, guide", of_two_lengths([(walk, AutoNormal), (two_latents, TOGETHER)], [(walk, AutoNormal)])
+)
 def test_elements_that_cannot_be_left_out_are_not_given(model, guide):
     """They depend on each other, or the guide draws their latents together."""
     svi = SVI(model, guide(model), optax.adam(0.02), VIMCOStar())
@@ -514,6 +522,7 @@ def test_elements_that_cannot_be_left_out_are_not_given(model, guide):
     assert tree["log_likelihood_given_latents"]["x"].shape == (1, 100, 4)
 
 
+@pytest.mark.long
 def test_nested_plates_are_left_out_as_a_whole():
     def model(x):
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.3))
@@ -555,7 +564,7 @@ def masked(x, by):
             numpyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
 
-@pytest.mark.parametrize("by", ["handler", "method", "obs_mask"])
+@pytest.mark.parametrize("by", of_two_lengths(["handler", "method", "obs_mask"], ["obs_mask"]))
 @pytest.mark.filterwarnings("ignore")  # ArviZ's and matplotlib's own
 def test_missing_data_are_missing_after_the_fit(by):
     svi = SVI(masked, AutoNormal(masked), optax.adam(0.05), VIMCOStar())
@@ -617,6 +626,7 @@ def test_masks_within_events_and_masks_that_latents_switch():
     assert not np.isnan(tree["log_likelihood"]["switched"]).any()
 
 
+@pytest.mark.long
 def test_after_transformed_fits():
     """`jax.vmap(svi.run)` and `jax.jit(svi.init)` leave nothing behind that fails here."""
     svi = SVI(hierarchical, AutoMixed(hierarchical, structure="mean_field"), optax.adam(0.05), VIMCOStar())
