@@ -6,7 +6,7 @@ Each fit: 4,000 steps of Adam (8,000 for change points), the rate 0.01 held whil
 of the steps, then a cosine; VIMCOStar(0.5, num_particles=64). Printed for each problem and structure, over the seeds:
 the worst error of a posterior probability and the median, median relative ESS of 40,000 draws, median gap of the ELBO
 to the log evidence in nats, seconds of the steps, and of the rest of a fit:
-compilation, and the evidence.
+compilation, and the evidence. Before that, a step with many latents.
 """
 
 import argparse
@@ -17,13 +17,16 @@ import time
 import warnings
 
 from jax import random
+import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 from numpyro.infer import SVI
 import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import print_machine
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
+from benchmarks.common import compile_step, interleaved, median_ratio, print_machine
+from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 
 PROBLEMS = ("diabetes", "correlated_design", "strongly_correlated_design", "change_points", "karate_club")
 STRUCTURES = ("mean_field", "conditional", "autoregressive")
@@ -68,8 +71,34 @@ def measure(problem, structure, seeds, **options):
 TRUTHS = {}
 
 
+def many_latents(x):
+    """1,000 binary latents that the data couple."""
+    with numpyro.plate("switch", 1000):
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+    numpyro.sample("x", dist.Normal(z.reshape(100, 10).sum(1), 1.0).to_event(1), obs=x)
+
+
+def print_step():
+    """A step with N = 16 on 1,000 binary latents, by structure."""
+    data = (jnp.full(100, 5.0),)
+    steps = {}
+    for structure in ("mean_field", "autoregressive"):
+        guide = AutoDiscrete(many_latents, structure=structure)
+        step, arguments = compile_step(VIMCOStar(num_particles=16), many_latents, guide, data)
+        steps[structure] = step, list(arguments)
+    for num_steps in (0, 2000):  # strong couplings take more passes to draw
+        for step, arguments in steps.values():
+            for _ in range(num_steps):
+                arguments[0] = step(*arguments)[0]
+        seconds = interleaved(steps, 100)
+        ratio = median_ratio(seconds["autoregressive"], seconds["mean_field"])
+        times = ", ".join(f"{name} {1e3 * np.median(taken):.2f} ms" for name, taken in seconds.items())
+        print(f"1,000 binary latents, N = 16, a step after {num_steps:,}: {times}, ratio {ratio:.2f}", flush=True)
+
+
 def main(args):
     print_machine()
+    print_step()
     print(f"{'problem':>27} {'structure':>15} {'worst error':>12} {'median':>7} {'ESS':>6} {'ELBO gap':>9} "
           f"{'evidence':>9} {'steps (s)':>10} {'rest (s)':>9}")  # fmt: skip
     for problem in args.problems:

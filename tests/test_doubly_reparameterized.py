@@ -13,7 +13,7 @@ from numpyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal
 import optax
 import pytest
 
-from helpers import initial_params
+from helpers import initial_params, of_two_lengths
 from numpyro_vimco import VIMCOStar
 
 DRAWS = 100_000
@@ -202,7 +202,10 @@ def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles,
 # errors are passed once in 16,000 means. Weights of the wrong level or factor are seen at 10 to 100 standard errors.
 @pytest.mark.parametrize(
     ("name", "alpha"),
-    [(name, alpha) for name in CASES for alpha in (0.0, 0.5, 1.0) if name in EACH_ALPHA or alpha == 0.5],
+    of_two_lengths(
+        [(name, alpha) for name in CASES for alpha in (0.0, 0.5, 1.0) if name in EACH_ALPHA or alpha == 0.5],
+        [(name, 0.5) for name in (*EACH_ALPHA, "Delta", "moving support", "local, mask")],
+    ),
 )
 def test_mean_is_that_of_the_plain_estimator(name, alpha):
     model, guide, plate_particles = CASES[name]

@@ -58,7 +58,7 @@ def sum_over_states(children, branch_lengths, alignment: Alignment) -> float:
     return float(np.log(site) @ alignment.counts)
 
 
-@pytest.mark.parametrize("num_taxa", [4, 5])
+@pytest.mark.parametrize("num_taxa", [4, pytest.param(5, marks=pytest.mark.long)])
 def test_pruning_is_the_sum_over_internal_states(num_taxa, x64):
     rng = np.random.default_rng(num_taxa)
     alignment = random_alignment(rng, num_taxa, 12)

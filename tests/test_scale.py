@@ -19,7 +19,7 @@ import optax
 import orbax.checkpoint
 import pytest
 
-from helpers import initial_params
+from helpers import initial_params, of_two_lengths
 from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar
 
 HERE = Path(__file__).parent
@@ -123,7 +123,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SHORT = ("global latents, alpha=0.5", "forward mode", "common plate", "local particles, alpha=0.5")
+
+
+@pytest.mark.parametrize("case", of_two_lengths(CASES, SHORT))
 def test_chunks_give_the_loss_and_gradient_of_all_particles_at_once(case, x64):
     make, programs, options = CASES[case]
     forward = case == "forward mode"

@@ -51,8 +51,10 @@ class AutoDiscrete(StructuralGuide):
 
     :param callable model: a NumPyro model.
     :param str prefix: a prefix of the parameters' names. Defaults to ``"auto"``.
-    :param str structure: ``"mean_field"`` or ``"autoregressive"``. Defaults to ``"mean_field"``.
-    :param float coupling_speed: factor on couplings, so that they learn more slowly than the rest. Defaults to 0.2.
+    :param str structure: ``"mean_field"`` or ``"autoregressive"``. Defaults to ``"autoregressive"``: sites that share
+        nothing given the data are independent in it too.
+    :param float coupling_speed: factor on couplings, so that they learn more slowly than the rest. Defaults to 0.3, as
+        in :class:`AutoMixed`.
     :param int rank: rank of the matrices of couplings. Defaults to None: full up to 131,072 entries of one
         site, 8 beyond.
     :param callable init_loc_fn: a NumPyro initialization function. Where it has a value for a discrete site
@@ -83,8 +85,8 @@ class AutoDiscrete(StructuralGuide):
         model: Callable,
         *,
         prefix: str = "auto",
-        structure: str = "mean_field",
-        coupling_speed: float = 0.2,
+        structure: str = "autoregressive",
+        coupling_speed: float = 0.3,
         rank: int | None = None,
         init_loc_fn: Callable = init_to_median,
         create_plates: Callable | None = None,
@@ -178,14 +180,21 @@ class AutoDiscrete(StructuralGuide):
             return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
-        """The smallest value of each element whose cumulative probability is at least ½."""
+        """The smallest value of each element whose cumulative probability is at least ½.
+
+        :raises NotImplementedError: as :meth:`quantiles`.
+        """
         return {name: values[0] for name, values in self.quantiles(params, [0.5]).items()}
 
     def quantiles(self, params, quantiles) -> dict[str, Array]:
-        """The smallest value of each element whose cumulative probability is at least each of ``quantiles``."""
+        """The smallest value of each element whose cumulative probability is at least each of ``quantiles``.
+
+        :raises NotImplementedError: where elements depend on each other: a mixture has no closed quantiles.
+        """
         q = np.asarray(quantiles)
         result = {}
         with self._known_structure((), {}):
+            self._check_marginals(self.sites)
             for name, family in self.families.items():
                 ndim = jnp.ndim(self.prototype_trace[name]["value"])
                 result[name] = family.quantile(q.reshape(-1, *(1,) * ndim), **self._params(name, params))

@@ -23,7 +23,7 @@ from numpyro.distributions import constraints
 from numpyro_vimco.randomness import split
 
 # Blocks into which elements are dealt out whose couplings are of low rank.
-NUM_BLOCKS = 32
+NUM_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class FullCoupling:
 class LowRankCoupling:
     """Couplings of elements to those before them, by a product of two matrices.
 
-    Elements are dealt out to 32 blocks in turn, and coupled to all elements of the blocks before their own. These are
-    97% of all pairs of elements, neighbours among them. So there are 32 steps, whatever the number of elements.
+    Elements are dealt out to 8 blocks in turn, and coupled to all elements of the blocks before their own. These are
+    88% of all pairs of elements, neighbours among them. So there are 8 steps, whatever the number of elements.
 
     :param left: of shape ``(*local, n, k, rank)``.
     :param right: of shape ``(n, f, rank)``.

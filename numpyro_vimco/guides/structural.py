@@ -83,6 +83,18 @@ class StructuralGuide(PrototypeGuide):
         local = local_plates(graph, self.prototype_trace, evaluate, other)
         return gated(autoregressive(sites, graph, local), evaluate, values, other)
 
+    def _check_marginals(self, sites: Iterable[Site]) -> None:
+        """Raise unless all sites are independent.
+
+        :raises NotImplementedError: naming one that depends on others.
+        """
+        for site in sites:
+            if site.depends:
+                raise NotImplementedError(
+                    f"With structure='{self.structure}' the marginal of '{site.name}' is a mixture, and has no closed "
+                    "quantiles. Use those of `sample_posterior(rng_key, params, sample_shape=(10_000,))`."
+                )
+
     def _draw_in_guide(self, sampler: Sampler, *args, **kwargs) -> Samples:
         return sampler.run(InGuide(self._plates_of_call(*args, **kwargs)))
 

@@ -121,6 +121,11 @@ class Site(ABC):
     def full_shape(self) -> tuple[int, ...]:
         """Shape of its elements in full plates, ``(*batch, *event)``."""
 
+    @property
+    def depends(self) -> bool:
+        """Whether any element depends on another, or on an earlier site."""
+        return bool(self.coupled) or (self.is_coupled_within and self.elements.count(self.full_shape) > 1)
+
     @abstractmethod
     def draw(self, earlier: "Earlier") -> tuple[Array, Array]:
         """Its value, and its features for later sites, of shape ``(*local, n, f)``."""
@@ -283,6 +288,11 @@ class ContinuousSite(Site):
     def full_shape(self) -> tuple[int, ...]:
         """Shape of its elements in full plates."""
         return jnp.shape(self.start["loc"])
+
+    @property
+    def depends(self) -> bool:
+        """Whether any element depends on another, or on an earlier site."""
+        return bool(self.own) or super().depends
 
     def draw(self, earlier: Earlier) -> tuple[Array, Array]:
         """Its value, and features for later sites."""
