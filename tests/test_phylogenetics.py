@@ -235,9 +235,8 @@ def test_power_rises_to_one_in_the_first_half():
     np.testing.assert_allclose([fit_module.power_at(step, 100) for step in (0, 25, 50, 100)], [0.001, 0.5005, 1, 1])
 
 
-@pytest.mark.parametrize(
-    "options", [["--num-taxa", "5", "--no-pairs"], pytest.param(["--num-taxa", "6"], marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("options", [["--num-taxa", "5", "--no-pairs"], ["--num-taxa", "6"]])
 def test_fit_finds_the_exact_posterior(options, tmp_path, capsys):
     # 5,000 draws, resampled from 20,000, have an error of their own: over seeds, the total variation is about 0.01.
     diagnostics, measures = main(parse(["--quick", "--output", str(tmp_path), *options]))

@@ -210,15 +210,18 @@ def run(*command, timeout=240):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.long
 def test_a_million_particles_in_two_gigabytes():
     loss, kilobytes = run(sys.executable, "-c", MILLION).split()
     assert 0 < float(loss) < 64 and int(kilobytes) < 2e6
 
 
+@pytest.mark.long
 def test_eight_devices_give_what_one_gives():
     assert run(sys.executable, "tests/devices.py") == "held"
 
 
+@pytest.mark.long
 def test_two_processes_give_what_one_gives():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -104,7 +104,8 @@ def linear(x):
     numpyro.sample("x", dist.Normal(z + a.sum() * p[0], s), obs=x)
 
 
-@pytest.mark.parametrize("rank", of_two_lengths(RANKS, [None]))
+@pytest.mark.long
+@pytest.mark.parametrize("rank", RANKS)
 def test_continuous_density_and_sampler_agree(rank, x64):
     """The joint density of the continuous sites given z is that of a Normal with the moments of the draws."""
     guide = STRUCTURED(linear, rank=rank)
@@ -152,6 +153,7 @@ def test_continuous_draw_solves_what_its_density_says():
 # Gradients.
 
 
+@pytest.mark.long
 def test_doubly_reparameterized_gradient_is_exact():
     """Its mean is that of the plain gradient, for all parameters, couplings away from zero."""
     guide = STRUCTURED(linear)
@@ -272,7 +274,7 @@ def test_a_switch_frees_what_it_switches_off():
     assert loc(on, moved)[1] != loc(on, 0 * moved)[1]
 
 
-@pytest.mark.parametrize("plate_particles", [{}, {"data": 3}])
+@pytest.mark.parametrize("plate_particles", of_two_lengths([{}, {"data": 3}], [{"data": 3}]))
 def test_local_plates_with_particles_of_their_own(plate_particles):
     x = jnp.array([-2.0, -2.2, 2.1, 1.9, 2.0])
     guide = STRUCTURED(mixture)
