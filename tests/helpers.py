@@ -17,6 +17,7 @@ from numpyro.infer.util import log_density
 import pytest
 
 from numpyro_vimco import REINFORCE, VIMCO, VIMCOStar
+from numpyro_vimco.posterior.results import FitResult, FitState
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -75,6 +76,20 @@ def product_of(**supports):
     """All joint outcomes of discrete sites, given the values of each."""
     outcomes = list(itertools.product(*supports.values()))
     return {name: jnp.array([outcome[i] for outcome in outcomes]) for i, name in enumerate(supports)}
+
+
+def fit_result(params, losses=None, power=None, failed=None, log_evidence=None):
+    """A result of `fit` as it might have come out; parameters have a leading axis for the starts.
+
+    The best start is the first one, if no log evidence is given.
+    """
+    num_starts = len(jax.tree.leaves(params)[0])
+    losses = np.zeros((num_starts, 1)) if losses is None else np.asarray(losses)
+    failed = jnp.zeros(num_starts, bool) if failed is None else jnp.asarray(failed)
+    state = FitState(jnp.zeros(num_starts), jnp.array(losses.shape[1]), jnp.zeros(num_starts, int), failed)
+    power = np.ones_like(losses) if power is None else np.asarray(power)
+    log_evidence = np.arange(0.0, -num_starts, -1) if log_evidence is None else np.asarray(log_evidence)
+    return FitResult(params, losses, state, power, log_evidence, np.full(num_starts, 0.01))
 
 
 def initial_params(*programs):

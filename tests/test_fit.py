@@ -37,8 +37,8 @@ from helpers import Program, exact_bound, expected_estimate, initial_params, pro
 from numpyro_vimco import AutoDiscrete, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
 from numpyro_vimco.posterior import steps
 from numpyro_vimco.posterior.annealing import FIRST_POWER, Annealed
+from numpyro_vimco.posterior.results import FitState
 from numpyro_vimco.posterior.starts import automatic_guides, initial_states
-from numpyro_vimco.posterior.steps import FitState
 
 HERE = Path(__file__).parent
 quietly = partial(fit, progress_bar=False)

@@ -15,10 +15,11 @@ from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNorma
 import optax
 import pytest
 
+from helpers import fit_result
 from numpyro_vimco import AutoMixed, VIMCOStar
 from numpyro_vimco.objectives.levels import Levels
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.pooling import Mixture, mixed, pool
+from numpyro_vimco.posterior.pooling import Mixture, log_ratio, pooled, propose_pooled
 from numpyro_vimco.posterior.starts import initial_states
 from numpyro_vimco.posterior.widening import WIDER, widened
 
@@ -26,9 +27,13 @@ X = np.array([0.7, -1.2])
 
 
 def fitted(model, guide, params, objective=None):
-    """The first of several starts; parameters have a leading axis for them."""
+    """Several starts, of which the first is the best; parameters have a leading axis for them."""
     svi = SVI(model, guide, optax.adam(0.1), objective or VIMCOStar())
-    return Fitted.of(svi, jax.tree.map(lambda leaf: leaf[0], params), (), {})
+    return Fitted.of(svi, fit_result(params), (), {})
+
+
+def pool(fit, rng_key, num_draws):
+    return propose_pooled(pooled(fit), rng_key, num_draws)
 
 
 def log_bernoulli(logits, value):
@@ -63,17 +68,17 @@ def test_joint_draws_are_properly_weighted(x64):
     # The target is the posterior at the first start's parameters of the model.
     starts = {"z_logits": [2.0, -3.0], "slope": [1.0, -4.0], "coupling": [0.5, 9.0]}
     params = {name: jnp.array(values) for name, values in starts.items()}
-    mixture = Mixture(fitted(model, guide, params), params)
-    outcomes, log_shares = binary(2), mixture.log_shares(1000)
+    mixture = Mixture(fitted(model, guide, params))
+    outcomes, log_shares = binary(2), mixture.log_shares
     z, y = outcomes.T
-    weigh = jax.vmap(lambda z, y: mixture.log_weights(Levels({"z": z, "y": y}, {}), log_shares)[0].shared)
-    log_weight = jax.jit(weigh)(jnp.array(z), jnp.array(y))
+    evaluate = jax.vmap(lambda z, y: mixture.densities(Levels({"z": z, "y": y}, {}))[0].shared)
+    found_p, found_q = jax.jit(evaluate)(jnp.array(z), jnp.array(y))
     np.testing.assert_allclose(np.exp(log_shares), [0.35, 0.35, 0.15, 0.15])
     log_p = log_bernoulli(0.3, z) + log_bernoulli(0.5 * z, y) + log_normal(z + 2.0 * y, 1.4)
     z_logits, slope = components(params["z_logits"])[:, None], components(params["slope"])[:, None]
     log_q = log_bernoulli(z_logits, z) + log_bernoulli(slope * z, y)
-    expected = np.exp(log_shares) @ np.exp(log_q) * np.exp(log_weight)
-    np.testing.assert_allclose(expected, np.exp(log_p), rtol=1e-12)
+    np.testing.assert_allclose(np.exp(found_p), np.exp(log_p), rtol=1e-12)
+    np.testing.assert_allclose(np.exp(found_q), np.exp(log_shares) @ np.exp(log_q), rtol=1e-12)
 
 
 def test_elements_of_a_common_plate_have_weights_of_their_own(x64):
@@ -87,9 +92,9 @@ def test_elements_of_a_common_plate_have_weights_of_their_own(x64):
             numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(2))))
 
     params = {"logits": jnp.array([[2.0, 1.0], [-3.0, 4.0]])}
-    mixture = Mixture(fitted(model, guide, params), params)
-    log_shares = mixture.log_shares(1000)
-    weigh = jax.vmap(lambda z: mixture.log_weights(Levels({"z": z}, {}), log_shares)[0].shared)
+    mixture = Mixture(fitted(model, guide, params))
+    log_shares = mixture.log_shares
+    weigh = jax.vmap(lambda z: log_ratio(*mixture.densities(Levels({"z": z}, {}))[0].shared))
     z = binary(1) * np.ones((2, 2), int)  # outcomes of each element
     log_weight = jax.jit(weigh)(jnp.array(z))
     assert log_weight.shape == (2, 2)
@@ -117,17 +122,17 @@ def test_local_particles_are_properly_weighted(x64):
 
     starts = {"g_logits": [2.0, -1.0], "slope": [1.0, -2.0], "shift": [0.3, -3.0]}
     params = {name: jnp.array(values) for name, values in starts.items()}
-    mixture = Mixture(fitted(model, guide, params, VIMCOStar(plate_particles={"data": 2})), params)
-    assert mixture.counts(2) == (1, 1)
-    log_shares, outcomes = mixture.log_shares(1000), binary(9)
+    mixture = Mixture(fitted(model, guide, params, VIMCOStar(plate_particles={"data": 2})))
+    assert mixture.local_counts("data") == (1, 1)
+    log_shares, outcomes = mixture.log_shares, binary(9)
     g, e = jnp.array(outcomes[:, 0]), jnp.array(outcomes[:, 1:].reshape(-1, 4, 2))
 
     @jax.jit
     @jax.vmap
     def weigh(g, e):
-        levels, structure = mixture.log_weights(Levels({"g": g}, {"data": {"e": e}}), log_shares)
-        local = levels.local["data"]
-        total = levels.shared + structure.sum_to_shared(logsumexp(local, axis=0) - np.log(4))
+        levels, structure = mixture.densities(Levels({"g": g}, {"data": {"e": e}}))
+        local = log_ratio(*levels.local["data"])
+        total = log_ratio(*levels.shared) + structure.sum_to_shared(logsumexp(local, axis=0) - np.log(4))
         return jnp.exp(total).squeeze(), jnp.exp(local - logsumexp(local, axis=0))
 
     weight, choice = weigh(g, e)
@@ -143,10 +148,10 @@ def test_local_particles_are_properly_weighted(x64):
         np.testing.assert_allclose(np.sum(q_g * q_e * weight * chosen), np.exp(log_p), rtol=1e-12)
 
 
-def test_values_that_model_or_guides_rule_out():
-    """Possible for all guides; for one; not by the model; neither by the model nor by the first guide (0 / 0)."""
-    log_weight = jnp.log(jnp.array([[2.0, 2.0, 0.0, jnp.nan], [2.0, jnp.inf, 0.0, 0.0], [2.0, jnp.inf, 0.0, 0.0]]))
-    np.testing.assert_allclose(np.exp(mixed(log_weight, jnp.log(jnp.array([0.5, 0.3, 0.2])))), [2, 4, 0, 0], rtol=1e-6)
+def test_values_that_the_model_rules_out():
+    """Possible; not by the model; neither by the model nor by a guide (0 / 0)."""
+    weight = np.exp(log_ratio(jnp.log(jnp.array([3.0, 0.0, 0.0])), jnp.log(jnp.array([1.5, 1.0, 0.0]))))
+    np.testing.assert_allclose(weight, [2, 0, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -167,18 +172,18 @@ def test_pool_has_what_a_start_lost(local):
 
     params = {"g_logits": jnp.array([-12.0, 12.0]), "shift": jnp.array([0.0, 0.2])}
     fit = fitted(model, guide, params, VIMCOStar(plate_particles={"data": 4} if local else {}))
-    pooled = pool(fit, params, random.key(0), 8000)
-    weight = np.exp(pooled.log_weight.ravel() - pooled.log_weight.max())
+    draws = pool(fit, random.key(0), 8000)
+    weight = np.exp(draws.log_weight.ravel() - draws.log_weight.max())
     weight /= weight.sum()
-    assert pooled.values["g"].shape == (8000,) and pooled.values["e"].shape == (8000, 2)
-    assert (np.bincount(pooled.component) == [2800, 2800, 1200, 1200]).all()
-    e = pooled.values["e"]
-    for value, exact in ((pooled.values["g"], 0.5), (e[:, 0], 0.0), (e[:, 1] ** 2, 0.75)):
+    assert draws.values["g"].shape == (8000,) and draws.values["e"].shape == (8000, 2)
+    assert (np.bincount(draws.component) == [2800, 2800, 1200, 1200]).all()
+    e = draws.values["e"]
+    for value, exact in ((draws.values["g"], 0.5), (e[:, 0], 0.0), (e[:, 1] ** 2, 0.75)):
         mean = weight @ value
         assert abs(mean - exact) < 5 * np.sqrt(np.sum(weight**2 * (value - mean) ** 2))
-    assert np.sum(weight[pooled.values["g"] == 0]) > 0.4 and np.sum(weight[pooled.values["g"] == 1]) > 0.4
+    assert np.sum(weight[draws.values["g"] == 0]) > 0.4 and np.sum(weight[draws.values["g"] == 1]) > 0.4
     exact = float(dist.Normal(1.0, 2**0.5).log_prob(0.0)) * 2
-    relative = np.exp(pooled.log_weight.ravel() - exact)
+    relative = np.exp(draws.log_weight.ravel() - exact)
     assert abs(relative.mean() - 1) < 5 * relative.std() / 8000**0.5
 
 
@@ -211,9 +216,9 @@ def test_automatic_guides_have_densities_at_the_draws_of_other_starts(case):
     guide = make(model, init_loc_fn=init_to_uniform(radius=0.5))
     svi = SVI(model, guide, optax.adam(0.1), VIMCOStar())
     params = jax.vmap(svi.get_params)(initial_states(svi, random.key(0), 2, (), {}))
-    pooled = pool(fitted(model, guide, params), params, random.key(1), 8000)
-    assert set(pooled.values) == ({"z", "c", "scale"} if model is mixed_model else {"c", "scale"})
-    for name, value in pooled.values.items():
+    draws = pool(fitted(model, guide, params), random.key(1), 8000)
+    assert set(draws.values) == ({"z", "c", "scale"} if model is mixed_model else {"c", "scale"})
+    for name, value in draws.values.items():
         assert len(np.unique(value, axis=0)) > 2, name
 
     def prior(key):
@@ -222,7 +227,7 @@ def test_automatic_guides_have_densities_at_the_draws_of_other_starts(case):
         return tr["x"]["fn"].log_prob(tr["x"]["value"]).sum()
 
     likelihood = np.exp(jax.jit(jax.vmap(prior))(random.split(random.key(2), 20_000)), dtype=float)
-    weight = np.exp(pooled.log_weight.ravel())
+    weight = np.exp(draws.log_weight.ravel())
     error = np.hypot(likelihood.std() / 20_000**0.5, weight.std() / 8000**0.5)
     assert error < 0.1 * likelihood.mean() and abs(weight.mean() - likelihood.mean()) < 5 * error
 
@@ -232,7 +237,7 @@ def test_delta_at_a_parameter_cannot_be_pooled():
     svi = SVI(continuous_model, guide, optax.adam(0.1), Trace_ELBO())
     params = jax.vmap(svi.get_params)(initial_states(svi, random.key(0), 2, (), {}))
     with pytest.raises(NotImplementedError, match=r"Site 'c' of the guide is a Delta .* parameter 'c_auto_loc'"):
-        Mixture(fitted(continuous_model, guide, params), params)
+        Mixture(fitted(continuous_model, guide, params))
 
 
 @pytest.mark.parametrize(
@@ -260,5 +265,7 @@ def test_delta_at_a_parameter_cannot_be_pooled():
 )
 def test_widened_distributions(fn, wide):
     value = fn.sample(random.key(0))
-    np.testing.assert_allclose(widened(fn).log_prob(value), wide.log_prob(value), rtol=1e-4)
-    assert widened(fn).batch_shape == fn.batch_shape and widened(fn).event_shape == fn.event_shape
+    np.testing.assert_allclose(widened(fn, WIDER, 0.5).log_prob(value), wide.log_prob(value), rtol=1e-4)
+    assert (
+        widened(fn, WIDER, 0.5).batch_shape == fn.batch_shape and widened(fn, WIDER, 0.5).event_shape == fn.event_shape
+    )

@@ -124,6 +124,26 @@ class Program:
         local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
         return map_local(log_weights, lambda local: self._by_site(traces(local)[:2]), local)
 
+    def densities(
+        self, params: dict[str, Any], rng_key: Array, values: Levels[Values]
+    ) -> tuple[Levels[Densities], Structure]:
+        """Evaluate one particle at given values, as :meth:`evaluate` does at values of its own."""
+        keys = particle_keys(rng_key, self.plate_particles)
+
+        def traces(local) -> tuple[Trace, Trace]:
+            local_keys = keys._replace(local={name: key for name, (key, _) in local.items()})
+            given = dict(values.shared)
+            for _, plate_values in local.values():
+                given.update(plate_values)
+            return self._traces(params, local_keys, given)
+
+        def densities(local):
+            sites = SiteDensities(*(found := traces(local)), self._structure(*found))
+            return self._densities(sites), sites.structure
+
+        local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
+        return map_local(densities, lambda local: self._by_site(traces(local)), local)
+
     def kinds(self, params: dict[str, Any], rng_key: Array) -> Kinds:
         """Which kinds of sites and plates there are, from traces of shapes only."""
         found: list[Kinds] = []

@@ -3,36 +3,84 @@
 
 """What to do about a fit whose weights are not good: only what can help the model and the guide at hand."""
 
+from collections.abc import Mapping
+
 import numpy as np
+import xarray as xr
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
+from numpyro_vimco.posterior.agreement import differences
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.proposals import Weighed, can_have_particles
+from numpyro_vimco.posterior.past import Stretch
+from numpyro_vimco.posterior.proposals import can_have_particles
+from numpyro_vimco.posterior.weighing import Weighed
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
 
 # Where "good" ends: weights of infinite variance, and an effective sample size relative to the draws.
 HEAVY_TAIL, LOW_ESS = 0.5, 0.1
 # A correlation that the guide lacks is told from this size on: it lowers the ESS of a pair to √(1 - 0.3²) at most.
 CORRELATED = 0.3
+SECOND_START = (
+    "Only a second start can show what a first one missed: `fit(svi, ...)` takes four, and they are compared here."
+)
 
 
-def advise(fit: Fitted, weighed: Weighed, reading: str) -> str:
-    """What to make of the weights, or what to do."""
+def advise(
+    fit: Fitted,
+    weighed: Weighed,
+    reading: str,
+    agreement: xr.Dataset | None,
+    past: Mapping[int, Stretch],
+    annealed: bool,
+) -> str:
+    """What to make of the weights, or what to do.
+
+    :param agreement: of several starts; None for a single fit.
+    :param past: starts that lost something for certain.
+    :param annealed: whether the fit was.
+    """
     if reading == "good":
-        return "Importance-weighted estimates can be trusted."
+        assert agreement is not None
+        return (
+            f"{agreement.sizes['start']} starts agree, and the weights are good: importance-weighted estimates can be "
+            "trusted, unless all starts lost the same part of the posterior. Nothing here can show that."
+        )
     summary = weighed.summary
     parts = []
+    for start, stretch in past.items():
+        parts.append(
+            f"A part of the posterior is lost: in steps {stretch.begin:,} to {stretch.end - 1:,} of start {start} the "
+            f"bound was {stretch.bound:.2f} ± {stretch.std_error:.2f} nats, and no bound can be above the log evidence."
+        )
+        break
+    disagree = False
+    if agreement is not None and agreement["differs"].any():
+        disagree = True
+        parts.append(f"The starts disagree: {differences(agreement)}.")
+        if reading == "usable":
+            parts.append("The pooled draws have what any of them found.")
+    if past or disagree:
+        parts.append(f"What helps, in this order: {_remedies(fit, annealed)}.")
+    if past:
+        return " ".join(parts)
+    few = summary.ess.min() / len(weighed.continuous) < LOW_ESS
+    heavy = summary.pareto_k.max() >= HEAVY_TAIL
     if reading == "usable":
-        if summary.ess.min() / len(weighed.continuous) < LOW_ESS:
+        if not (few or heavy):
+            parts += [] if disagree else ["The weights are good."]
+            return " ".join(parts if disagree else [*parts, SECOND_START])
+        if few:
             parts.append(
                 "Few draws hold most of the weight: the guide spends the others where the posterior has little."
             )
-        if summary.pareto_k.max() >= HEAVY_TAIL:
+        if heavy:
             parts.append(
                 "The weights have a heavy tail: the guide proposes a part of the posterior too rarely, and one such "
                 "draw can move an estimate by more than its standard error."
             )
         parts.append("Compare with a second key and more draws.")
+        if agreement is None or agreement.sizes["start"] == 1:
+            parts.append(SECOND_START)
     plate = _joint_plate(fit)
     if plate:
         parts.append(
@@ -54,6 +102,18 @@ def advise(fit: Fitted, weighed: Weighed, reading: str) -> str:
     else:
         parts.append("docs/checking_a_fit.md says what makes a guide better.")
     return " ".join(parts)
+
+
+def _remedies(fit: Fitted, annealed: bool) -> str:
+    """What helps starts to agree, as far as it is not there yet, in the order of docs/checking_a_fit.md."""
+    found = ["a smaller learning rate"]
+    if not annealed:
+        found.append("annealing (`anneal=0.5`)")
+    if not 0 < getattr(fit.svi.loss, "alpha", 0) < 1:
+        found.append("0 < α < 1 (`VIMCOStar(0.5)`)")
+    if _has(fit, discrete=True) and _richer_guide(fit) != "one by hand":
+        found.append('a structured guide (`AutoMixed(model, structure="autoregressive")`)')
+    return ", ".join([*found, "more steps"])
 
 
 def _has(fit: Fitted, discrete: bool) -> bool:

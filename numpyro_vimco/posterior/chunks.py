@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A function of many draws, computed chunk by chunk, with its results on the host and a progress bar."""
+"""A function of many draws, so many at a time, with its results on the host and a progress bar."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,20 +10,20 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-# A progress bar appears after so many seconds.
+# A progress bar appears where more than this is to be waited for, in seconds.
 PATIENCE = 3
 
 
 def chunks(fn: Callable, chunk_size: int, *inputs: Any, progress: str | None) -> Iterator[tuple[slice, Any]]:
-    """``jax.vmap(fn)(*inputs)``, in chunks of ``chunk_size`` elements.
+    """``jax.vmap(fn)(*inputs)``, so many elements at a time.
 
-    :param progress: name of the progress bar; None for no bar.
-    :return: for each chunk, the slice of elements that it has, and its outputs as NumPy arrays.
+    :param progress: what the progress bar calls it; None for no bar.
+    :return: for each chunk, where it belongs, and NumPy arrays.
     """
     length = len(jax.tree.leaves(inputs)[0])
     chunk_size = min(chunk_size, length)
     compiled = jax.jit(jax.vmap(fn))
-    # All chunks have one shape. The last one begins earlier, and the elements that it repeats are dropped.
+    # All chunks have one shape: the last begins earlier, and what it repeats is dropped.
     begins = range(0, length, chunk_size)
     starts = [min(begin, length - chunk_size) for begin in begins]
 
@@ -33,7 +33,9 @@ def chunks(fn: Callable, chunk_size: int, *inputs: Any, progress: str | None) ->
     with tqdm(total=length, desc=progress, delay=PATIENCE, disable=progress is None, leave=False) as bar:
         outputs = compute(starts[0])
         for begin, start, after in zip(begins, starts, [*starts[1:], None]):
-            # JAX computes the next chunk while the caller takes this one.
+            # JAX computes the next chunk while the caller takes this one. Not two at a time: on a CPU, XLA's threads
+            # may then wait for each other without end.
+            jax.block_until_ready(outputs)
             following = None if after is None else compute(after)
             kept = slice(begin, start + chunk_size)
             yield kept, jax.tree.map(lambda x, skip=begin - start: np.asarray(x)[skip:], outputs)
@@ -42,7 +44,7 @@ def chunks(fn: Callable, chunk_size: int, *inputs: Any, progress: str | None) ->
 
 
 def in_chunks(fn: Callable, chunk_size: int, *inputs: Any, progress: str | None = None) -> Any:
-    """``jax.vmap(fn)(*inputs)`` as NumPy arrays, computed in chunks: see :func:`chunks`."""
+    """``jax.vmap(fn)(*inputs)`` as NumPy arrays, computed so many elements at a time: see :func:`chunks`."""
     length = len(jax.tree.leaves(inputs)[0])
     whole = None
     for kept, part in chunks(fn, chunk_size, *inputs, progress=progress):

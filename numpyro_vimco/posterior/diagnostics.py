@@ -10,12 +10,16 @@ from typing import Any
 from jaxtyping import Array
 import numpy as np
 from numpyro.infer import SVI
-from numpyro.infer.svi import SVIRunResult, SVIState
+import xarray as xr
 
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior.advice import HEAVY_TAIL, LOW_ESS, advise
-from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.proposals import weigh
+from numpyro_vimco.posterior.agreement import agree, compare
+from numpyro_vimco.posterior.fitted import Fitted, Result
+from numpyro_vimco.posterior.past import earlier_bounds
+from numpyro_vimco.posterior.results import FitResult
+from numpyro_vimco.posterior.weighing import moments_of_starts, weigh
+from numpyro_vimco.randomness import split
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,30 @@ class ImportanceDiagnostics:
     :ivar pareto_k: shape of the weights' tail, as in ArviZ; -inf where the tail is tied, or where what lies above its
         beginning is less than 0.1 / √draws of the weight, so that it can do no harm
         (``weights.smooth_tail``).
-    :ivar reading: of the worst element. ``"bad"``: k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et al. 2024),
-        or an ESS below 100; ``"good"``: k < 0.5 (finite variance) and an ESS of a tenth of the draws or more;
-        ``"usable"`` between. A part of the posterior that was never proposed shows in none of these.
+    :ivar reading: of the worst element.
+
+        - ``"good"``: two starts or more that agree, no proof of a loss from the past, k < 0.5 (finite variance) and an
+          ESS of a tenth of the draws or more.
+        - ``"bad"``: a proof of a loss, an ESS below 100, or k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et
+          al. 2024).
+        - ``"usable"`` between: at best where there is one fit alone, and where starts disagree.
+
+        Where starts agree and the ESS is half of the draws or more, k is no reason for less: see
+        :func:`importance_diagnostics`.
     :ivar advice: what to make of it, or what to do.
     :ivar num_samples: number of draws.
     :ivar heaviest: shares of the total weight that the heaviest draws hold, from the largest, of the element with the
         largest k: of all draws where weights are joint, else of the 3 √draws heaviest.
     :ivar log_weight: log-weights, of shape ``(num_samples,)``, in nats, where they are joint. None where each element
         has its own: these are not kept.
+    :ivar agreement: of a result of ``fit``, else None: each start against the pooled draws, by dimensions ``start``
+        and ``quantity`` (``log evidence``, by element where each has its own, and the mean of each latent).
+
+        - ``estimate`` and ``std_error`` of each start, ``pooled`` and ``pooled_std_error``;
+        - ``difference`` from the pool and ``difference_std_error``, in ``unit``: 1 nat, or the posterior standard
+          deviation; ``differs``: by more than 0.1 and four standard errors;
+        - by start: ``log_evidence`` and ``log_evidence_std_error`` in nats, ``ess``, and ``earlier_bound`` with
+          ``earlier_bound_std_error`` in nats, where it proves a loss, else NaN.
     """
 
     log_evidence: float
@@ -54,6 +73,7 @@ class ImportanceDiagnostics:
     num_samples: int
     heaviest: np.ndarray = field(repr=False)
     log_weight: np.ndarray | None = field(repr=False)
+    agreement: xr.Dataset | None = field(repr=False)
 
     def __str__(self) -> str:
         size = np.size(self.pareto_k)
@@ -63,14 +83,25 @@ class ImportanceDiagnostics:
             f"log evidence  {self.log_evidence:.3f} ± {self.log_evidence_std_error:.3f} nats\n"
             f"bounds        {bounds}\n"
             f"ESS           {np.min(self.ess):,.1f} of {self.num_samples:,} draws{worst}\n"
-            f"Pareto k      {np.max(self.pareto_k):.2f}, {self.reading}{worst}\n"
+            f"Pareto k      {np.max(self.pareto_k):.2f}{worst}\n"
+            f"starts        {self._starts()}\n"
+            f"reading       {self.reading}\n"
             f"{self.advice}"
         )
+
+    def _starts(self) -> str:
+        """How far the starts are from each other."""
+        if self.agreement is None or self.agreement.sizes["start"] == 1:
+            return "1"
+        off = int(self.agreement["differs"].any("quantity").sum())
+        evidence = self.agreement["log_evidence"].values
+        apart = f"{off} off" if off else "which agree"
+        return f"{len(evidence)}, {apart}; log evidence of each {evidence.min():.3f} to {evidence.max():.3f} nats"
 
 
 def importance_diagnostics(
     svi: SVI,
-    svi_result: SVIRunResult | SVIState | Mapping[str, Any],
+    svi_result: Result,
     *,
     model_args: tuple = (),
     model_kwargs: Mapping[str, Any] | None = None,
@@ -81,45 +112,79 @@ def importance_diagnostics(
     """
     Draw from the fitted guide, and see what its importance weights say.
 
+    **Several starts.** Given a result of ``fit``, the draws are pooled, as :func:`to_arviz` does it: from the guides of
+    all starts and wider copies of them, with the density of that mixture. Beside them each start is estimated from
+    ``num_samples`` draws of its own guide, and held against the pool (``agreement``). And a bound that a start reached
+    earlier, at power 1, which lies above the log evidence of the pool proves that a part of the posterior was lost,
+    since no bound can be above it; that is looked for where the objective is known to be a bound and the model has no
+    parameters.
+
+    **k above 0.7.** k tells from the largest weights of one set of draws whether *unseen* ones may be so large that
+    they would move its estimates. Starts that agree have seen that directly: as many estimates of evidence and means,
+    from guides of different tails and draws of their own, to within 0.1 and their errors. And an ESS of half of the
+    draws bounds the relative variance of the weights by 1. Both together are better evidence than a tail that is
+    extrapolated, so that k is no reason for "bad" then.
+
     Draws are not kept: memory is that of ``3 √num_samples`` weights for each element of plates that are common to all
-    sites, beside that of a few draws of the model.
+    sites, beside that of a few draws of the model; with several starts, that of a few sums for each element of each
+    latent, by start.
 
     :param SVI svi: the inference object of the fit; with any objective.
-    :param svi_result: what ``svi.run`` returned, a state of ``svi.update``, or a dict of parameters.
+    :param svi_result: what ``fit`` or ``svi.run`` returned, a state of ``svi.update``, or a dict of parameters.
     :param tuple model_args: the model's arguments, as in the fit; with all data, not a subsample.
     :param dict model_kwargs: the model's keyword arguments.
     :param jax.random.key rng_key: random number generator key.
-    :param int num_samples: number of draws, at least 100. Defaults to 10,000: a tail is fitted to them.
+    :param int num_samples: number of draws, at least 100; of the pool, and of each start beside it. Defaults to
+        10,000: a tail is fitted to them.
     :param bool progress_bar: whether to show one where it takes more than a few seconds. Defaults to True.
     :raises ValueError: for parameters that do not fit the guide, arguments that do not fit the model, a subsampled
         plate, a model without latents, data that are NaN, too few draws, or ``rng_key`` that is no key.
+    :raises NotImplementedError: for starts whose draws cannot be pooled: a Delta site at a parameter.
     """
     check_key(rng_key)
     num_samples = check_integer("num_samples", num_samples, 100, "the tail of the weights is fitted to them")
     fit = Fitted.of(svi, svi_result, model_args, model_kwargs)
-    weighed = weigh(fit, rng_key, num_samples, "diagnostics" if progress_bar else None)
+    pool_key, start_key = split(rng_key)
+    weighed = weigh(fit, pool_key, num_samples, "diagnostics" if progress_bar else None)
     summary = weighed.summary
-    reading = _reading(float(summary.pareto_k.max()), float(summary.ess.min()), num_samples)
+    log_evidence, std_error = float(summary.log_evidence.sum()), float(np.sqrt(summary.variance.sum()))
+    agreement, past, annealed = None, {}, False
+    if isinstance(svi_result, FitResult):
+        assert weighed.moments is not None
+        starts = moments_of_starts(fit, start_key, num_samples, "starts" if progress_bar else None)
+        indices = np.flatnonzero(~svi_result.failed).tolist()
+        past = earlier_bounds(fit, svi_result, log_evidence, std_error)
+        agreement = compare(fit, indices, weighed.moments, starts).assign(
+            earlier_bound=("start", [past[i].bound if i in past else np.nan for i in indices]),
+            earlier_bound_std_error=("start", [past[i].std_error if i in past else np.nan for i in indices]),
+        )
+        annealed = bool((svi_result.power < 1).any())
+    k, ess = float(summary.pareto_k.max()), float(summary.ess.min())
+    reading = _reading(k, ess, num_samples, agreement is not None and agree(agreement), bool(past))
     if weighed.log_weight is None:
         heaviest = summary.heaviest
     else:
         relative = np.sort(np.exp(weighed.log_weight - weighed.log_weight.max()))[::-1]
         heaviest = relative / relative.sum()
     return ImportanceDiagnostics(
-        log_evidence=float(summary.log_evidence.sum()),
-        log_evidence_std_error=float(np.sqrt(summary.variance.sum())),
+        log_evidence=log_evidence,
+        log_evidence_std_error=std_error,
         bounds=summary.bounds,
         ess=summary.ess.reshape(weighed.shape)[()],
         pareto_k=summary.pareto_k.reshape(weighed.shape)[()],
         reading=reading,
-        advice=advise(fit, weighed, reading),
+        advice=advise(fit, weighed, reading, agreement, past, annealed),
         num_samples=num_samples,
         heaviest=heaviest,
         log_weight=weighed.log_weight,
+        agreement=agreement,
     )
 
 
-def _reading(k: float, ess: float, num_samples: int) -> str:
-    if k >= min(1 - 1 / np.log10(num_samples), 0.7) or ess < 100:
+def _reading(k: float, ess: float, num_samples: int, starts_agree: bool, loss_proven: bool) -> str:
+    # What starts that agree say of the tail counts more than k: see `importance_diagnostics`.
+    tail_seen = starts_agree and ess >= num_samples / 2
+    if loss_proven or ess < 100 or (k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen):
         return "bad"
-    return "good" if k < HEAVY_TAIL and ess >= num_samples * LOW_ESS else "usable"
+    good_weights = ess >= num_samples * LOW_ESS and (k < HEAVY_TAIL or tail_seen)
+    return "good" if good_weights and starts_agree else "usable"

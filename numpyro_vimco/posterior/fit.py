@@ -4,7 +4,7 @@
 """Several fits of one posterior, side by side."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 import warnings
 
 import jax
@@ -14,63 +14,21 @@ from jaxtyping import Array
 import numpy as np
 from numpyro.handlers import replay, seed, trace
 from numpyro.infer import SVI
-from numpyro.infer.svi import SVIRunResult
 
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.posterior.annealing import geometric
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.proposals import program_of
+from numpyro_vimco.posterior.results import FitResult, FitState
 from numpyro_vimco.posterior.starts import initial_states
-from numpyro_vimco.posterior.steps import FitState, Steps
+from numpyro_vimco.posterior.steps import Steps
 from numpyro_vimco.posterior.weights import log_mean
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_latent_site
 
 # Draws of each start's guide that its log evidence is estimated from.
 EVIDENCE_DRAWS = 4000
-
-
-class FitResult(NamedTuple):
-    """What :func:`fit` returns.
-
-    :ivar params: parameters of all starts, with a leading axis for them. Those of a start that was dropped are the
-        last ones before it failed.
-    :ivar losses: of shape ``(starts, steps)``, in nats, at the power of each step; NaN once a start was dropped.
-    :ivar state: to go on with: ``fit(..., init_state=result.state)``.
-    :ivar power: β of each step, of shape ``(starts, steps)``.
-    :ivar log_evidence: each start's estimate of log p(x) in nats, of shape ``(starts,)``: the logarithm of the mean
-        importance weight of 4,000 draws of its guide, at power 1. NaN where a start was dropped, and where there is
-        none: a plate is subsampled, or the model has no latents.
-    :ivar log_evidence_std_error: its standard error in nats, by the delta method, of shape ``(starts,)``.
-    """
-
-    params: dict[str, Any]
-    losses: np.ndarray
-    state: FitState
-    power: np.ndarray
-    log_evidence: np.ndarray
-    log_evidence_std_error: np.ndarray
-
-    @property
-    def failed(self) -> np.ndarray:
-        """Whether each start was dropped, of shape ``(starts,)``."""
-        return np.asarray(self.state.failed)
-
-    def start(self, index: int) -> SVIRunResult:
-        """One start, as ``svi.run`` would return it."""
-        params, state = jax.tree.map(lambda leaf: leaf[index], (self.params, self.state.svi))
-        return SVIRunResult(params, state, jnp.asarray(self.losses[index]))
-
-    @property
-    def best(self) -> SVIRunResult:
-        """The start of the highest log evidence; if there is none, of the lowest loss in the last tenth of steps."""
-        score = self.log_evidence
-        if np.isnan(score).all():
-            last = self.losses[:, -max(self.losses.shape[1] // 10, 1) :]
-            seen = ~np.isnan(last)  # a step that `stable_update` skipped has none
-            score = np.where(seen.any(1), -np.where(seen, last, 0).sum(1) / np.maximum(seen.sum(1), 1), np.nan)
-        return self.start(int(np.argmax(np.where(self.failed | np.isnan(score), -np.inf, score))))
 
 
 def fit(

@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 import inspect
-from typing import Any
+from typing import Any, TypeAlias
 import warnings
 
 import jax
@@ -20,19 +20,25 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.posterior.observed import Observed, find_observed, observed_sites, present_elements
+from numpyro_vimco.posterior.results import FitResult
 from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 # Elements of the largest array of a chunk of particles: 4 MiB in single precision, which a processor's cache holds.
 # Four times as fast as 64 MiB, whose memory is new to the process for each chunk.
 CHUNK_ELEMENTS = 2**20
 
+# What a fit is given by, after it.
+Result: TypeAlias = FitResult | SVIRunResult | SVIState | Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Fitted:
     """A fitted model and guide with their parameters and arguments.
 
-    :ivar model_trace: a trace of the model at one draw of the guide, for the structure of its sites.
-    :ivar observed: the observed sites of the model.
+    :ivar params: of a single fit, or of the best of several starts, whose parameters of the model are the target's.
+    :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
+    :ivar observed: its observed sites.
+    :ivar starts: where several starts were given, the parameters of those that did not fail, with a leading axis.
     """
 
     svi: SVI
@@ -41,15 +47,14 @@ class Fitted:
     kwargs: dict[str, Any]
     model_trace: Trace
     observed: dict[str, Observed]
+    starts: dict[str, Any] | None
 
     @classmethod
-    def of(
-        cls, svi: SVI, result: SVIRunResult | SVIState | Mapping, model_args, model_kwargs, whole: bool = True
-    ) -> "Fitted":
+    def of(cls, svi: SVI, result: Result, model_args, model_kwargs, whole: bool = True) -> "Fitted":
         """Trace a fit.
 
-        :param result: a result of :meth:`numpyro.infer.SVI.run`, a state, or parameters.
-        :param whole: whether to refuse subsampled plates. Defaults to True.
+        :param result: of ``fit``, of :meth:`numpyro.infer.SVI.run`, a state, or parameters.
+        :param whole: whether all data must be there, not a subsample.
         :raises ValueError: for arguments that do not fit the model, parameters that do not fit model and guide, a
             model without latents, a subsampled plate, or data that are NaN.
         """
@@ -82,7 +87,22 @@ class Fitted:
             )
         observed = find_observed(model_trace, _moving_masks(svi, params, latents, args, kwargs))
         _check_data(model_trace, observed)
-        return cls(svi, params, args, kwargs, model_trace, observed)
+        starts = None
+        if isinstance(result, FitResult):
+            kept = np.flatnonzero(~result.failed)
+            starts = jax.tree.map(lambda leaf: leaf[kept], result.params)
+        return cls(svi, params, args, kwargs, model_trace, observed, starts)
+
+    @property
+    def of_model(self) -> dict[str, Any]:
+        """Parameters of the model, which are the target's."""
+        return {name: self.params[name] for name, site in self.model_trace.items() if site["type"] == "param"}
+
+    @property
+    def params_of_starts(self) -> dict[str, Any]:
+        """Parameters of all starts, or of the single fit, with a leading axis; those of the model are left out."""
+        starts = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], self.params) if self.starts is None else self.starts
+        return {name: value for name, value in starts.items() if name not in self.of_model}
 
     @property
     def plate_particles(self) -> Mapping[str, int]:
@@ -104,11 +124,13 @@ class Fitted:
         return int(np.clip(CHUNK_ELEMENTS // (max(largest, 1) * local_particles), 1, 2**14))
 
 
-def _params_of(svi: SVI, result: SVIRunResult | SVIState | Mapping) -> dict[str, Any]:
-    """The parameters of a result of `svi.run` or of a state, or parameters that are given as such.
+def _params_of(svi: SVI, result: Result) -> dict[str, Any]:
+    """The parameters of the best start, of a result of `svi.run`, of a state, or as they are.
 
     :raises ValueError: for anything else, and for a state of an ``svi`` that was never initialised.
     """
+    if isinstance(result, FitResult):
+        return result.best.params
     if isinstance(result, SVIRunResult):
         return result.params
     if isinstance(result, SVIState):
@@ -121,8 +143,8 @@ def _params_of(svi: SVI, result: SVIRunResult | SVIState | Mapping) -> dict[str,
     if isinstance(result, Mapping):
         return dict(result)
     raise ValueError(
-        f"The fit is given by {type(result).__name__}, but must be a result of `svi.run`, a state of `svi.update`, or "
-        "a dict of parameters."
+        f"The fit is given by {type(result).__name__}, but must be a result of `fit` or of `svi.run`, a state of "
+        "`svi.update`, or a dict of parameters."
     )
 
 

@@ -13,11 +13,10 @@ from jaxtyping import Array
 import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
-from numpyro.infer.svi import SVIRunResult, SVIState
 import xarray as xr
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.randomness import split
 
 
@@ -37,7 +36,7 @@ class GradientStatistics(NamedTuple):
 
 def gradient_snr(
     svi: SVI,
-    params: SVIRunResult | SVIState | Mapping[str, Any],
+    params: Result,
     *,
     model_args: tuple = (),
     model_kwargs: Mapping[str, Any] | None = None,
@@ -48,7 +47,8 @@ def gradient_snr(
     Signal-to-noise ratio of the gradient that ``svi`` takes, at given parameters.
 
     :param SVI svi: the inference object, with any objective.
-    :param params: parameters: a dict, what ``svi.run`` returned, or a state of ``svi.update``.
+    :param params: parameters: a dict, what ``fit`` (its best start counts) or ``svi.run`` returned, or a state of
+        ``svi.update``.
     :param tuple model_args: the model's arguments.
     :param dict model_kwargs: the model's keyword arguments.
     :param jax.random.key rng_key: random number generator key.
@@ -71,7 +71,7 @@ def gradient_snr(
 
 def compare_objectives(
     svi: SVI,
-    params: SVIRunResult | SVIState | Mapping[str, Any],
+    params: Result,
     objectives: Mapping[str, Callable[..., ELBO]],
     *,
     num_particles: Sequence[int] = (4, 16, 64, 256),

@@ -9,20 +9,22 @@ from importlib.metadata import version
 from typing import Any
 
 import arviz as az
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
-from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior import weights
 from numpyro_vimco.posterior.chunks import in_chunks
-from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.log_likelihoods import find_elements, local_evidence
 from numpyro_vimco.posterior.observed import imputed_name, observed_sites, whole
-from numpyro_vimco.posterior.proposals import Proposals, plate_names, propose, squeezed, take
+from numpyro_vimco.posterior.pooling import pooled, propose_pooled
+from numpyro_vimco.posterior.proposals import Draw, each_start, plate_names, propose, squeezed, take
+from numpyro_vimco.posterior.results import FitResult
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_latent_site
 
@@ -31,7 +33,7 @@ GROUPS = ("posterior_predictive", "log_likelihood", "log_likelihood_given_latent
 
 def to_arviz(
     svi: SVI,
-    svi_result: SVIRunResult | SVIState | Mapping[str, Any],
+    svi_result: Result,
     *,
     model_args: tuple = (),
     model_kwargs: Mapping[str, Any] | None = None,
@@ -39,6 +41,7 @@ def to_arviz(
     num_samples: int = 1000,
     num_proposals: int | None = None,
     resample: bool = True,
+    pool: bool = True,
     groups: Collection[str] = ("posterior_predictive", "log_likelihood"),
     constant_data: Mapping[str, Any] | None = None,
     coords: Mapping[str, Any] | None = None,
@@ -49,6 +52,12 @@ def to_arviz(
     The posterior as ArviZ knows it, from draws of the guide that are resampled by their importance weights. Named and
     ordered after ``arviz.from_numpyro_svi``, which takes draws of the guide as they are.
 
+    A result of ``fit`` has several starts, and the draws are pooled: they come from the guides of all of them, and of
+    wider copies, and are weighted with the density of that mixture. So a part of the posterior that some starts lost is
+    there if one has it. ``pool=False`` shows the starts apart, as chains: each has draws of its own guide with its
+    own weights, and ``az.rhat``, ``az.plot_forest`` and ``az.plot_trace`` compare them as those of MCMC. Starts that
+    failed are left out. Parameters of the model are those of the best start for all.
+
     Weights are Pareto-smoothed. Where plates are common to all sites, each of their elements has its own, and
     is resampled by itself; elements of a plate of ``plate_particles`` choose among their local particles first.
     Resampled draws repeat: their ESS as a chain means nothing, what counts is the attribute ``ess``.
@@ -58,7 +67,7 @@ def to_arviz(
     log-likelihood: 4 GB each for 1,000 draws of a million data.
 
     :param SVI svi: the inference object of the fit; with any objective.
-    :param svi_result: what ``svi.run`` returned, a state of ``svi.update``, or a dict of parameters.
+    :param svi_result: what ``fit`` or ``svi.run`` returned, a state of ``svi.update``, or a dict of parameters.
     :param tuple model_args: the model's arguments, as in the fit; with all data, not a subsample.
     :param dict model_kwargs: the model's keyword arguments.
     :param jax.random.key rng_key: random number generator key.
@@ -66,6 +75,8 @@ def to_arviz(
     :param int num_proposals: number of draws of the guide to resample from. Defaults to four times ``num_samples``.
     :param bool resample: False keeps ``num_samples`` draws of the guide as they are; their weights are
         ``sample_stats.log_weight``. There are no other proposals then.
+    :param bool pool: of a result of ``fit``: True (default) pools the draws of all starts into one chain, False makes
+        each start a chain, with ``num_samples`` draws of as many proposals each.
     :param groups: optional groups to compute, by default the first two:
 
         - ``"posterior_predictive"``: observed sites drawn anew, given the latents and, where a site depends on them,
@@ -93,6 +104,7 @@ def to_arviz(
     :raises ValueError: for parameters that do not fit the guide, arguments that do not fit the model, a
         subsampled plate, a model without latents, data that are NaN, no draws, fewer proposals than draws, proposals
         beside ``resample=False``, an unknown group, or ``rng_key`` that is no key.
+    :raises NotImplementedError: for starts whose draws cannot be pooled: a Delta site at a parameter.
     :raises UserWarning: for a plate with latents of its own that cannot be averaged out of its log-likelihood.
     """
     check_key(rng_key)
@@ -111,9 +123,9 @@ def to_arviz(
     if unknown:
         raise ValueError(f"`groups` has {', '.join(map(repr, sorted(unknown)))}, but must be some of {GROUPS}.")
     fit = Fitted.of(svi, svi_result, model_args, model_kwargs)
-    draws = _draw(fit, rng_key, num_samples, num_proposals, resample, groups, progress_bar)
+    draws = _draw(fit, rng_key, num_samples, num_proposals, resample, pool, groups, progress_bar)
     observed = {about.name: about.only_present(fit.model_trace[name]["value"]) for name, about in fit.observed.items()}
-    data = {group: {name: value[None] for name, value in values.items()} for group, values in draws.groups.items()}
+    data: dict[str, Any] = dict(draws.groups)
     data |= {
         "observed_data": observed,
         "constant_data": {name: np.asarray(value) for name, value in (constant_data or {}).items()},
@@ -127,7 +139,8 @@ def to_arviz(
             "inference_library_version": version("numpyro_vimco"),
             "objective": type(svi.loss).__name__,
             **{k: getattr(svi.loss, k) for k in ("alpha", "num_particles") if hasattr(svi.loss, k)},
-            **({} if losses is None else {"num_steps": len(losses)}),
+            **({} if losses is None else {"num_steps": np.shape(losses)[-1]}),
+            **({"starts": np.flatnonzero(~svi_result.failed)} if isinstance(svi_result, FitResult) else {}),
             "num_proposals": num_proposals,
             **draws.attributes,
         }
@@ -142,14 +155,14 @@ def to_arviz(
 class Draws:
     """What was drawn.
 
-    :ivar groups: by group and variable, arrays with a leading axis for the draws.
+    :ivar groups: by group and variable, arrays of shape ``(chains, draws, ...)``.
     :ivar dims: names of the other dimensions, of variables that are no sites.
     :ivar attributes: how good the weights were.
     """
 
     groups: dict[str, dict[str, np.ndarray]]
     dims: dict[str, list[str]]
-    attributes: dict[str, float]
+    attributes: dict[str, Any]
 
 
 def _draw(
@@ -158,6 +171,7 @@ def _draw(
     num_samples: int,
     num_proposals: int,
     resample: bool,
+    pool: bool,
     groups: Collection[str],
     progress_bar: bool,
 ) -> Draws:
@@ -165,12 +179,22 @@ def _draw(
         return what if progress_bar else None
 
     keys = split_by_name(rng_key, ("proposals", "resampling", "posterior", "elements", "prior"))
-    drawn = propose(fit, keys["proposals"], num_proposals, progress("proposals"))
-    structure = drawn.structure
-    latents, stats, log_evidence, attributes = _weighed(
-        drawn, fit, keys["resampling"], num_samples if resample else None
-    )
-    del drawn  # it is large
+    proposal_args = keys["proposals"], num_proposals, progress("proposals")
+    if fit.starts is not None and pool:
+        sampler = pooled(fit)
+        proposals = [propose_pooled(sampler, *proposal_args)]
+    else:
+        sampler = each_start(fit)
+        proposals = propose(sampler, *proposal_args)
+    structure, num_chains = sampler.structure, len(proposals)
+    chains = [
+        _weighed(drawn, fit, key, num_samples if resample else None)
+        for drawn, key in zip(proposals, split(keys["resampling"], num_chains))
+    ]
+    del proposals  # they are large
+    # The chains as one from here on.
+    latents, stats = (jax.tree.map(_concatenate, *(chain[i] for chain in chains)) for i in (0, 1))
+
     stats = {name: squeezed(value, structure.dims, structure) for name, value in stats.items()}
     dims = dict.fromkeys(stats, plate_names(fit, structure.dims))
 
@@ -180,25 +204,39 @@ def _draw(
         "log_likelihood_given_latents": set(fit.observed) if "log_likelihood_given_latents" in groups else set(),
     }
     follow = _follow(fit, "posterior_predictive" in groups, given_latents)
-    samples = split(keys["posterior"], num_samples)
+    samples = split(keys["posterior"], num_chains * num_samples)
     found = in_chunks(follow, fit.chunk_size(), samples, latents, progress=progress("posterior"))
     found["sample_stats"] = stats
     for about, key in zip(elements, split(keys["elements"], max(len(elements), 1))):
         if about.plate is None:
-            values = np.repeat(squeezed(log_evidence, structure.dims, structure)[None], num_samples, axis=0)
+            values = np.stack([squeezed(chain[2], structure.dims, structure) for chain in chains])
+            values = np.repeat(values, num_samples, axis=0)
         else:
             values = local_evidence(about.plate, fit, key, latents, progress(f"log-likelihood of {about.name}"))
         found["log_likelihood"][about.name] = np.where(about.present, values, np.nan)
         dims[about.name] = about.dims
+    found = {group: {name: _by_chain(value, num_chains) for name, value in of.items()} for group, of in found.items()}
     if "prior" in groups:
         samples = split(keys["prior"], num_samples)
         prior = in_chunks(_follow(fit, True, {}), fit.chunk_size(), samples, {}, progress=progress("prior"))
+        prior = jax.tree.map(lambda value: value[None], prior)
         found |= {"prior": prior["posterior"], "prior_predictive": prior["posterior_predictive"]}
+    attributes: dict[str, Any] = chains[0][3]
+    if num_chains > 1:
+        attributes = {name: [chain[3][name] for chain in chains] for name in attributes}
     return Draws(found, dims, attributes)
 
 
+def _concatenate(*parts: np.ndarray) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _by_chain(value: np.ndarray, num_chains: int) -> np.ndarray:
+    return value.reshape(num_chains, -1, *value.shape[1:])
+
+
 def _weighed(
-    drawn: Proposals, fit: Fitted, rng_key: Array, num_samples: int | None
+    drawn: Draw, fit: Fitted, rng_key: Array, num_samples: int | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, dict[str, float]]:
     """Latents and log-weights of draws, resampled unless ``num_samples`` is None; and what the weights say.
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from numpyro_vimco.posterior.agreement import TOLERANCE
 from numpyro_vimco.posterior.diagnostics import ImportanceDiagnostics
+from numpyro_vimco.posterior.results import FitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,28 +27,37 @@ def plot_bound(
     """
     The bound over the steps of a fit: each estimate, and a running mean.
 
-    :param losses: ``svi_result.losses``, in nats.
+    :param losses: ``svi_result.losses``, in nats; or what ``fit`` returned: a running mean for each start, of the steps
+        at power 1, as those before have another target.
     :param float log_evidence: drawn as a line, if given: ``importance_diagnostics(...).log_evidence``, or the truth.
     :param int window: number of steps that the running mean is over. Defaults to 2% of them.
     :param Axes ax: where to draw; a new figure by default.
     """
     ax = _axes(ax)
-    bound = -np.asarray(losses, float)
-    finite = bound[np.isfinite(bound)]
-    window = min(max(len(bound) // 50, 1) if window is None else window, len(bound))
-    smooth = np.convolve(bound, np.ones(window) / window, "valid")
-    ax.plot(bound, color="0.75", lw=0.5, label="estimates")
-    ax.plot(np.arange(len(smooth)) + window // 2, smooth, color="C0", lw=1.8, label=f"mean of {window} steps")
+    several = isinstance(losses, FitResult)
+    bound = -(np.where(losses.power == 1, losses.losses, np.nan) if several else np.asarray(losses, float)[None])
+    steps = bound.shape[1]
+    shown = bound[np.isfinite(bound)]
+    window = min(max(steps // 50, 1) if window is None else window, steps)
+    for i, of_start in enumerate(bound):
+        smooth = np.convolve(of_start, np.ones(window) / window, "valid")
+        label = f"start {i}, mean of {window} steps" if several else f"mean of {window} steps"
+        if not several:
+            ax.plot(of_start, color="0.75", lw=0.5, label="estimates")
+        style = STYLES[i % len(STYLES)][1]
+        ax.plot(np.arange(len(smooth)) + window // 2, smooth, style, color=f"C{i}", lw=1.8, label=label)
     if log_evidence is not None:
         ax.axhline(log_evidence, color="black", ls="--", lw=1.2, label="log evidence")
     # The first steps of a fit are often far off: show what came after a tenth of it, and where it ended.
-    if len(finite):
-        top = max(np.quantile(finite, 0.999), log_evidence if log_evidence is not None else -np.inf)
-        bottom = np.quantile(finite[len(finite) // 10 :], 0.01)
+    if len(shown):
+        top = max(np.quantile(shown, 0.999), log_evidence if log_evidence is not None else -np.inf)
+        last = bound[:, steps // 10 :]
+        last = last[np.isfinite(last)]
+        bottom = np.quantile(last if len(last) else shown, 0.01)
         margin = 0.1 * (top - bottom) + 1e-3
         ax.set_ylim(bottom - margin, top + margin)
-    if len(finite) < len(bound):
-        ax.set_title(f"{len(bound) - len(finite):,} estimates are not finite")
+    if not several and len(shown) < steps:
+        ax.set_title(f"{steps - len(shown):,} estimates are not finite")
     ax.set(xlabel="step", ylabel="bound (nats)")
     ax.legend(loc="lower right")
     return ax
@@ -91,6 +102,53 @@ def plot_weights(diagnostics: ImportanceDiagnostics, *, ax: "Axes | None" = None
     ax.set(xscale="log", xlabel="number of heaviest draws", ylabel="share of the weight", ylim=(0, 1.05))
     ax.set_title(f"Pareto k {k:.2f} ({diagnostics.reading})")
     ax.legend(loc="upper left")
+    return ax
+
+
+def plot_agreement(diagnostics: ImportanceDiagnostics, *, num_latents: int = 10, ax: "Axes | None" = None) -> "Axes":
+    """
+    Each start against the pooled draws: its log evidence, and its means of the latents that differ most.
+
+    Bars are two standard errors. Starts that agree have all their marks near zero, most of them within their bars.
+
+    :param ImportanceDiagnostics diagnostics: of :func:`~numpyro_vimco.importance_diagnostics`, given a result of
+        ``fit``.
+    :param int num_latents: number of latents. Defaults to 10.
+    :param Axes ax: where to draw; a new figure by default.
+    :raises ValueError: for the diagnostics of a single fit.
+    """
+    agreement = diagnostics.agreement
+    if agreement is None:
+        raise ValueError(
+            "These are the diagnostics of a single fit, and a picture of agreement needs several starts: give "
+            "`importance_diagnostics` what `fit` returned, and not `result.best`."
+        )
+    ax = _axes(ax)
+    largest = abs(agreement["difference"]).max("start").fillna(0).values
+    is_evidence = np.array([name.startswith("log evidence") for name in agreement["quantity"].values])
+    rows = [np.flatnonzero(is_evidence)[np.argmax(largest[is_evidence])]]
+    latents = np.flatnonzero(~is_evidence)
+    rows += list(latents[np.argsort(-largest[latents], kind="stable")[:num_latents]])
+    shown = agreement.isel(quantity=rows)
+    position = np.arange(len(rows))
+    for i, (start, (marker, _)) in enumerate(zip(shown["start"].values, STYLES * agreement.sizes["start"])):
+        offset = 0.5 * ((i + 0.5) / agreement.sizes["start"] - 0.5)
+        of_start = shown.sel(start=start)
+        ax.errorbar(
+            of_start["difference"],
+            position + offset,
+            xerr=2 * of_start["difference_std_error"],
+            fmt=marker,
+            color=f"C{i}",
+            label=f"start {start}",
+        )
+    ax.axvline(0, color="black", lw=1)
+    ax.axvspan(-TOLERANCE, TOLERANCE, color="0.9", zorder=0)
+    ax.set_yticks(position, shown["quantity"].values)
+    ax.invert_yaxis()
+    low, high = ax.get_xlim()
+    ax.set(xlim=(min(low, -3 * TOLERANCE), max(high, 3 * TOLERANCE)), xlabel="off the pool by (nats; posterior SD)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 

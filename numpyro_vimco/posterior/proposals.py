@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws from a fitted guide with their importance weights.
+"""Draws from fitted guides with their importance weights: what is known of the posterior after a fit.
 
 Weights are as in the objective of the fit: one for each element of the plates that are common to all sites. Where a
 plate has local particles, one of them is drawn for each element in proportion to its local weight. The draw with the
@@ -9,15 +9,15 @@ chosen particles is then properly weighted by Ẑ, the weight of the shared site
 element (``docs/mathematics.md``).
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.distributions import biject_to
 from numpyro.handlers import substitute
 
 from numpyro_vimco.objectives import control_variates as cv
@@ -26,115 +26,81 @@ from numpyro_vimco.objectives.plates import Structure, aligned_shape
 from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.posterior.chunks import chunks, in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.weights import WeightStream, WeightSummary
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
+from numpyro_vimco.sites import sample_sites
 
-# Draws of at most this number of continuous coordinates are kept, to look for correlations among them.
-CORRELATED_SIZE = 64
+
+class Draw(NamedTuple):
+    """One weighted draw, or some of them.
+
+    :ivar values: of each latent, of shape ``(*batch, *event)``.
+    :ivar log_p: log p(x, z), of shape ``(*plates,)``, of size 1 where a plate is not common to all sites; in nats.
+    :ivar log_q: log q(z), likewise.
+    :ivar log_weight: log-weight, likewise; log_p - log_q but for local particles.
+    :ivar component: which guide it is from.
+    """
+
+    values: dict[str, Any]
+    log_p: Any
+    log_q: Any
+    log_weight: Any
+    component: Any
 
 
 @dataclass(frozen=True)
-class Proposals:
-    """N draws from a guide.
+class Sampler:
+    """A source of weighted draws.
 
-    :ivar values: values of each latent, of shape ``(N, *batch, *event)``.
-    :ivar log_p: log p(x, z) in nats, of shape ``(N, *plates)``, of size 1 where a plate is not common to all sites.
-    :ivar log_q: log q(z) in nats, of the same shape.
-    :ivar log_weight: log-weights in nats, of the same shape: log_p - log_q without local particles, else log Ẑ.
-    :ivar structure: which plates are common to all sites.
+    :ivar draw: from a key to so many draws: a :class:`Draw` whose arrays have a leading axis for them.
+    :ivar size: their number.
+    :ivar at_once: for how many keys it is called at a time.
+    :ivar structure: what plates the densities have.
     """
 
-    values: dict[str, np.ndarray]
-    log_p: np.ndarray
-    log_q: np.ndarray
-    log_weight: np.ndarray
+    draw: Callable[[Array], Draw]
+    size: int
+    at_once: int
     structure: Structure
 
+    def all(self, rng_key: Array, num_keys: int, progress: str | None) -> Draw:
+        """The draws of so many keys, as NumPy arrays of shape ``(keys, size, ...)``.
 
-@dataclass(frozen=True)
-class Weighed:
-    """The weights of a guide's draws, without most of the draws.
+        :raises ValueError: for NaN weights, and where all are zero.
+        """
+        draws = in_chunks(self.draw, self.at_once, split(rng_key, num_keys), progress=progress)
+        by_draw = np.isnan(draws.log_weight).reshape(num_keys * self.size, -1)
+        zero = bool(np.isneginf(draws.log_weight).all((0, 1)).any())
+        check_weights(int(by_draw.any(1).sum()), zero, len(by_draw))
+        return draws
 
-    :ivar summary: summary of the weights of each element.
-    :ivar shape: sizes of the plates that are common to all sites, whose elements have weights of their own; () where
-        weights are joint.
-    :ivar log_weight: the log-weights in nats, of shape ``(draws,)``, where they are joint; else None.
-    :ivar continuous: draws of the first continuous latents that are in no plate, in unconstrained space, of shape
-        ``(draws, coordinates)``; without coordinates where weights are not joint.
-    :ivar coordinates: names of these coordinates.
-    """
+    def blocks(self, rng_key: Array, num_keys: int, then: Callable[[Draw], Any], progress: str | None) -> Iterator[Any]:
+        """The same, block by block.
 
-    summary: WeightSummary
-    shape: tuple[int, ...]
-    log_weight: np.ndarray | None
-    continuous: np.ndarray
-    coordinates: list[str]
+        :param then: what is computed from a draw, and handed out.
+        """
 
+        def draw(rng_key: Array) -> Any:
+            return jax.vmap(then)(self.draw(rng_key))
 
-def propose(fit: Fitted, rng_key: Array, num_proposals: int, progress: str | None = None) -> Proposals:
-    """Draw from the guide.
-
-    :param progress: name of the progress bar; None for no bar.
-    :raises ValueError: for NaN weights, and where all are zero.
-    """
-    particle, structure = _particle(fit)
-    keys = split(rng_key, num_proposals)
-    values, log_p, log_q, log_weight = in_chunks(particle, fit.chunk_size(), keys, progress=progress)
-    nan = np.isnan(log_weight).reshape(num_proposals, -1).any(1).sum()
-    _check_weights(int(nan), bool(np.isneginf(log_weight).all(0).any()), num_proposals)
-    return Proposals(values, log_p, log_q, log_weight, structure)
+        for _, block in chunks(draw, self.at_once, split(rng_key, num_keys), progress=progress):
+            yield block
 
 
-def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> Weighed:
-    """Draw from the guide, and keep only a summary of the weights.
-
-    :param progress: name of the progress bar; None for no bar.
-    :raises ValueError: as :func:`propose`.
-    """
-    particle, structure = _particle(fit)
-    sizes = _plate_sizes(fit)
-    shape = tuple(sizes[name] for name in plate_names(fit, structure.dims))
-    coordinates = _coordinates(fit) if not shape else {}
-
-    def weight(rng_key):
-        values, _, _, log_weight = particle(rng_key)
-        unconstrained = [biject_to(fit.model_trace[name]["fn"].support).inv(values[name]) for name in coordinates]
-        return log_weight, jnp.concatenate([jnp.zeros(0), *map(jnp.ravel, unconstrained)])
-
-    stream = WeightStream(num_draws, int(np.prod(shape)))
-    kept: list[np.ndarray] = []
-    continuous, nan = [], 0
-    for _, (log_weight, values) in chunks(weight, fit.chunk_size(), split(rng_key, num_draws), progress=progress):
-        log_weight = log_weight.reshape(len(log_weight), -1)
-        if not shape:
-            log_weight = log_weight.astype(float)
-        nan += int(np.isnan(log_weight).any(1).sum())
-        if nan:
-            continue
-        stream.add(log_weight)
-        continuous.append(values)
-        if not shape:
-            kept.append(log_weight[:, 0])
-    _check_weights(nan, not nan and stream.has_zero(), num_draws)
-    return Weighed(
-        stream.summary(),
-        shape,
-        np.concatenate(kept) if not shape else None,
-        np.concatenate(continuous),
-        [name for names in coordinates.values() for name in names],
-    )
+def merged(draws: Any, number: int | None = None) -> Any:
+    """The first draws, or all, of arrays of shape ``(keys, size, ...)``, of shape ``(number, ...)``."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:number], draws)
 
 
-def _particle(fit: Fitted) -> tuple[Callable[[Array], tuple], Structure]:
-    """A function from a key to one draw of the guide, with local particles chosen: the first four of `Proposals`."""
+def each_start(fit: Fitted) -> Sampler:
+    """One draw of the guide of each start, weighted with its own density, and its local particles chosen."""
     program = program_of(fit, fit.plate_particles)
-    structure = structure_of(program, fit)
-    _check_independent(program, fit)
+    check_independent(program, fit)
+    starts = fit.params_of_starts
+    num_starts = len(jax.tree.leaves(starts)[0]) if starts else 1
 
-    def particle(rng_key: Array) -> tuple[dict[str, Array], Array, Array, Array]:
+    def particle(component: Array, params: dict[str, Any], rng_key: Array) -> Draw:
         program_key, choice_key = split(rng_key)
-        levels, structure = program.propose(fit.params, program_key)
+        levels, structure = program.propose({**params, **fit.of_model}, program_key)
         choice_keys = split_by_name(choice_key, levels.local)
         values, densities = levels.shared
         log_p, log_q, log_weight = densities.model, densities.log_guide, densities.log_weight
@@ -145,9 +111,24 @@ def _particle(fit: Fitted) -> tuple[Callable[[Array], tuple], Structure]:
                 values[name] = take(value, chosen, fit.model_trace[name]["fn"].event_dim)[0]
             log_p = log_p + structure.sum_to_shared(take(local.model, chosen)[0])
             log_q = log_q + structure.sum_to_shared(take(local.log_guide, chosen)[0])
-        return values, log_p, log_q, log_weight
+        return Draw(values, log_p, log_q, log_weight, component)
 
-    return particle, structure
+    def draw(rng_key: Array) -> Draw:
+        inputs = jnp.arange(num_starts), starts, split(rng_key, num_starts)
+        return jax.lax.map(lambda x: particle(*x), inputs)
+
+    at_once = max(fit.chunk_size() // num_starts, 1)
+    return Sampler(draw, num_starts, at_once, structure_of(program, fit))
+
+
+def propose(sampler: Sampler, rng_key: Array, num_proposals: int, progress: str | None = None) -> list[Draw]:
+    """Draw from the guide of each start, as :func:`each_start` does.
+
+    :return: of each start; arrays have a leading axis for the draws.
+    :raises ValueError: for NaN weights, and where all are zero.
+    """
+    draws = sampler.all(rng_key, num_proposals, progress)
+    return [jax.tree.map(lambda x, i=i: x[:, i], draws) for i in range(sampler.size)]
 
 
 def squeezed(log_prob, kept: Collection[int], structure: Structure):
@@ -169,25 +150,12 @@ def plate_names(fit: Fitted, dims: Iterable[int], inside: str | None = None) -> 
     return [names[dim] for dim in sorted(names)]
 
 
-def _plate_sizes(fit: Fitted) -> dict[str, int]:
+def plate_sizes(fit: Fitted) -> dict[str, int]:
+    """Sizes of all plates, by name."""
     return {frame.name: frame.size for site in sample_sites(fit.model_trace) for frame in site["cond_indep_stack"]}
 
 
-def _coordinates(fit: Fitted) -> dict[str, list[str]]:
-    """Names of the coordinates of continuous latents that are in no plate, by site, as long as they are few."""
-    found: dict[str, list[str]] = {}
-    size = 0
-    for name, site in fit.model_trace.items():
-        if not is_latent_site(site) or is_discrete(site) or site["cond_indep_stack"]:
-            continue
-        shape = jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape
-        size += int(np.prod(shape))
-        if size <= CORRELATED_SIZE:
-            found[name] = [name + (f"[{','.join(map(str, i))}]" if i else "") for i in np.ndindex(*shape)]
-    return found
-
-
-def _check_weights(nan: int, zero: bool, num_draws: int) -> None:
+def check_weights(nan: int, zero: bool, num_draws: int) -> None:
     """Raise unless there are importance weights to work with.
 
     :param nan: number of draws with a NaN weight.
@@ -211,14 +179,14 @@ def can_have_particles(fit: Fitted, plate_particles: Mapping[str, int]) -> bool:
     program = program_of(fit, plate_particles)
     try:
         structure_of(program, fit)
-        _check_independent(program, fit)
+        check_independent(program, fit)
     except ValueError:
         return False
     return True
 
 
-def _check_independent(program: Program, fit: Fitted) -> None:
-    """Raise for elements that have weights of their own and are not independent at the fitted parameters.
+def check_independent(program: Program, fit: Fitted) -> None:
+    """Raise for elements that have weights of their own, and are not independent at the fitted parameters.
 
     :raises ValueError: naming the plate, or the masked latent, and a site.
     """

@@ -21,25 +21,10 @@ from numpyro.infer.svi import SVIState
 import tqdm
 
 from numpyro_vimco.posterior.annealing import Annealed
+from numpyro_vimco.posterior.results import FitState
 
 # Losses are looked at after at most so many steps, and about after so many seconds.
 CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
-
-
-class FitState(NamedTuple):
-    """All that a fit needs to go on: a pytree of arrays.
-
-    :ivar svi: the :data:`~numpyro.infer.svi.SVIState` of all starts; its arrays have a leading axis for them.
-    :ivar step: number of steps taken.
-    :ivar anneal_steps: number of steps over which the power of each start rises, of shape ``(starts,)``; -1 where
-        ``anneal`` is a function.
-    :ivar failed: whether each start was dropped, of shape ``(starts,)``.
-    """
-
-    svi: SVIState
-    step: Int[Array, ""]
-    anneal_steps: Int[Array, " starts"]
-    failed: Bool[Array, " starts"]
 
 
 class Record(NamedTuple):

@@ -3,9 +3,12 @@
 
 """A wider copy of a guide: in known families, logits are halved and scales are multiplied by 1.5."""
 
+from collections.abc import Callable
 from copy import copy
 from functools import singledispatch
+from typing import Any
 
+import jax.numpy as jnp
 from numpyro import distributions as dist
 from numpyro.primitives import Messenger
 
@@ -15,16 +18,27 @@ WIDER = 1.5
 
 
 class Widened(Messenger):
-    """A guide whose latent sites are wider, where their family is known; other sites stay as they are."""
+    """A guide whose latent sites are wider, where their family is known; the others are as they were.
+
+    :param wide: whether they are; it may be traced, so that a guide and its wider copy are one program.
+    """
+
+    def __init__(self, fn: Callable, wide: Any):
+        super().__init__(fn)
+        self.wide = wide
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
-            msg["fn"] = widened(msg["fn"])
+            msg["fn"] = widened(msg["fn"], jnp.where(self.wide, WIDER, 1.0), jnp.where(self.wide, 0.5, 1.0))
 
 
 @singledispatch
-def widened(fn: dist.Distribution) -> dist.Distribution:
-    """A wider distribution on the same support; ``fn`` itself, if its family is not known."""
+def widened(fn: dist.Distribution, scale: Any, logits: Any) -> dist.Distribution:
+    """A wider distribution on the same support.
+
+    :param scale: what scales are multiplied by.
+    :param logits: what logits are multiplied by.
+    """
     return fn
 
 
@@ -32,44 +46,44 @@ def widened(fn: dist.Distribution) -> dist.Distribution:
 @widened.register(dist.ExpandedDistribution)
 @widened.register(dist.MaskedDistribution)
 @widened.register(dist.TransformedDistribution)
-def _(fn):
+def _(fn, scale, logits):
     wide = copy(fn)
-    wide.base_dist = widened(fn.base_dist)
+    wide.base_dist = widened(fn.base_dist, scale, logits)
     return wide
 
 
 @widened.register
-def _(fn: dist.Normal):
-    return dist.Normal(fn.loc, WIDER * fn.scale)
+def _(fn: dist.Normal, scale, logits):
+    return dist.Normal(fn.loc, scale * fn.scale)
 
 
 @widened.register
-def _(fn: dist.MultivariateNormal):
-    return dist.MultivariateNormal(fn.loc, scale_tril=WIDER * fn.scale_tril)
+def _(fn: dist.MultivariateNormal, scale, logits):
+    return dist.MultivariateNormal(fn.loc, scale_tril=scale * fn.scale_tril)
 
 
 @widened.register
-def _(fn: dist.LowRankMultivariateNormal):
-    return dist.LowRankMultivariateNormal(fn.loc, WIDER * fn.cov_factor, WIDER**2 * fn.cov_diag)
+def _(fn: dist.LowRankMultivariateNormal, scale, logits):
+    return dist.LowRankMultivariateNormal(fn.loc, scale * fn.cov_factor, scale**2 * fn.cov_diag)
 
 
 @widened.register(dist.BernoulliLogits)
 @widened.register(dist.BernoulliProbs)
-def _(fn):
-    return dist.BernoulliLogits(fn.logits / 2)
+def _(fn, scale, logits):
+    return dist.BernoulliLogits(logits * fn.logits)
 
 
 @widened.register(dist.CategoricalLogits)
 @widened.register(dist.CategoricalProbs)
-def _(fn):
-    return dist.CategoricalLogits(fn.logits / 2)
+def _(fn, scale, logits):
+    return dist.CategoricalLogits(logits * fn.logits)
 
 
 @widened.register
-def _(fn: IntervalCategorical):
-    return IntervalCategorical(fn.logits / 2, fn.low, fn.high)
+def _(fn: IntervalCategorical, scale, logits):
+    return IntervalCategorical(logits * fn.logits, fn.low, fn.high)
 
 
 @widened.register
-def _(fn: DiscretizedLogistic):
-    return DiscretizedLogistic(fn.loc, WIDER * fn.scale, fn.low)
+def _(fn: DiscretizedLogistic, scale, logits):
+    return DiscretizedLogistic(fn.loc, scale * fn.scale, fn.low)

@@ -1,0 +1,123 @@
+"""Is "good" true? Fits of one and of four starts on posteriors with a known truth, and what the diagnostics say.
+
+    python benchmarks/agreement.py [--part 1/6] [--output agreement.csv]
+
+60 settings: for each of four posteriors the recommended one with three seeds, and twelve drawn from the grid of
+learning rates 0.002, 0.01, 0.05; α 0, 0.1, 0.5, 1, or reweighted wake-sleep; annealed or not; coupling speeds κ 0.1,
+0.3, 1. Each is a fit of four starts of 4,000 steps (8,000 for change points), the rate held for half of them, then
+a cosine, 64 particles; its first start stands for a single fit. Wrong is a probability that is off by more than 0.05,
+or a log evidence by more than 0.2 nats, of 40,000 draws. A line for each fit is printed, and written to a CSV.
+"""
+
+import argparse
+import csv
+from importlib import import_module
+from pathlib import Path
+import sys
+import time
+import warnings
+
+import jax
+from jax import random
+import numpy as np
+from numpyro.infer import SVI
+import optax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import print_machine
+from benchmarks.structures import recommended
+from numpyro_vimco import AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
+
+PROBLEMS = ("diabetes", "strongly_correlated_design", "change_points", "karate_club_either")
+RATES, ALPHAS, KAPPAS = (0.002, 0.01, 0.05), (0.0, 0.1, 0.5, 1.0, "wake-sleep"), (0.1, 0.3, 1.0)
+DRAWS = 40_000
+
+
+def settings():
+    """Problem, seed, rate, α, share of annealing and κ of each fit."""
+    rng = np.random.default_rng(0)
+    grid = [(r, a, n, k) for r in RATES for a in ALPHAS for n in (0.0, 0.5) for k in KAPPAS]
+    for problem in PROBLEMS:
+        for seed in range(3):
+            yield problem, seed, 0.01, 0.5, 0.5, 0.2
+        for seed, index in enumerate(rng.choice(len(grid), 12, replace=False)):
+            yield (problem, seed, *grid[index])
+
+
+def first_start(result):
+    """The first start as a fit of its own."""
+    state = result.state
+    svi_state, anneal_steps, failed = jax.tree.map(lambda x: x[:1], (state.svi, state.anneal_steps, state.failed))
+    state = state._replace(svi=svi_state, anneal_steps=anneal_steps, failed=failed)
+    rest = {name: jax.tree.map(lambda x: x[:1], getattr(result, name)) for name in result._fields if name != "state"}
+    return result._replace(state=state, **rest)
+
+
+def measure(problem, seed, rate, alpha, anneal, kappa, num_steps=None, draws=DRAWS):
+    """A row for one start, and one for four."""
+    module = import_module(f"benchmarks.posteriors.{problem}")
+    args = module.data()
+    log_evidence, expected = TRUTHS.setdefault(problem, module.truth(*args))
+    num_steps = num_steps or (8000 if problem == "change_points" else 4000)
+    guide = AutoMixed(module.model, structure="autoregressive", coupling_speed=kappa)
+    objective = ReweightedWakeSleep(64) if alpha == "wake-sleep" else VIMCOStar(alpha, 64)
+    svi = SVI(module.model, guide, optax.adam(recommended(num_steps, rate)), objective)
+    start = time.perf_counter()
+    four = fit(svi, random.key(seed), num_steps, *args, num_starts=4, anneal=anneal, progress_bar=False)
+    for result in (first_start(four), four):
+        found = importance_diagnostics(
+            svi, result, model_args=args, rng_key=random.key(seed), num_samples=draws, progress_bar=False
+        )
+        table = found.agreement
+        estimates = dict(zip(table["quantity"].values, table["pooled"].values))
+        error = max(abs(estimates[f"{site}[{i}]"] - p) for site, ps in expected.items() for i, p in enumerate(ps))
+        evidence_error = found.log_evidence - log_evidence
+        apart = np.abs(table["difference"].values).max(0)
+        row = {
+            "problem": problem, "seed": seed, "rate": rate, "alpha": alpha, "annealed": anneal > 0, "kappa": kappa,
+            "starts": table.sizes["start"], "wrong": error > 0.05 or abs(evidence_error) > 0.2,
+            "reading": found.reading, "error": f"{error:.4f}", "evidence error": f"{evidence_error:.3f}",
+            "ESS": f"{found.ess / draws:.3f}", "k": f"{found.pareto_k:.2f}",
+            "off": int(table["differs"].any("quantity").sum()), "evidence apart": f"{apart[0]:.3f}",
+            "means apart": f"{apart[1:].max():.3f}", "proof": bool(np.isfinite(table["earlier_bound"]).any()),
+            "seconds": round(time.perf_counter() - start),
+        }  # fmt: skip
+        yield row
+
+
+TRUTHS = {}
+
+
+def main(args):
+    """Print and write the rows of a part; return them."""
+    print_machine()
+    part, parts = map(int, args.part.split("/"))
+    rows = []
+    with open(args.output, "w", newline="") as file:
+        writer = None
+        for setting in list(settings())[part - 1 :: parts]:
+            for row in measure(*setting, num_steps=args.num_steps):
+                print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+                if writer is None:
+                    writer = csv.DictWriter(file, row)
+                    writer.writeheader()
+                writer.writerow(row)
+                file.flush()
+                rows.append(row)
+    for starts in (1, 4):
+        of = [row for row in rows if row["starts"] == starts]
+        good = [row for row in of if row["reading"] == "good"]
+        right = [row for row in of if float(row["error"]) < 0.02 and not row["wrong"]]
+        print(f"{starts} start(s): {sum(row['wrong'] for row in of)} of {len(of)} wrong, "
+              f"{sum(row['wrong'] for row in good)} of {len(good)} good ones wrong, "
+              f"{sum(row['reading'] == 'good' for row in right)} of {len(right)} right to 0.02 are good")  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th setting, from the i-th on")
+    parser.add_argument("--num-steps", type=int, help="in place of 4,000 and 8,000")
+    parser.add_argument("--output", type=Path, default=Path("agreement.csv"))
+    warnings.simplefilter("ignore")
+    main(parser.parse_args())

@@ -1,0 +1,100 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Do several starts agree?
+
+Each start is held against the pooled draws: its log evidence, and its weighted mean of every latent in units of the
+posterior standard deviation, each estimated from draws of its own guide with their own weights. A start that lost a
+part of the posterior has an evidence that is too low, and means that are off; the pool has what any of them found. The
+draws are others than the pool's, so that Monte Carlo errors are independent, and add up.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.moments import Moments
+from numpyro_vimco.posterior.observed import imputed_name
+
+# A start differs where it is off by more than this, in nats or posterior standard deviations, and four standard errors:
+# one quantity in 16,000 is off by four by chance alone, and the tolerance makes that rarer where errors are small.
+TOLERANCE, ERRORS = 0.1, 4.0
+# So many starts are named, with what differs most in each.
+NAMED = 3
+
+
+def compare(fit: Fitted, indices: list[int], pooled: Moments, starts: Sequence[Moments]) -> xr.Dataset:
+    """The table of `ImportanceDiagnostics.agreement`, without bounds of the past.
+
+    :param indices: of the starts.
+    """
+    names, (pool_mean, pool_error, pool_std) = _names(fit, pooled), _quantities(pooled)
+    unit = np.where(pool_std > 0, pool_std, 1.0)
+    mean, error, _ = (np.stack(arrays) for arrays in zip(*map(_quantities, starts)))
+    with np.errstate(invalid="ignore"):  # -inf of a start whose draws all have the weight zero
+        difference = (mean - pool_mean) / unit
+        difference_error = np.hypot(error, pool_error) / unit
+        differs = np.abs(difference) > TOLERANCE + ERRORS * np.nan_to_num(difference_error)
+    evidence, evidence_error = zip(*(start.log_evidence() for start in starts))
+    by_start, by_both = ("start",), ("start", "quantity")
+    return xr.Dataset(
+        {
+            "estimate": (by_both, mean),
+            "std_error": (by_both, error),
+            "pooled": (("quantity",), pool_mean),
+            "pooled_std_error": (("quantity",), pool_error),
+            "unit": (("quantity",), unit),
+            "difference": (by_both, difference),
+            "difference_std_error": (by_both, difference_error),
+            "differs": (by_both, differs),
+            "log_evidence": (by_start, np.sum(evidence, axis=1)),
+            "log_evidence_std_error": (by_start, np.sqrt(np.sum(np.square(evidence_error), axis=1))),
+            "ess": (by_start, [start.ess().min() for start in starts]),
+        },
+        coords={"start": indices, "quantity": names},
+    )
+
+
+def _quantities(moments: Moments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimates, standard errors and units: of the log evidence of each element, then of all latents."""
+    evidence, error = moments.log_evidence()
+    parts = [(evidence, error, np.ones_like(evidence)), *moments.estimates().values()]
+    mean, error, unit = (np.concatenate([np.ravel(array) for array in arrays]) for arrays in zip(*parts))
+    return mean, error, unit
+
+
+def _names(fit: Fitted, moments: Moments) -> list[str]:
+    elements = len(moments.log_evidence()[0])
+    names = ["log evidence"] if elements == 1 else [f"log evidence[{i}]" for i in range(elements)]
+    for site, estimate in moments.estimates().items():
+        name = imputed_name(site, fit.model_trace) or site
+        names += [name + (f"[{','.join(map(str, i))}]" if i else "") for i in np.ndindex(estimate.mean.shape)]
+    return names
+
+
+def agree(agreement: xr.Dataset) -> bool:
+    """Whether there are two starts or more, and none differs from the pool."""
+    return agreement.sizes["start"] > 1 and not bool(agreement["differs"].any())
+
+
+def differences(agreement: xr.Dataset) -> str:
+    """What differs, and by how much: of each start its evidence, and the latent that is farthest off."""
+    sentences = []
+    is_evidence = np.array([name.startswith("log evidence") for name in agreement["quantity"].values])
+    amount = np.where(agreement["differs"], np.abs(agreement["difference"]), 0)
+    worst_first = np.argsort(-amount.max(1), kind="stable")
+    named = [i for i in worst_first if amount[i].any()]
+    for i in named[:NAMED]:
+        parts = []
+        for kind, unit in ((is_evidence, "nats"), (~is_evidence, "posterior standard deviations")):
+            of_kind = np.where(kind, amount[i], 0)
+            if of_kind.any():
+                found = agreement.isel(start=i, quantity=int(np.argmax(of_kind)))
+                by, error = float(found["difference"]), float(found["difference_std_error"])
+                parts.append(f"'{found['quantity'].item()}' by {by:.2f} ± {error:.2f} {unit}")
+        sentences.append(f"start {agreement['start'].values[i]} is off in {' and '.join(parts)}")
+    if len(named) > NAMED:
+        sentences.append(f"and {len(named) - NAMED} more")
+    return "; ".join(sentences)

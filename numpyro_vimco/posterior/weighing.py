@@ -1,0 +1,121 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the weights of many draws say, without the draws."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+from numpyro.distributions import biject_to
+
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.moments import Moments
+from numpyro_vimco.posterior.pooling import pooled
+from numpyro_vimco.posterior.proposals import Draw, check_weights, each_start, merged, plate_names, plate_sizes
+from numpyro_vimco.posterior.weights import WeightStream, WeightSummary
+from numpyro_vimco.sites import is_discrete, is_latent_site
+
+# Correlations are looked for among so many continuous coordinates: these draws are kept.
+CORRELATED_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What the weights of a guide's draws say, or those of the pooled draws of several starts.
+
+    :ivar summary: of the weights.
+    :ivar shape: of the plates that are common to all sites, whose elements have weights of their own.
+    :ivar log_weight: the log-weights themselves, of shape ``(draws,)``, where they are joint; else None.
+    :ivar continuous: draws of the first continuous latents that are in no plate, in unconstrained space, of shape
+        ``(draws, coordinates)``, where weights are joint.
+    :ivar coordinates: their names.
+    :ivar moments: weighted means of all latents, where there are several starts; else None.
+    """
+
+    summary: WeightSummary
+    shape: tuple[int, ...]
+    log_weight: np.ndarray | None
+    continuous: np.ndarray
+    coordinates: list[str]
+    moments: Moments | None
+
+
+def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> Weighed:
+    """Draw from the guide, or from the mixture of those of all starts, and keep only what the weights say.
+
+    :raises ValueError: for NaN weights, and where all are zero.
+    """
+    sampler = each_start(fit) if fit.starts is None else pooled(fit)
+    structure, sizes = sampler.structure, plate_sizes(fit)
+    shape = tuple(sizes[name] for name in plate_names(fit, structure.dims))
+    coordinates = _coordinates(fit) if not shape else {}
+    moments = None if fit.starts is None else Moments(event_dims(fit))
+
+    def weight(draw: Draw) -> tuple[Array, Array, Mapping[str, Array]]:
+        supports = {name: fit.model_trace[name]["fn"].support for name in coordinates}
+        unconstrained = [biject_to(support).inv(draw.values[name]) for name, support in supports.items()]
+        continuous = jnp.concatenate([jnp.zeros(0), *map(jnp.ravel, unconstrained)])
+        return draw.log_weight, continuous, {} if moments is None else draw.values
+
+    stream = WeightStream(num_draws, int(np.prod(shape)))
+    kept: list[np.ndarray] = []
+    continuous: list[np.ndarray] = []
+    taken = nan = 0
+    for block in sampler.blocks(rng_key, -(-num_draws // sampler.size), weight, progress):
+        log_weight, unconstrained, values = merged(block, num_draws - taken)
+        flat = log_weight.reshape(len(log_weight), -1)
+        if not shape:
+            flat = flat.astype(float)
+        taken += len(flat)
+        nan += int(np.isnan(flat).any(1).sum())
+        if nan:
+            continue
+        stream.add(flat)
+        continuous.append(unconstrained)
+        if not shape:
+            kept.append(flat[:, 0])
+        if moments is not None:
+            moments.add(log_weight, values)
+    check_weights(nan, not nan and stream.has_zero(), num_draws)
+    names = [name for names in coordinates.values() for name in names]
+    log_weight = np.concatenate(kept) if not shape else None
+    return Weighed(stream.summary(), shape, log_weight, np.concatenate(continuous), names, moments)
+
+
+def moments_of_starts(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> list[Moments]:
+    """Of each start by itself: weighted means of all latents, from so many draws of its guide with their own weights.
+
+    :raises ValueError: for NaN weights.
+    """
+    sampler = each_start(fit)
+    found = [Moments(event_dims(fit)) for _ in range(sampler.size)]
+    nan = 0
+    for log_weight, values in sampler.blocks(rng_key, num_draws, lambda draw: (draw.log_weight, draw.values), progress):
+        nan += int(np.isnan(log_weight).reshape(len(log_weight) * sampler.size, -1).any(1).sum())
+        for i, moments in enumerate(found):
+            moments.add(log_weight[:, i], {name: value[:, i] for name, value in values.items()})
+    check_weights(nan, False, num_draws * sampler.size)
+    return found
+
+
+def event_dims(fit: Fitted) -> dict[str, int]:
+    """Number of dimensions of an event of each latent."""
+    return {name: site["fn"].event_dim for name, site in fit.model_trace.items() if is_latent_site(site)}
+
+
+def _coordinates(fit: Fitted) -> dict[str, list[str]]:
+    """Names of the coordinates of continuous latents that are in no plate, by site, as long as they are few."""
+    found: dict[str, list[str]] = {}
+    size = 0
+    for name, site in fit.model_trace.items():
+        if not is_latent_site(site) or is_discrete(site) or site["cond_indep_stack"]:
+            continue
+        shape = jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape
+        size += int(np.prod(shape))
+        if size <= CORRELATED_SIZE:
+            found[name] = [name + (f"[{','.join(map(str, i))}]" if i else "") for i in np.ndindex(*shape)]
+    return found

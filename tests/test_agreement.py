@@ -1,0 +1,514 @@
+"""A result of `fit` after the fit: pooled draws, starts as chains, what they agree on, and what the past proves."""
+
+import re
+
+import arviz as az
+import jax
+from jax import random
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
+from numpyro.infer.autoguide import AutoDelta
+import optax
+import pytest
+from scipy.stats import norm
+
+from helpers import fit_result
+from numpyro_vimco import (
+    ReweightedWakeSleep,
+    VIMCOStar,
+    compare_objectives,
+    fit,
+    gradient_snr,
+    importance_diagnostics,
+    plots,
+    to_arviz,
+)
+from numpyro_vimco.posterior.agreement import agree, compare
+from numpyro_vimco.posterior.diagnostics import _reading
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.moments import Moments
+from numpyro_vimco.posterior.past import _largest_sum, earlier_bounds
+
+matplotlib.use("agg")
+
+
+def two_modes():
+    """Z is near 3 or near -3, with equal probability."""
+    m = numpyro.sample("m", dist.Bernoulli(0.5))
+    z = numpyro.sample("z", dist.Normal(6.0 * m - 3.0, 1.0))
+    numpyro.sample("x", dist.Normal(jnp.abs(z), 1.0), obs=3.0)
+
+
+def two_modes_guide():
+    m = numpyro.sample("m", dist.Bernoulli(logits=numpyro.param("logits", 0.0)))
+    numpyro.sample("z", dist.Normal(6.0 * m - 3.0 + numpyro.param("loc", 0.0), 0.8))
+
+
+# |z| is z or -z but for a chance of 1e-3 in 10^2.
+LOG_EVIDENCE = norm(0, 2**0.5).logpdf(0)
+SVI_TWO_MODES = SVI(two_modes, two_modes_guide, optax.adam(0.01), VIMCOStar(num_particles=8))
+ARGUMENTS = {"rng_key": random.key(1), "progress_bar": False}
+
+
+def starts(logits, **options):
+    return fit_result({"logits": jnp.array(logits), "loc": jnp.zeros(len(logits))}, **options)
+
+
+LOST = starts([-14.0, 14.0, 0.0])
+AGREEING = starts([-0.1, 0.2, 0.0])
+
+
+@pytest.fixture(scope="module")
+def lost():
+    return importance_diagnostics(SVI_TWO_MODES, LOST, num_samples=4000, **ARGUMENTS)
+
+
+@pytest.fixture(scope="module")
+def agreeing():
+    return importance_diagnostics(SVI_TWO_MODES, AGREEING, num_samples=4000, **ARGUMENTS)
+
+
+# Agreement.
+
+
+def test_starts_that_lost_different_modes_are_named(lost):
+    """Each lost half of the evidence, log 2 = 0.69 nats, and its m is off by half: one standard deviation."""
+    assert lost.reading == "usable"
+    assert "The starts disagree: start" in lost.advice
+    for start, sign in ((0, "-"), (1, "")):
+        assert f"start {start} is off in 'log evidence' by -0." in lost.advice
+        found = lost.agreement.sel(start=start)
+        assert found["differs"].sel(quantity=["log evidence", "m", "z"]).all()
+        assert abs(found["difference"].sel(quantity="log evidence") + np.log(2)) < 0.05
+        assert abs(abs(found["difference"].sel(quantity="m")) - 1) < 0.1
+        assert f"by {sign}0.9" in lost.advice or f"by {sign}1.0" in lost.advice
+    assert not lost.agreement.sel(start=2)["differs"].any() and "start 2" not in lost.advice
+    # Not what is there already: no plate, α = 0, not annealed.
+    assert "in this order: a smaller learning rate, annealing (`anneal=0.5`), 0 < α < 1" in lost.advice
+    assert "starts        3, 2 off; log evidence of each -1.9" in str(lost)
+
+
+def test_pool_repairs_what_starts_lost(lost):
+    # 4,000 draws of a mixture whose weights vary by little: 6 standard errors of the evidence are 0.03.
+    assert abs(lost.log_evidence - LOG_EVIDENCE) < 0.03 and lost.log_weight.shape == (4000,)
+    pooled = lost.agreement["pooled"].sel(quantity="m")
+    assert abs(pooled - 0.5) < 6 * lost.agreement["pooled_std_error"].sel(quantity="m") < 0.06
+
+
+def test_bounds_are_those_of_draws_in_random_order():
+    """Half of the draws have next to no weight: groups of four of one start would have a bound of their own."""
+    result = fit_result({"logits": jnp.zeros(2), "loc": jnp.array([0.0, 4.0])})
+    found = importance_diagnostics(SVI_TWO_MODES, result, num_samples=8000, **ARGUMENTS)
+    shuffled = np.random.default_rng(0).permutation(found.log_weight).reshape(-1, 4)
+    groups = np.log(np.exp(shuffled).mean(1))
+    assert abs(found.bounds[4] - groups.mean()) < 6 * groups.std() / 1000**0.5
+
+
+def test_small_differences_are_none():
+    """0.09 standard deviations that are certain, and 0.15; 0.45 of an error of 0.1, and 0.55."""
+    fitted = Fitted.of(SVI_TWO_MODES, AGREEING, (), {})
+    rng = np.random.default_rng(0)
+
+    def moments(shift, number):
+        value = rng.normal(size=number)
+        found = Moments({"z": 0})
+        found.add(np.zeros(number), {"z": (value - value.mean()) / value.std() + shift})
+        return found
+
+    pool = moments(0.0, 10**6)
+    certain = [moments(shift, 10**6) for shift in (0.0, 0.09, 0.15)]
+    uncertain = [moments(shift, 100) for shift in (0.45, 0.55)]
+    table = compare(fitted, [0, 1, 2, 3, 4], pool, certain + uncertain)
+    assert list(table["differs"].sel(quantity="z").values) == [False, False, True, False, True]
+    assert not agree(table) and agree(table.isel(start=[0, 1, 3])) and not agree(table.isel(start=[0]))
+
+
+def test_starts_that_agree_are_good(agreeing):
+    assert agreeing.reading == "good"
+    assert "3 starts agree" in agreeing.advice and "unless all starts lost the same part" in agreeing.advice
+    assert "starts        3, which agree" in str(agreeing) and "reading       good" in str(agreeing)
+    assert not agreeing.agreement["differs"].any()
+
+
+def test_errors_of_differences_are_honest():
+    """Twelve starts, all alike: differences in units of their standard errors are standard normal."""
+    found = importance_diagnostics(SVI_TWO_MODES, starts([0.3] * 12), num_samples=1000, **ARGUMENTS).agreement
+    score = (found["estimate"] - found["pooled"]) / np.hypot(found["std_error"], found["pooled_std_error"])
+    # 36 scores, those of a start and of the pool correlated: the standard deviation is far from 1 if an error is not.
+    assert 0.6 < float(score.std()) < 1.5 and np.abs(score).max() < 4
+    # The standard error of m is that of 1,000 draws of its guide, to 10%; its unit is its standard deviation.
+    np.testing.assert_allclose(found["unit"], [1, 0.5, 10**0.5 * 0.98], rtol=0.05)
+    ess = found["ess"].values
+    np.testing.assert_allclose(found["std_error"].sel(quantity="m"), 0.5 / ess**0.5, rtol=0.2)
+
+
+def test_one_start_alone_is_never_good():
+    found = importance_diagnostics(SVI_TWO_MODES, starts([0.0]), num_samples=1000, **ARGUMENTS)
+    assert found.reading == "usable" and "Only a second start can show what a first one missed" in found.advice
+
+
+def test_starts_that_failed_are_left_out():
+    # Its parameters are NaN, which would be an error anywhere.
+    failed = starts([0.1, np.nan, 0.2], failed=[False, True, False], log_evidence=[-3.0, np.nan, -2.0])
+    found = importance_diagnostics(SVI_TWO_MODES, failed, num_samples=400, **ARGUMENTS)
+    assert list(found.agreement["start"].values) == [0, 2]
+    tree = to_arviz(SVI_TWO_MODES, failed, num_samples=50, pool=False, **ARGUMENTS)
+    assert tree["posterior"]["z"].shape == (2, 50) and list(tree["posterior"].attrs["starts"]) == [0, 2]
+    assert to_arviz(SVI_TWO_MODES, failed, num_samples=50, **ARGUMENTS)["posterior"]["z"].shape == (1, 50)
+
+
+def with_parameter():
+    z = numpyro.sample("z", dist.Normal(numpyro.param("prior", 0.0), 1.0))
+    numpyro.sample("x", dist.Normal(z, 1.0), obs=1.0)
+
+
+def with_parameter_guide():
+    numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.5), 0.8))
+
+
+def test_target_is_at_the_parameters_of_the_best_start():
+    svi = SVI(with_parameter, with_parameter_guide, optax.adam(0.1), VIMCOStar())
+    result = fit_result({"prior": jnp.array([5.0, 0.0]), "loc": jnp.array([0.4, 0.6])}, log_evidence=[-9.0, -1.0])
+    found = importance_diagnostics(svi, result, num_samples=4000, **ARGUMENTS)
+    assert abs(found.log_evidence - norm(0, 2**0.5).logpdf(1)) < 0.02
+    assert not found.agreement["differs"].any()
+    for pool in (True, False):
+        draws = to_arviz(svi, result, num_samples=2000, pool=pool, **ARGUMENTS)["posterior"]["z"]
+        assert np.abs(draws.mean("draw") - 0.5).max() < 6 * 0.71 / 1000**0.5
+
+
+DATA = np.array([0.0, 1.2, 2.0])
+
+
+def elements():
+    with numpyro.plate("data", 3):
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=DATA)
+
+
+def elements_guide():
+    with numpyro.plate("data", 3):
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(3))))
+
+
+def test_elements_of_common_plates_are_compared_and_pooled_by_themselves():
+    svi = SVI(elements, elements_guide, optax.adam(0.1), VIMCOStar())
+    exact = 1 / (1 + np.exp(2 - 2 * DATA))
+    logits = np.log(exact / (1 - exact))
+    result = fit_result({"logits": jnp.array([logits, logits - np.array([0, 12, 0]), logits])})
+    found = importance_diagnostics(svi, result, num_samples=4000, **ARGUMENTS)
+    assert found.ess.shape == (3,) and "'log evidence[1]' by -0.9" in found.advice and "'z[1]'" in found.advice
+    differs = found.agreement["differs"]
+    assert list(differs["quantity"][differs.any("start")].values) == ["log evidence[1]", "z[1]"]
+    assert list(differs["start"][differs.any("quantity")].values) == [1]
+    log_evidence = np.logaddexp(norm(0).logpdf(DATA), norm(2).logpdf(DATA)) - np.log(2)
+    np.testing.assert_allclose(found.agreement["log_evidence"][[0, 2]], log_evidence.sum(), atol=0.1)
+    assert abs(found.log_evidence - log_evidence.sum()) < 6 * found.log_evidence_std_error
+    tree = to_arviz(svi, result, num_samples=4000, num_proposals=8000, **ARGUMENTS)
+    # 8,000 proposals: 6 standard errors, with the noise of resampling, are below 0.05.
+    assert np.abs(tree["posterior"]["z"].mean(("chain", "draw")) - exact).max() < 0.05
+    np.testing.assert_allclose(tree["log_likelihood"]["data_element"].values[0, 0], log_evidence, atol=0.05)
+    apart = to_arviz(svi, result, num_samples=500, pool=False, **ARGUMENTS)
+    np.testing.assert_allclose(apart["log_likelihood"]["data_element"].values[[0, 2], 0], [log_evidence] * 2, atol=0.1)
+    assert apart["log_likelihood"]["data_element"].values[1, 0, 1] < log_evidence[1] - 0.5
+
+
+def local():
+    g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+    with numpyro.plate("row", 3):
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.sample("x", dist.Normal(g + 2.0 * z, 1.0), obs=DATA)
+    numpyro.deterministic("total", z.sum())
+
+
+def local_guide():
+    g = numpyro.sample("g", dist.Normal(numpyro.param("loc", 0.0), 0.7))
+    with numpyro.plate("row", 3):
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("slope", 1.0) * (DATA - g - 1)))
+
+
+def test_local_particles():
+    svi = SVI(local, local_guide, optax.adam(0.1), VIMCOStar(num_particles=8, plate_particles={"row": 8}))
+    result = fit_result({"loc": jnp.array([0.1, 0.3]), "slope": jnp.array([1.0, 0.5])})
+    grid = np.linspace(-6, 6, 2001)
+    pair = 0.5 * np.stack([norm(grid + 2 * z).pdf(DATA[:, None]) for z in (0, 1)])
+    joint = norm.pdf(grid) * pair.sum(0).prod(0)
+    evidence = joint.sum() * (grid[1] - grid[0])
+    mean_g, mean_z = grid @ joint / joint.sum(), (pair[1] / pair.sum(0)) @ joint / joint.sum()
+    found = importance_diagnostics(svi, result, num_samples=4000, **ARGUMENTS)
+    assert found.reading == "good" and abs(found.log_evidence - np.log(evidence)) < 0.05
+    for pool in (True, False):
+        tree = to_arviz(svi, result, num_samples=2000, num_proposals=8000, pool=pool, **ARGUMENTS)
+        posterior = tree["posterior"]
+        # 2,000 draws for each chain: 6 standard errors, with those of 8,000 proposals.
+        assert np.abs(posterior["g"].mean("draw") - mean_g).max() < 0.12
+        assert np.abs(posterior["z"].mean("draw") - mean_z).max() < 0.08
+        np.testing.assert_array_equal(posterior["total"], posterior["z"].sum("row"))
+        assert tree["log_likelihood"]["row_element"].shape == (1 if pool else 2, 2000, 3)
+
+
+# For ArviZ.
+
+
+def test_starts_are_chains():
+    tree = to_arviz(SVI_TWO_MODES, LOST, num_samples=500, pool=False, **ARGUMENTS)
+    posterior = tree["posterior"]
+    assert posterior["m"].shape == tree["sample_stats"]["log_weight"].shape == (3, 500)
+    np.testing.assert_allclose(posterior["m"].mean("draw"), [0, 1, 0.5], atol=0.1)
+    assert az.rhat(posterior[["z"]])["z"] > 1.3  # as of chains in different modes
+    together = to_arviz(SVI_TWO_MODES, AGREEING, num_samples=500, pool=False, **ARGUMENTS)
+    assert az.rhat(together["posterior"][["z"]])["z"] < 1.05
+    np.testing.assert_allclose(posterior.attrs["log_evidence"], LOG_EVIDENCE + np.array([-0.69, -0.69, 0]), atol=0.1)
+    assert len(posterior.attrs["ess"]) == len(posterior.attrs["pareto_k"]) == 3
+    assert tree["log_likelihood"]["x"].shape == tree["posterior_predictive"]["x"].shape == (3, 500)
+
+
+def test_pooled_draws_have_the_density_of_the_mixture(tmp_path):
+    tree = to_arviz(SVI_TWO_MODES, LOST, num_samples=500, resample=False, groups=("prior",), **ARGUMENTS)
+    assert tree["posterior"]["m"].shape == (1, 500) and tree["prior"]["m"].shape == (1, 500)
+    m, z = (tree["posterior"][name].values[0] for name in "mz")
+    logits, scale = np.array([-14, 14, 0, -7, 7, 0])[:, None], np.array([0.8] * 3 + [1.2] * 3)[:, None]
+    q = 1 / (1 + np.exp(-np.where(m == 1, logits, -logits))) * norm(6 * m - 3, scale).pdf(z)
+    stats = {name: value.values[0] for name, value in tree["sample_stats"].items()}
+    np.testing.assert_allclose(stats["log_q"], np.log(np.array([0.7] * 3 + [0.3] * 3) / 3 @ q), atol=1e-4)
+    p = 0.5 * norm(6 * m - 3).pdf(z) * norm(np.abs(z)).pdf(3.0)
+    np.testing.assert_allclose(stats["log_p"], np.log(p), atol=1e-4)
+    np.testing.assert_allclose(stats["log_weight"], stats["log_p"] - stats["log_q"], atol=1e-4)
+    tree.to_netcdf(str(tmp_path / "pooled.nc"))
+    assert list(az.from_netcdf(str(tmp_path / "pooled.nc"))["posterior"].attrs["starts"]) == [0, 1, 2]
+
+
+def test_number_of_steps_is_that_of_a_start():
+    result = starts([0.0, 0.1], losses=np.zeros((2, 70)))
+    assert to_arviz(SVI_TWO_MODES, result, num_samples=50, **ARGUMENTS)["posterior"].attrs["num_steps"] == 70
+
+
+def test_point_estimates_can_be_looked_at_apart():
+    svi = SVI(with_parameter, AutoDelta(with_parameter), optax.adam(0.1), TraceGraph_ELBO())
+    result = fit(svi, random.key(0), 2, num_starts=2, progress_bar=False)
+    for call in (to_arviz, importance_diagnostics):
+        with pytest.raises(NotImplementedError, match=r"cannot be pooled. .*pool=False"):
+            call(svi, result, **ARGUMENTS)
+    assert to_arviz(svi, result, num_samples=5, pool=False, **ARGUMENTS)["posterior"]["z"].shape == (2, 5)
+
+
+def test_gradients_are_those_of_the_best_start():
+    result = starts([0.4, -3.0], log_evidence=[-2.0, -1.0])
+    for call in (
+        lambda form: gradient_snr(SVI_TWO_MODES, form, rng_key=random.key(0), num_draws=10)["logits"].mean,
+        lambda form: (
+            compare_objectives(
+                SVI_TWO_MODES, form, {"a": VIMCOStar}, num_particles=[2], rng_key=random.key(0), num_draws=10
+            )["variance"].values
+        ),
+    ):
+        np.testing.assert_array_equal(call(result), call(result.start(1)))
+        assert np.any(call(result) != call(result.start(0)))
+
+
+def test_whole_way_from_a_fit():
+    result = fit(SVI_TWO_MODES, random.key(0), 50, num_starts=3, progress_bar=False)
+    found = importance_diagnostics(SVI_TWO_MODES, result, num_samples=4000, **ARGUMENTS)
+    assert abs(found.log_evidence - LOG_EVIDENCE) < 0.05 and found.reading == "good", str(found)
+    np.testing.assert_allclose(found.agreement["log_evidence"], result.log_evidence, atol=0.1)
+
+
+# The past.
+
+
+def svi_with(objective):
+    return SVI(two_modes, two_modes_guide, optax.adam(0.01), objective)
+
+
+def with_past(bound, steps=200, annealed=0, **options):
+    """A result whose start 1 had a bound at some time, in nats above the log evidence; noise of 0.3 nats."""
+    losses = 0.5 - LOG_EVIDENCE + 0.3 * np.random.default_rng(0).normal(size=(2, 2000))
+    losses[1, 300 : 300 + steps] -= 0.5 + bound
+    power = np.ones_like(losses)
+    power[:, :annealed] = 0.9
+    return starts([0.0, 0.1], losses=losses, power=power, **options)
+
+
+def test_bound_above_the_evidence_proves_a_loss():
+    found = importance_diagnostics(SVI_TWO_MODES, with_past(0.4), num_samples=2000, **ARGUMENTS)
+    assert found.reading == "bad"
+    assert re.search(r"A part of the posterior is lost: in steps 30\d to \d\d\d of start 1 the bound", found.advice)
+    bound, error = found.agreement["earlier_bound"].values, found.agreement["earlier_bound_std_error"].values
+    assert np.isnan(bound[0]) and abs(bound[1] - LOG_EVIDENCE - 0.4) < 6 * error[1]
+    assert abs(error[1] / (0.3 / 200**0.5) - 1) < 0.3
+    assert "smaller learning rate" in found.advice and "annealing" in found.advice
+
+
+def test_advice_leaves_out_what_is_there_already():
+    svi = svi_with(VIMCOStar(0.5))
+    found = importance_diagnostics(svi, with_past(0.4, annealed=100), num_samples=100, **ARGUMENTS)
+    assert "What helps, in this order: a smaller learning rate, a structured guide" in found.advice
+
+
+@pytest.mark.parametrize(
+    "result, objective",
+    [
+        (with_past(-0.01), VIMCOStar()),  # below
+        (with_past(0.4, steps=20), VIMCOStar()),  # too short to tell from luck
+        (with_past(0.4, annealed=600), VIMCOStar()),  # of another target
+        (with_past(0.4, log_evidence=[np.nan, np.nan]), VIMCOStar()),  # of a subsample
+        (with_past(0.4), RenyiELBO(alpha=-1.0)),  # an upper bound
+        (with_past(0.4, failed=[False, True]), VIMCOStar()),
+    ],
+)
+def test_what_proves_nothing(result, objective):
+    svi = svi_with(objective)
+    assert earlier_bounds(Fitted.of(svi, result, (), {}), result, LOG_EVIDENCE, 0.001) == {}
+
+
+@pytest.mark.parametrize("objective", [ReweightedWakeSleep(), RenyiELBO(alpha=0.0), TraceGraph_ELBO(), VIMCOStar(1.0)])
+def test_all_lower_bounds_prove(objective):
+    result = with_past(0.4)
+    found = earlier_bounds(Fitted.of(svi_with(objective), result, (), {}), result, LOG_EVIDENCE, 0.001)
+    assert list(found) == [1] and abs(found[1].begin - 300) < 10 and abs(found[1].end - 500) < 10
+    # The error of the evidence counts five times: 5 x 0.07 leaves too little.
+    assert not earlier_bounds(Fitted.of(svi_with(objective), result, (), {}), result, LOG_EVIDENCE, 0.07)
+
+
+def test_evidence_that_moved_with_parameters_proves_nothing():
+    svi = SVI(with_parameter, with_parameter_guide, optax.adam(0.1), VIMCOStar())
+    losses = np.full((1, 500), -9.0)
+    result = fit_result({"prior": jnp.zeros(1), "loc": jnp.zeros(1)}, losses=losses)
+    assert earlier_bounds(Fitted.of(svi, result, (), {}), result, -1.5, 0.001) == {}
+
+
+@pytest.mark.parametrize("draw", ["wide", "narrow", "rare"])
+def test_luck_alone_proves_nothing(draw):
+    """Estimates whose mean is the evidence exactly: 400 fits of 4 x 1,000 steps, with a false alarm in a million."""
+    rng, result = np.random.default_rng(0), with_past(0.0)
+    fitted = Fitted.of(SVI_TWO_MODES, result, (), {})
+    for _ in range(400):
+        if draw == "rare":  # one weight in a thousand holds half of the evidence
+            log_weight = np.log(np.where(rng.random((2, 2000)) < 1e-3, 500.5, 0.5))
+        else:
+            scale = {"wide": 3.0, "narrow": 0.1}[draw]
+            log_weight = scale * rng.normal(size=(2, 2000)) - scale**2 / 2
+        lucky = result._replace(losses=-LOG_EVIDENCE - log_weight)
+        assert earlier_bounds(fitted, lucky, LOG_EVIDENCE, 0.0) == {}
+
+
+def test_largest_sum_of_a_stretch():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        values = rng.normal(size=30) - 0.2
+        values[rng.integers(30)] = -np.inf
+        sums = {(i, j): values[i:j].sum() for i in range(30) for j in range(i + 1, 31)}
+        best = max(sums, key=sums.get)
+        total, *found = _largest_sum(values)
+        assert tuple(found) == best and abs(total - sums[best]) < 1e-12
+    assert _largest_sum(-np.ones(5)) == (0.0, 0, 0)
+
+
+# Readings.
+
+
+@pytest.mark.parametrize(
+    "k, ess, agree, proof, expected",
+    [
+        (0.3, 0.2, True, False, "good"),
+        (0.3, 0.2, False, False, "usable"),  # one start, or starts that differ
+        (0.3, 0.2, True, True, "bad"),
+        (0.3, 0.05, True, False, "usable"),
+        (0.3, 0.005, True, False, "bad"),
+        # A tail that agreeing starts with an ESS of half the draws have seen.
+        (0.9, 0.5, True, False, "good"),
+        (0.9, 0.5, False, False, "bad"),
+        (0.9, 0.49, True, False, "bad"),
+        (0.6, 0.5, True, False, "good"),
+        (0.6, 0.49, True, False, "usable"),
+    ],
+)
+def test_reading(k, ess, agree, proof, expected):
+    assert _reading(k, ess * 10_000, 10_000, agree, proof) == expected
+
+
+def test_two_fits_that_agree_make_a_heavy_tail_good():
+    """Of a guide with heavy tails."""
+
+    def model():
+        numpyro.sample("z", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        numpyro.sample("x", dist.Normal(0.0, 1.0), obs=0.0)
+
+    def guide():
+        numpyro.sample("z", dist.StudentT(2.2, jnp.zeros(2), numpyro.param("scale", 1.0)).to_event(1))
+
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
+    found = importance_diagnostics(svi, fit_result({"scale": jnp.ones(2)}), num_samples=2000, **ARGUMENTS)
+    assert found.reading == "good"
+
+
+# Moments.
+
+
+def test_moments_are_those_of_all_draws():
+    rng = np.random.default_rng(0)
+    log_weight = rng.normal(size=(600, 1, 4)) * [1, 2, 0.1, 1] + [0, 900, -900, 0]
+    log_weight[:100, 0, 3] = -np.inf
+    values = {"by_element": rng.normal(3.0, 2.0, size=(600, 5, 4, 2)), "flag": rng.random((600, 4)) < 0.3}
+    moments = Moments({"by_element": 1, "flag": 0})
+    for block in (slice(0, 50), slice(50, 51), slice(51, 600)):
+        moments.add(log_weight[block], {name: value[block] for name, value in values.items()})
+    weight = np.exp(log_weight - log_weight.max(0))
+    share = weight / weight.sum(0)
+    evidence, error = moments.log_evidence()
+    np.testing.assert_allclose(evidence, (np.log(weight.mean(0)) + log_weight.max(0)).ravel())
+    np.testing.assert_allclose(error, (weight.std(0, ddof=1) / 600**0.5 / weight.mean(0)).ravel())
+    np.testing.assert_allclose(moments.ess(), 1 / (share**2).sum(0).ravel())
+    for name, aligned in (("by_element", share[:, :, :, None]), ("flag", share[:, 0])):
+        found, value = moments.estimates()[name], values[name]
+        mean = (aligned * value).sum(0)
+        np.testing.assert_allclose(found.mean, mean)
+        np.testing.assert_allclose(found.std, (aligned * (value - mean) ** 2).sum(0) ** 0.5)
+        np.testing.assert_allclose(found.std_error, (aligned**2 * (value - mean) ** 2).sum(0) ** 0.5)
+
+
+def test_moments_of_joint_weights_and_values_out_of_range():
+    moments = Moments({"z": 0})
+    moments.add(np.array([0.0, -np.inf]), {"z": np.array([2.0, np.inf])})
+    moments.add(np.array([np.log(3.0)]), {"z": np.array([6.0])})
+    assert moments.estimates()["z"].mean == 5.0
+    nothing = Moments({"z": 0})
+    nothing.add(np.full(3, -np.inf), {"z": np.ones(3)})
+    assert nothing.log_evidence()[0] == -np.inf
+
+
+# Pictures.
+
+
+def test_plots_of_starts(lost):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2)
+    assert plots.plot_agreement(lost, num_latents=1, ax=axes[0]) is axes[0]
+    labels = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert labels[0] == "log evidence" and len(labels) == 2
+    assert len(axes[0].containers) == 3  # a start each
+    np.testing.assert_allclose(
+        axes[0].containers[1].lines[0].get_xdata()[0], lost.agreement["difference"].sel(start=1)[0]
+    )
+    plots.plot_bound(with_past(0.4, annealed=100), ax=axes[1])
+    assert [line.get_label() for line in axes[1].lines] == [f"start {i}, mean of 40 steps" for i in (0, 1)]
+    smooth = axes[1].lines[1].get_ydata()
+    assert np.isnan(smooth[:100]).all() and abs(smooth[380] - LOG_EVIDENCE - 0.4) < 0.3
+    plt.close(figure)
+    with pytest.raises(ValueError, match="diagnostics of a single fit"):
+        single = importance_diagnostics(SVI_TWO_MODES, LOST.best, num_samples=100, **ARGUMENTS)
+        plots.plot_agreement(single)
+
+
+def test_keys_of_pooled_draws_and_of_starts_differ():
+    """The pool's draws are others than a start's: their estimates would be correlated otherwise."""
+    tree = to_arviz(SVI_TWO_MODES, LOST, num_samples=900, resample=False, groups=(), **ARGUMENTS)
+    apart = to_arviz(SVI_TWO_MODES, LOST, num_samples=900, resample=False, groups=(), pool=False, **ARGUMENTS)
+    values = np.concatenate([tree["posterior"]["z"].values.ravel(), apart["posterior"]["z"].values.ravel()])
+    assert len(np.unique(values)) > 0.999 * len(values)
+    jax.clear_caches()
