@@ -1,6 +1,8 @@
 # make demo       variable selection on real data: prints, and saves, what it finds
-# make test       lint, type check and all tests
-# make test-all   the tests on every Python from 3.11 to 3.13 that is found
+# make test       lint, type check and the tests that take seconds: 8 minutes on 2 cores
+# make test-long  the others: examples, pages, posteriors with a known truth
+# make test-all   `make test` and `make test-long` on every Python from 3.11 to 3.13 that is found; the former also with
+#                 the oldest NumPyro, JAX and ArviZ that pyproject.toml admits
 # make docs       these pages as a site in docs/_build, warnings as errors
 # make benchmark  the tables of benchmarks/
 # make dist       wheel and sdist in dist/, tested in an environment of their own
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test test-all pytest lint docs benchmark dist clean
+.PHONY: demo test test-long test-all pytest lint docs benchmark dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/variable_selection.py
@@ -20,6 +22,9 @@ test: lint pytest
 
 pytest: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m long
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -33,12 +38,17 @@ test-all:
 	  for python in python$$version $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python; do \
 	    if $$python -c 'import venv' 2>/dev/null; then \
 	      echo "== $$($$python --version)"; found=1; \
-	      $(MAKE) --no-print-directory pytest PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	      $(MAKE) --no-print-directory pytest test-long PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	      oldest=$${oldest:-$$python}; \
 	      break; \
 	    fi; \
 	  done; \
 	done; \
-	test -n "$$found" || { echo "no Python from 3.11 to 3.13 found"; exit 1; }
+	test -n "$$found" || { echo "no Python from 3.11 to 3.13 found"; exit 1; }; \
+	echo "== oldest versions, $$($$oldest --version)"; \
+	sed -n 's/^dependencies = //p' pyproject.toml | grep -o '[a-z]*>=[0-9.]*' | sed 's/>=/==/' > .oldest.txt; \
+	sed -n 's/^jax=/jaxlib=/p' .oldest.txt >> .oldest.txt; \
+	$(MAKE) --no-print-directory pytest PYTHON=$$oldest VENV=.venv-oldest CONSTRAINTS='--constraint .oldest.txt'
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks
@@ -65,8 +75,8 @@ $(DOCS_INSTALLED): EXTRAS := docs
 $(INSTALLED) $(DOCS_INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache dist docs/_build
+	rm -rf .venv .venv-* .oldest.txt .pytest_cache .ruff_cache .mypy_cache dist docs/_build

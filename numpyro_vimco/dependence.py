@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.interpreters.partial_eval import dce_jaxpr
 
-# Primitives that act on each element of their operands by itself, and those that only add or drop dimensions of size 1.
+# Primitives that act on each element of their operands separately, or only add or drop dimensions of size 1.
 ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
@@ -26,8 +26,8 @@ CALLS = frozenset("jit pjit closed_call core_call remat checkpoint custom_jvp_ca
 def dependence(fn: Callable[[dict[str, Any]], dict[str, Any]], inputs: dict[str, Any]) -> dict[str, set[str]]:
     """The names of the inputs that each output of a function depends on.
 
-    What remains of the function's jaxpr for one output, after dead code is eliminated, is what that output depends on:
-    through loops and branches, and exactly but for what cancels numerically.
+    For each output, dead code is eliminated from the function's jaxpr; the inputs that are still used are those that
+    the output depends on. This sees through loops and branches. An input whose effect cancels numerically counts too.
 
     :param fn: from a dict of arrays, or pytrees of arrays, to another.
     :param inputs: arrays, or ``jax.ShapeDtypeStruct``.
@@ -35,8 +35,8 @@ def dependence(fn: Callable[[dict[str, Any]], dict[str, Any]], inputs: dict[str,
     closed, outputs = jax.make_jaxpr(fn, return_shape=True)(inputs)
     sources = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(inputs)]
     targets = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(outputs)]
-    found: dict[str, set[str]] = {name: set() for name in outputs}
-    for name in found:
+    found: dict[str, set[str]] = {}
+    for name in outputs:
         _, used = dce_jaxpr(closed.jaxpr, [target == name for target in targets])
         found[name] = {source for source, is_used in zip(sources, used) if is_used}
     return found
@@ -45,10 +45,12 @@ def dependence(fn: Callable[[dict[str, Any]], dict[str, Any]], inputs: dict[str,
 def may_mix(fn: Callable[[Any], Any], inputs: Any, sizes: Collection[int]) -> bool:
     """Whether a function may combine different elements of its inputs along an axis of one of the given sizes.
 
-    False is certain; True is not: it is said of whatever is not known to act on each element by itself.
+    False is certain. True may be wrong: it is the answer for every primitive that is not known to act on each element
+    separately.
     """
-    closed = jax.make_jaxpr(fn)(inputs)
-    return _may_mix(closed.jaxpr, [True] * len(closed.jaxpr.invars), frozenset(sizes))[0]
+    jaxpr = jax.make_jaxpr(fn)(inputs).jaxpr
+    jaxpr, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _may_mix(jaxpr, [True] * sum(used), frozenset(sizes))[0]
 
 
 def _may_mix(jaxpr: Any, depends: list[bool], sizes: frozenset[int]) -> tuple[bool, list[bool]]:
@@ -76,7 +78,7 @@ def _may_mix(jaxpr: Any, depends: list[bool], sizes: frozenset[int]) -> tuple[bo
             mixes = any(
                 shape[axis] in sizes for shape, axes in zip(shapes, params["dimension_numbers"][0]) for axis in axes
             )
-        elif name == "gather":  # a table may be looked up, at indices that depend
+        elif name == "gather":  # to look up a table at indices that depend on the inputs mixes no elements
             mixes = dependent[0]
         else:
             mixes = name not in ELEMENTWISE

@@ -3,9 +3,9 @@
 
 """The one owner of randomness: every key of this package is derived here.
 
-The rule: a key is split once, into as many children as are needed, or handed to one consumer; it is never used again.
-With JAX's default keys, ``fold_in(key, i)`` is ``split(key)[i]``, so that nothing here folds. A test holds all other
-modules to this one.
+The rule: a key is either split once, into as many keys as are needed, or used by one consumer; never both, and never
+twice. Nothing here uses ``fold_in``, as with JAX's default keys ``fold_in(key, i)`` is ``split(key)[i]``. A test checks
+that no other module derives keys.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +40,7 @@ class ParticleKeys(NamedTuple):
 
 
 def particle_keys(rng_key: Array, plate_particles: Mapping[str, int]) -> ParticleKeys:
-    """The keys of one particle. Without named plates they are those of :class:`numpyro.infer.RenyiELBO`.
+    """The keys of one particle; without named plates the same as in :class:`numpyro.infer.RenyiELBO`.
 
     :param plate_particles: number of local particles of each named plate.
     """
@@ -65,11 +65,11 @@ class SeedLevels(Messenger):
 
 
 class SeedPlates(Messenger):
-    """Keys of subsampled plates, by name: a plate has one subsample in model and guide, and for all particles.
+    """Gives a subsampled plate the same key in model and guide and for all particles, so that it has one subsample.
 
     The first plate has the key that :class:`numpyro.infer.RenyiELBO` gives it.
 
-    :param names: names of plates in the order in which they were met; shared by the handlers of model and guide.
+    :param names: names of plates in the order in which they were met; one list for the handlers of model and guide.
     """
 
     def __init__(self, fn: Callable, key: Array, names: list[str]):

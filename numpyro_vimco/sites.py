@@ -6,6 +6,9 @@
 A *score-function site* is a latent guide site whose distribution has no reparameterised sampler
 (``has_rsample`` is False): no gradient flows through its sample. All other latent guide sites are *path sites*;
 :func:`is_drawn` tells which of them a doubly reparameterised gradient may treat as draws from a fixed density.
+
+Two private parts of NumPyro's sites are read, in :func:`mask_of` and :func:`is_in_scan` only; they were seen in NumPyro
+0.19, the oldest that is admitted, and in 0.22.
 """
 
 from copy import copy
@@ -31,7 +34,7 @@ def is_latent_site(site: dict) -> bool:
 
 
 def is_discrete(site: dict) -> bool:
-    """Whether a site is discrete; one that does not know is."""
+    """Whether a site is discrete; True for a distribution that does not know its support."""
     try:
         return site["fn"].support.is_discrete
     except NotImplementedError:
@@ -55,8 +58,9 @@ def is_score_function_site(site: dict) -> bool:
 def is_drawn(site: dict) -> bool:
     """Whether ``site`` is latent, and has a density that a doubly reparameterised gradient may hold fixed.
 
-    The others are functions of the parameters and of noise, with plain gradients: Delta; distributions whose support
-    may move with a parameter, for which the score does not have mean zero; masked ones, which have no score.
+    The other latent sites keep plain gradients. These are Delta sites, which are functions of parameters and of other
+    samples; distributions whose support may move with a parameter, as the mean of their score is then not zero; and
+    masked distributions, which have no score.
     """
     if not is_latent_site(site):
         return False
@@ -73,9 +77,9 @@ def is_drawn(site: dict) -> bool:
 def has_fixed_support(fn: dist.Distribution) -> bool:
     """Whether the support of a distribution is known not to move with its parameters, by the whole chain of transforms.
 
-    ``AffineTransform`` and others declare a codomain whatever came before, so that only a distribution on all of the
-    reals may pass through a transform with parameters. Numbers that are no JAX arrays are constants. What is defined
-    outside of NumPyro may have any support.
+    A transform with parameters is admitted only after all of the reals, since the codomain that ``AffineTransform`` and
+    others declare does not depend on what they are applied to. Numbers that are no JAX arrays are constants.
+    Distributions and transforms that are defined outside of NumPyro may have any support.
     """
     if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         return has_fixed_support(fn.base_dist)
@@ -134,9 +138,16 @@ def _is_of_numpyro(cls: type) -> bool:
     return cls.__module__.partition(".")[0] in ("numpyro", "numpyro_vimco")
 
 
+def is_in_scan(site: dict) -> bool:
+    """Whether a site is inside of `scan`. Its value then has a leading dimension for time."""
+    return site.get("_control_flow_done", False)
+
+
 def mask_of(fn: dist.Distribution) -> tuple[Array, int] | None:
-    """Which elements of a distribution are not masked: booleans that broadcast against batch dimensions, and then
-    against so many event dimensions; None if all are.
+    """Which elements of a distribution are not masked; None if it has no mask.
+
+    :return: booleans, and the number k of event dimensions among their dimensions: they broadcast against the batch
+        dimensions followed by the first k event dimensions.
     """
     if isinstance(fn, dist.MaskedDistribution):
         inner, own = mask_of(fn.base_dist), fn._mask
@@ -163,7 +174,7 @@ def unmasked(fn: dist.Distribution) -> dist.Distribution:
 
 
 def unwrapped(fn: dist.Distribution) -> dist.Distribution:
-    """A distribution without what only reshapes or masks it."""
+    """A distribution without the wrappers that only reshape or mask it."""
     while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         fn = fn.base_dist
     return fn

@@ -1,5 +1,6 @@
 """Shared by all tests: shapes of the package's arrays are checked at run time, and warnings are errors."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,7 +18,7 @@ with install_import_hook("numpyro_vimco.objectives.control_variates", "beartype.
     import numpyro_vimco  # noqa: F401
 
 
-AS_FOR_USERS = ("test_docs", "test_examples", "test_guides", "test_inference_data", "test_scale")
+AS_FOR_USERS = ("test_docs", "test_examples", "test_inference_data", "test_scale")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,6 +27,15 @@ def compile_quickly(request):
     jax.config.update("jax_disable_most_optimizations", request.module.__name__ not in AS_FOR_USERS)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collect_garbage_seldom():
+    """JAX holds millions of objects that live on, and to look at them again and again is a third of the time."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
 
 
 @pytest.fixture

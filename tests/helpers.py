@@ -14,6 +14,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import log_density
+import pytest
 
 from numpyro_vimco import REINFORCE, VIMCO, VIMCOStar
 from numpyro_vimco.posterior.results import FitResult, FitState
@@ -36,6 +37,12 @@ def arviz_psislw(log_weight):
     from arviz_stats.base import array_stats
 
     return array_stats.psislw(-log_weight)
+
+
+def of_two_lengths(cases, short):
+    """Parameters of a test: those in ``short`` for `make test`, all others for `make test-long`."""
+    parts = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    return [case if case in short else pytest.param(*values, marks=pytest.mark.long) for case, values in parts]
 
 
 class ScoreNormal(dist.Normal):

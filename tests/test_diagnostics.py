@@ -117,7 +117,7 @@ def test_collapsed_joint_weight_names_the_plate():
     x = jnp.linspace(-1, 4, 200)
     advice = {}
     for name, objective in {"joint": VIMCOStar(), "local": VIMCOStar(plate_particles={"data": 8})}.items():
-        svi = SVI(mixture, AutoMixed(mixture), optax.adam(0.05), objective)
+        svi = SVI(mixture, AutoMixed(mixture, structure="mean_field"), optax.adam(0.05), objective)
         result = svi.run(random.key(0), 10, x, progress_bar=False)
         found = importance_diagnostics(svi, result, model_args=(x,), rng_key=random.key(0), num_samples=1000)
         advice[name] = found.reading, found.advice
@@ -131,7 +131,7 @@ def test_elements_of_common_plates_have_diagnostics_of_their_own():
             z = numpyro.sample("z", dist.Bernoulli(0.5))
             numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
 
-    svi = SVI(model, AutoDiscrete(model), optax.adam(0.05), VIMCOStar())
+    svi = SVI(model, AutoDiscrete(model, structure="mean_field"), optax.adam(0.05), VIMCOStar())
     result = svi.run(random.key(0), 100, X, progress_bar=False)
     found = importance_diagnostics(svi, result, model_args=(X,), rng_key=random.key(0))
     assert found.ess.shape == found.pareto_k.shape == (3,)
@@ -171,7 +171,7 @@ def test_plates_that_cannot_have_particles_are_not_advised():
             slope = numpyro.sample("slope", dist.Normal(0, 1))
         numpyro.sample("x", dist.Normal((included * slope).sum(), 0.01), obs=x)  # depends on all of the plate
 
-    svi = SVI(model, AutoMixed(model), optax.adam(0.05), VIMCOStar())
+    svi = SVI(model, AutoMixed(model, structure="mean_field"), optax.adam(0.05), VIMCOStar())
     result = svi.run(random.key(0), 5, 3.0, progress_bar=False)
     found = importance_diagnostics(svi, result, model_args=(3.0,), rng_key=random.key(0), num_samples=1000)
     assert found.reading == "bad" and "misses a part of the posterior" in found.advice
@@ -332,7 +332,7 @@ def test_advice_knows_correlated_latents():
 
 @pytest.mark.parametrize("structure", [None, "autoregressive"])
 def test_advice_names_only_what_can_help(structure):
-    guide = AutoMixed(correlated)
+    guide = AutoMixed(correlated, structure="mean_field")
     svi = SVI(correlated, guide, optax.adam(0.01), VIMCOStar())
     result = svi.run(random.key(0), 2, jnp.full(4, 9.0), progress_bar=False)
     guide.structure = structure

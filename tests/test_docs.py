@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = ("README.md", "quick_start.md", "own_estimator.md")
 
 
 def blocks(page):
@@ -14,7 +15,14 @@ def blocks(page):
 
 
 @pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")  # ArviZ's own
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=() if page.name in SHORT else pytest.mark.long)
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_code_of_page_runs(page):
     namespace = {}
     for number, block in enumerate(blocks(page)):

@@ -13,7 +13,7 @@ from numpyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal
 import optax
 import pytest
 
-from helpers import initial_params
+from helpers import initial_params, of_two_lengths
 from numpyro_vimco import VIMCOStar
 
 DRAWS = 100_000
@@ -171,15 +171,8 @@ CASES = {
     "local, path and score on both levels": (both_levels, both_levels_guide, {"data": 2}),
 }
 
-# What these add does not depend on α: one that has all terms of the formulas is enough.
-ONE_ALPHA = (
-    "mask",
-    "local, mask",
-    "moving support",
-    "scale and factor",
-    "event dimensions in plates",
-    "local, event dimensions",
-)
+# One has all terms of the formulas, one no local particles. What the others add does not depend on α.
+EACH_ALPHA = ("continuous on discrete", "local, path and score on both levels")
 
 
 def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles, num_particles=2):
@@ -209,7 +202,10 @@ def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles,
 # errors are passed once in 16,000 means. Weights of the wrong level or factor are seen at 10 to 100 standard errors.
 @pytest.mark.parametrize(
     ("name", "alpha"),
-    [(name, alpha) for name in CASES for alpha in (0.0, 0.5, 1.0) if name not in ONE_ALPHA or alpha == 0.5],
+    of_two_lengths(
+        [(name, alpha) for name in CASES for alpha in (0.0, 0.5, 1.0) if name in EACH_ALPHA or alpha == 0.5],
+        [(name, 0.5) for name in (*EACH_ALPHA, "Delta", "moving support", "local, mask")],
+    ),
 )
 def test_mean_is_that_of_the_plain_estimator(name, alpha):
     model, guide, plate_particles = CASES[name]
@@ -221,6 +217,7 @@ def test_mean_is_that_of_the_plain_estimator(name, alpha):
 
 # 4,000 draws: the standard error of an SNR s is sqrt((1 + s²/2) / 4,000), at most 2 % of it where s > 0.7, and that of
 # a slope below 0.02. A plain pathwise gradient falls to the floor of 0.8 / sqrt(4,000).
+@pytest.mark.long
 def test_snr_grows_for_every_parameter_and_falls_for_the_continuous_ones_without_it():
     def model():
         b = bernoulli("b", numpyro.param("prior", -0.3))

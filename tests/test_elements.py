@@ -151,7 +151,7 @@ def test_joint_plate_cannot_be_subsampled_below_alpha_one():
 
 def test_automatic_guides_pass():
     model = walk(jnp.tanh)
-    svi = SVI(model, AutoMixed(model), optax.adam(0.05), VIMCOStar())
+    svi = SVI(model, AutoMixed(model, structure="mean_field"), optax.adam(0.05), VIMCOStar())
     assert np.isfinite(svi.run(random.key(0), 2, Y, progress_bar=False).losses).all()
 
 

@@ -1,4 +1,4 @@
-"""The examples run, in a quick mode, and what they print holds."""
+"""The examples run, in a quick mode, and what they print holds. Long, but for one."""
 
 import arviz as az
 import numpy as np
@@ -13,6 +13,7 @@ def run(name, *argv):
     return module.main(module.parse(argv))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # matplotlib's, scikit-learn's and ArviZ's own
 def test_variable_selection(tmp_path):
     gaps, error = run("variable_selection", "--num-steps=1500", "--num-proposals=80000", f"--output={tmp_path}")
@@ -28,16 +29,19 @@ def test_coal_mining(tmp_path):
     assert variation < 0.05 and abs(error) < 0.05
 
 
+@pytest.mark.long
 def test_gaussian_mixture(tmp_path):
     joint, local, truth = run("gaussian_mixture", "--num-steps=200", f"--output={tmp_path}")
     assert joint + 10 < local < truth
 
 
+@pytest.mark.long
 def test_n_mixture(tmp_path):
     log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=1000", "--grid=40", f"--output={tmp_path}")
     assert joint < local < log_evidence
 
 
+@pytest.mark.long
 def test_turtles(tmp_path):
     error, found = run("turtles", "--num-steps=1000", "--grid=40", "--num-draws=5000", f"--output={tmp_path}")
     assert abs(error) < 0.1
@@ -47,6 +51,7 @@ def test_turtles(tmp_path):
     assert (tmp_path / "turtles.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_signal_and_noise(tmp_path):
     snr = run("signal_and_noise", "--num-draws=2000", "--numbers", "16", "256", f"--output={tmp_path}")
     # Theory: times 4 and over 4. The standard error of a ratio is 3 % (VIMCO-⋆), and that of VIMCO's is 0.02 by itself.
@@ -57,6 +62,7 @@ def test_signal_and_noise(tmp_path):
 
 # Standard deviations are of 800 draws of 5 coordinates each: their error is about 2 %, that of a slope from N = 64 to
 # 512 about 0.01 (0.03 for the variance), and corrections to the leading order in N are of that size.
+@pytest.mark.long
 def test_gaussian_snr(tmp_path):
     table, slopes = run("gaussian_snr", "--quick", f"--output={tmp_path}")
     snr, variance = (slopes[quantity]["near", 5][0.0] for quantity in ("SNR", "variance"))
@@ -73,6 +79,7 @@ def test_gaussian_snr(tmp_path):
     assert (tmp_path / "gaussian_snr.csv").read_text().count("\n") == len(table) + 1
 
 
+@pytest.mark.long
 def test_state_space(tmp_path):
     tables, bands = run("state_space", "--quick", f"--output={tmp_path}")
     gaussian, population = (table.set_index("estimator") for table in tables.values())
@@ -85,6 +92,7 @@ def test_state_space(tmp_path):
     assert (tmp_path / "state_space.csv").exists()
 
 
+@pytest.mark.long
 def test_filters_of_state_space_agree_with_the_dense_normal():
     module, rng = load_example("state_space"), np.random.default_rng(0)
     _, y = module.simulate(module.gaussian_step, 0.0, module.SD, rng)
@@ -98,6 +106,7 @@ def test_filters_of_state_space_agree_with_the_dense_normal():
     assert abs(log_evidence - dense) < 0.15
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's own
 def test_sigmoid_belief_network(tmp_path):
     bounds = run("sigmoid_belief_network", "--quick", f"--output={tmp_path}")["bound"]["2 layers", 5]
@@ -108,6 +117,7 @@ def test_sigmoid_belief_network(tmp_path):
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # funsor's own
 def test_when_not(tmp_path):
     table = run("when_not", "--quick", f"--output={tmp_path}")

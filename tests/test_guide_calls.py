@@ -67,25 +67,19 @@ def run_mapped(svi):
     return jax.tree.map(lambda x: x[0], params)
 
 
-def run_plainly(svi):
-    return svi.run(random.key(0), 2, 1.0, progress_bar=False).params
-
-
 CONDITIONAL = partial(AutoMixed, structure="conditional")
 
 
 @pytest.mark.parametrize(
     "model, make, first_call",
     [
-        (small_model, CONDITIONAL, run_plainly),
-        (small_model, CONDITIONAL, keep_key_traced),
+        pytest.param(small_model, CONDITIONAL, keep_key_traced, marks=pytest.mark.long),
         (small_model, CONDITIONAL, keep_nothing),
         (small_model, CONDITIONAL, run_mapped),
-        (small_model, partial(AutoMixed, structure="autoregressive"), run_mapped),
-        (small_model, partial(AutoMixed, structure="autoregressive"), keep_nothing),
+        pytest.param(small_model, partial(AutoMixed, structure="autoregressive"), run_mapped, marks=pytest.mark.long),
         (small_model, partial(AutoMixed, continuous=AutoMultivariateNormal), keep_key_traced),
         (continuous_uniform, AutoMixed, keep_nothing),
-        (continuous_uniform, AutoMixed, run_mapped),
+        pytest.param(continuous_uniform, AutoMixed, run_mapped, marks=pytest.mark.long),
     ],
 )
 def test_no_tracer_survives(model, make, first_call):
@@ -103,7 +97,7 @@ def test_no_tracer_survives(model, make, first_call):
 
 
 def test_each_key_has_a_start_of_its_own():
-    svi = SVI(small_model, AutoMixed(small_model), optax.adam(0.1), VIMCOStar(num_particles=2))
+    svi = SVI(small_model, AutoMixed(small_model, structure="mean_field"), optax.adam(0.1), VIMCOStar(num_particles=2))
     starts = jax.vmap(lambda key: svi.get_params(svi.init(key, 1.0)))(random.split(random.key(0)))
     assert np.all(starts["z_auto_logits"][0] != starts["z_auto_logits"][1])
 
@@ -147,7 +141,7 @@ def test_improper_prior(init, with_discrete):
         z = numpyro.sample("z", dist.Bernoulli(0.4)) if with_discrete else 1
         numpyro.sample("x", dist.Normal(a.sum() * z, 1), obs=x)
 
-    guide = AutoMixed(model, init_loc_fn=INITS[init])
+    guide = AutoMixed(model, init_loc_fn=INITS[init], structure="mean_field")
     sites = trace(seed(guide, 0)).get_trace(1.0)
     if init == "value":
         np.testing.assert_allclose(

@@ -26,6 +26,7 @@ import optax
 import pytest
 from sklearn.datasets import load_iris
 
+from helpers import of_two_lengths
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar
 
 # Every discrete distribution of NumPyro as a prior.
@@ -63,6 +64,15 @@ GUIDED = {
     "ExpandedDistribution": dist.Bernoulli(0.3).expand([4]),
     "MaskedDistribution": dist.Bernoulli(jnp.full(3, 0.3)).mask(jnp.array([True, False, True])),
 }
+# One prior for each family of the guide, and for each way in which a distribution can wrap another.
+EACH_FAMILY = (
+    "BernoulliLogits",
+    "CategoricalLogits",
+    "DiscreteUniform",
+    "Poisson",
+    "Independent",
+    "MaskedDistribution",
+)
 REFUSED = {
     "DirichletMultinomial": dist.DirichletMultinomial(jnp.ones(3), 5),
     "MultinomialLogits": dist.MultinomialLogits(jnp.zeros(3), 5),
@@ -94,7 +104,7 @@ def test_the_table_has_every_discrete_distribution():
     assert found - set(GUIDED) - set(REFUSED) - BASES == set()
 
 
-@pytest.mark.parametrize("name", GUIDED)
+@pytest.mark.parametrize("name", of_two_lengths(GUIDED, EACH_FAMILY))
 def test_guide_of_every_discrete_prior(name):
     prior = make(GUIDED[name])
 
@@ -103,7 +113,7 @@ def test_guide_of_every_discrete_prior(name):
         seen = jnp.where(getattr(prior, "_mask", True), z, 0)  # nothing may depend on what is masked
         numpyro.sample("x", dist.Normal(jnp.asarray(seen, float), 1.0).to_event(), obs=jnp.ones(jnp.shape(z)))
 
-    guide = AutoDiscrete(model)
+    guide = AutoDiscrete(model, structure="mean_field")
     params = start(guide)
     assert set(params) in ({"z_auto_logits"}, {"z_auto_loc", "z_auto_scale"})
 
@@ -124,7 +134,7 @@ def test_guide_of_every_discrete_prior(name):
     assert np.all(quantiles[0] <= quantiles[2])
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", of_two_lengths(REFUSED, ["MultinomialProbs"]))
 def test_error_of_a_support_without_a_family_has_a_guide_that_works(name):
     def model():
         numpyro.sample("p", dist.Beta(1, 1))
@@ -160,7 +170,7 @@ def test_begins_near_the_prior_and_off_it():
         numpyro.sample("category", dist.Categorical(jnp.array([0.7, 0.2, 0.1])))
         numpyro.sample("count", dist.Poisson(rates))
 
-    params = start(AutoDiscrete(model))
+    params = start(AutoDiscrete(model, structure="mean_field"))
     logits = params["boolean_auto_logits"]
     assert abs(logits.mean() - jnp.log(0.3 / 0.7)) < 0.1 and 0.05 < logits.std() < 0.2  # 0.1 standard normals
     np.testing.assert_allclose(jax.nn.softmax(params["category_auto_logits"]), [0.7, 0.2, 0.1], atol=0.15)
@@ -175,13 +185,13 @@ def test_begins_at_given_values():
         numpyro.sample("k", dist.Poisson(jnp.array([3.0, 3.0])))
 
     values = {"z": 3, "k": jnp.array([40, 2])}
-    params = start(AutoDiscrete(model, init_loc_fn=init_to_value(values=values)))
+    params = start(AutoDiscrete(model, init_loc_fn=init_to_value(values=values), structure="mean_field"))
     assert jax.nn.softmax(params["z_auto_logits"])[3] > 0.8
     np.testing.assert_allclose(params["k_auto_loc"], [40, 2], rtol=0.6)  # 6 of the moves by 0.1
 
 
 def test_a_given_value_is_for_each_element():
-    guide = AutoDiscrete(discrete_model, init_loc_fn=init_to_value(values={"z": 1}))
+    guide = AutoDiscrete(discrete_model, init_loc_fn=init_to_value(values={"z": 1}), structure="mean_field")
     assert start(guide, X)["z_auto_logits"].shape == (3, 3)
 
 
@@ -263,7 +273,7 @@ def test_deterministic_sites_without_arguments_are_those_of_the_fit(fitted):
 def test_median_and_quantiles(fitted):
     guide, params = fitted
     if guide.structure != "mean_field":
-        with pytest.raises(NotImplementedError, match="mixture over what it depends on"):
+        with pytest.raises(NotImplementedError, match="is a mixture, and has no closed quantiles"):
             guide.median(params)
         return
     draws = guide.sample_posterior(random.key(1), params, sample_shape=(20_000,))
@@ -352,7 +362,7 @@ def test_without_discrete_sites_it_is_the_continuous_guide(continuous):
         params = svi.run(random.key(0), 20, X, progress_bar=False).params
         return params, guide.sample_posterior(random.key(1), params, X), guide.median(params)
 
-    mixed = AutoMixed(continuous_model, continuous=continuous)
+    mixed = AutoMixed(continuous_model, continuous=continuous, structure="mean_field")
     jax.tree.map(np.testing.assert_array_equal, fit(mixed), fit(continuous(continuous_model)))
 
 
@@ -362,8 +372,8 @@ def test_without_continuous_sites_it_is_the_discrete_guide():
         params = svi.run(random.key(0), 20, X, progress_bar=False).params
         return params, guide.sample_posterior(random.key(1), params, X), guide.quantiles(params, [0.2, 0.6])
 
-    mixed = AutoMixed(discrete_model)
-    jax.tree.map(np.testing.assert_array_equal, fit(mixed), fit(AutoDiscrete(discrete_model)))
+    mixed = AutoMixed(discrete_model, structure="mean_field")
+    jax.tree.map(np.testing.assert_array_equal, fit(mixed), fit(AutoDiscrete(discrete_model, structure="mean_field")))
 
 
 @pytest.mark.parametrize(
@@ -424,7 +434,7 @@ def test_without_continuous_sites_create_plates_still_counts():
         with create_plates(x):
             numpyro.sample("z", dist.Bernoulli(0.5))
 
-    guide = AutoMixed(model, create_plates=create_plates)
+    guide = AutoMixed(model, create_plates=create_plates, structure="mean_field")
     seed(guide, 0)(jnp.zeros(6))
     called = []
     guide._parts[0].create_plates = lambda x, make=guide._parts[0].create_plates: called.append(make(x)) or called[-1]
@@ -442,7 +452,7 @@ def test_sites_in_scan():
         scan(step, 0, x)
 
     x = jnp.array([0.0, 0.0, 3.0, 3.0, 3.0])
-    guide = AutoDiscrete(model)
+    guide = AutoDiscrete(model, structure="mean_field")
     svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(num_particles=16))
     logits = svi.run(random.key(0), 200, x, progress_bar=False).params["state_auto_logits"]
     assert logits.shape == (5,) and jnp.all((logits > 0) == (x > 1))
@@ -453,7 +463,7 @@ def test_sites_in_scan():
 
 def test_discrete_guide_reaches_the_exact_posterior():
     """In a mean-field model the guide can be exact."""
-    guide = AutoDiscrete(discrete_model)
+    guide = AutoDiscrete(discrete_model, structure="mean_field")
     svi = SVI(discrete_model, guide, optax.adam(optax.cosine_decay_schedule(0.1, 1500)), VIMCOStar(num_particles=8))
     params = svi.run(random.key(0), 1500, X, progress_bar=False).params
     log_joint = jnp.log(jnp.array([0.2, 0.3, 0.5])) + dist.Normal(jnp.arange(3), 1.0).log_prob(X[:, None])
@@ -461,6 +471,7 @@ def test_discrete_guide_reaches_the_exact_posterior():
     np.testing.assert_allclose(jax.nn.softmax(params["z_auto_logits"]), jax.nn.softmax(log_joint), atol=0.1)
 
 
+@pytest.mark.long
 def test_mixture_of_iris_with_local_particles():
     """Petal lengths of 150 irises in two clusters, against the same model with the assignments summed out."""
     x = jnp.asarray(load_iris().data[:, 2], jnp.float32)

@@ -20,7 +20,7 @@ import optax
 import pytest
 from sklearn.datasets import load_diabetes
 
-from helpers import arviz_psislw, load_example
+from helpers import arviz_psislw, load_example, of_two_lengths
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
 from numpyro_vimco.posterior import log_likelihoods
 from numpyro_vimco.posterior.fitted import Fitted
@@ -40,9 +40,18 @@ def hierarchical(x):
         numpyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
 
-@pytest.fixture(scope="module", params=[{}, {"row": 4}], ids=["joint weights", "local particles"])
+@pytest.fixture(
+    scope="module",
+    params=[{}, pytest.param({"row": 4}, marks=pytest.mark.long)],
+    ids=["joint weights", "local particles"],
+)
 def fitted(request):
-    svi = SVI(hierarchical, AutoMixed(hierarchical), optax.adam(0.05), VIMCOStar(plate_particles=request.param))
+    svi = SVI(
+        hierarchical,
+        AutoMixed(hierarchical, structure="mean_field"),
+        optax.adam(0.05),
+        VIMCOStar(plate_particles=request.param),
+    )
     return svi, svi.run(random.key(0), 400, X, progress_bar=False)
 
 
@@ -156,7 +165,7 @@ def test_elements_of_common_plates_are_resampled_by_themselves():
             z = numpyro.sample("z", dist.Categorical(jnp.array([0.2, 0.3, 0.5])))
             numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    svi = SVI(model, AutoDiscrete(model), optax.adam(0.05), VIMCOStar())
+    svi = SVI(model, AutoDiscrete(model, structure="mean_field"), optax.adam(0.05), VIMCOStar())
     result = svi.run(random.key(0), 2, X, progress_bar=False)  # a bad guide
     tree = to_arviz(svi, result, model_args=(X,), rng_key=random.key(1), num_samples=4000, num_proposals=40_000)
     log_joint = jnp.log(jnp.array([0.2, 0.3, 0.5])) + dist.Normal(jnp.arange(3), 0.5).log_prob(X[:, None])
@@ -168,6 +177,7 @@ def test_elements_of_common_plates_are_resampled_by_themselves():
     assert abs(tree["posterior"].attrs["log_evidence"] - jax.nn.logsumexp(log_joint, axis=1).sum()) < 0.15
 
 
+@pytest.mark.long
 def test_inclusion_probabilities_of_variable_selection():
     """The guide by hand of docs/writing_a_guide.md, with the data and the exact posterior of the example."""
     example = load_example("variable_selection")
@@ -219,7 +229,7 @@ def test_noise_of_latents_and_of_data_is_independent(prior):
         assert np.abs(np.triu(np.corrcoef([b, *noise]), 1)).max() < 0.095
 
 
-@pytest.mark.parametrize("partitionable", [False, True])
+@pytest.mark.parametrize("partitionable", [pytest.param(False, marks=pytest.mark.long), True])
 def test_no_two_sample_statements_have_one_key(partitionable, monkeypatch):
     """All keys that one call hands to distributions, to the choice of particles and to resampling are distinct."""
     keys = []
@@ -231,14 +241,19 @@ def test_no_two_sample_statements_have_one_key(partitionable, monkeypatch):
             key = next(
                 x for x in (*args, *kwargs.values()) if isinstance(x, jax.Array) and x.dtype.name.startswith("key")
             )
-            jax.debug.callback(lambda data: keys.append(np.ravel(data)), random.key_data(key))
+            jax.debug.callback(lambda data: keys.append(np.array(data).ravel()), random.key_data(key))
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, spied)
 
     for name in ("normal", "bernoulli", "poisson", "categorical", "uniform", "bits"):
         spy(random, name)
-    svi = SVI(hierarchical, AutoMixed(hierarchical), optax.adam(0.05), VIMCOStar(plate_particles={"row": 3}))
+    svi = SVI(
+        hierarchical,
+        AutoMixed(hierarchical, structure="mean_field"),
+        optax.adam(0.05),
+        VIMCOStar(plate_particles={"row": 3}),
+    )
     result = svi.run(random.key(0), 2, X, progress_bar=False)
     fit = Fitted.of(svi, result, (X,), None)
     monkeypatch.setattr(Fitted, "of", lambda *args: fit)  # its traces are for the structure only
@@ -380,7 +395,7 @@ def model():
         numpyro.sample(f"u{i}", dist.Normal(0, 1))
     numpyro.sample("x", dist.Normal(0, 1), obs=0.0)
 
-svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar())
+svi = SVI(model, AutoMixed(model, structure="mean_field"), optax.adam(0.1), VIMCOStar())
 tree = to_arviz(svi, svi.run(random.key(0), 2, progress_bar=False), rng_key=random.key(1), num_samples=10**6)
 # `ru_maxrss` would be that of the process that started this one, if it was larger.
 kilobytes = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -388,6 +403,7 @@ print(tree["posterior"]["u0"].size, kilobytes)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_million_draws_of_ten_sites_in_two_gigabytes():
     output = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=240, check=True)
@@ -491,7 +507,9 @@ def two_latents(x):
 TOGETHER = partial(AutoMixed, continuous=AutoMultivariateNormal)
 
 
-@pytest.mark.parametrize("model, guide", [(walk, AutoNormal), (two_latents, TOGETHER)])
+@pytest.mark.parametrize(
+    "model, guide", of_two_lengths([(walk, AutoNormal), (two_latents, TOGETHER)], [(walk, AutoNormal)])
+)
 def test_elements_that_cannot_be_left_out_are_not_given(model, guide):
     """They depend on each other, or the guide draws their latents together."""
     svi = SVI(model, guide(model), optax.adam(0.02), VIMCOStar())
@@ -504,6 +522,7 @@ def test_elements_that_cannot_be_left_out_are_not_given(model, guide):
     assert tree["log_likelihood_given_latents"]["x"].shape == (1, 100, 4)
 
 
+@pytest.mark.long
 def test_nested_plates_are_left_out_as_a_whole():
     def model(x):
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.3))
@@ -516,7 +535,7 @@ def test_nested_plates_are_left_out_as_a_whole():
 
     # One group has no data, another lacks some.
     x = jnp.array([[0.3, 1.2, 2.0, 0.1], [jnp.nan] * 4, [jnp.nan, 0.3, -1.0, 0.2]])
-    svi = SVI(model, AutoMixed(model), optax.adam(0.02), VIMCOStar())
+    svi = SVI(model, AutoMixed(model, structure="mean_field"), optax.adam(0.02), VIMCOStar())
     result = svi.run(random.key(0), 5, x, progress_bar=False)
     tree = to_arviz(svi, result, model_args=(x,), rng_key=random.key(1), num_samples=20)
     assert list(tree["log_likelihood"].data_vars) == ["group_element"]
@@ -545,7 +564,7 @@ def masked(x, by):
             numpyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
 
-@pytest.mark.parametrize("by", ["handler", "method", "obs_mask"])
+@pytest.mark.parametrize("by", of_two_lengths(["handler", "method", "obs_mask"], ["obs_mask"]))
 @pytest.mark.filterwarnings("ignore")  # ArviZ's and matplotlib's own
 def test_missing_data_are_missing_after_the_fit(by):
     svi = SVI(masked, AutoNormal(masked), optax.adam(0.05), VIMCOStar())
@@ -607,15 +626,16 @@ def test_masks_within_events_and_masks_that_latents_switch():
     assert not np.isnan(tree["log_likelihood"]["switched"]).any()
 
 
+@pytest.mark.long
 def test_after_transformed_fits():
     """`jax.vmap(svi.run)` and `jax.jit(svi.init)` leave nothing behind that fails here."""
-    svi = SVI(hierarchical, AutoMixed(hierarchical), optax.adam(0.05), VIMCOStar())
+    svi = SVI(hierarchical, AutoMixed(hierarchical, structure="mean_field"), optax.adam(0.05), VIMCOStar())
     results = jax.vmap(lambda key: svi.run(key, 3, X, progress_bar=False).params)(random.split(random.key(0), 2))
     for i in range(2):
         params = jax.tree.map(lambda x, i=i: x[i], results)
         tree = to_arviz(svi, params, model_args=(X,), rng_key=random.key(1), num_samples=10, groups=())
         assert tree["posterior"]["z"].shape == (1, 10, 4)
-    svi = SVI(hierarchical, AutoMixed(hierarchical), optax.adam(0.05), VIMCOStar())
+    svi = SVI(hierarchical, AutoMixed(hierarchical, structure="mean_field"), optax.adam(0.05), VIMCOStar())
     state = jax.jit(svi.init)(random.key(0), X)
     found = importance_diagnostics(svi, state, model_args=(X,), rng_key=random.key(1), num_samples=100)
     assert np.isfinite(found.log_evidence)

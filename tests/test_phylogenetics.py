@@ -58,7 +58,7 @@ def sum_over_states(children, branch_lengths, alignment: Alignment) -> float:
     return float(np.log(site) @ alignment.counts)
 
 
-@pytest.mark.parametrize("num_taxa", [4, 5])
+@pytest.mark.parametrize("num_taxa", [4, pytest.param(5, marks=pytest.mark.long)])
 def test_pruning_is_the_sum_over_internal_states(num_taxa, x64):
     rng = np.random.default_rng(num_taxa)
     alignment = random_alignment(rng, num_taxa, 12)
@@ -235,6 +235,7 @@ def test_power_rises_to_one_in_the_first_half():
     np.testing.assert_allclose([fit_module.power_at(step, 100) for step in (0, 25, 50, 100)], [0.001, 0.5005, 1, 1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [["--num-taxa", "5", "--no-pairs"], ["--num-taxa", "6"]])
 def test_fit_finds_the_exact_posterior(options, tmp_path, capsys):
     # 5,000 draws, resampled from 20,000, have an error of their own: over seeds, the total variation is about 0.01.
@@ -277,6 +278,7 @@ def test_fit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         run(path)
 
 
+@pytest.mark.long
 def test_compare(tmp_path, monkeypatch):
     _, alignment = simulated(4, 20, random.key(0))
     letters = np.array(list("ACGT"))[np.argmax(alignment.tips, axis=1)]

@@ -19,7 +19,7 @@ import optax
 import orbax.checkpoint
 import pytest
 
-from helpers import initial_params
+from helpers import initial_params, of_two_lengths
 from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar
 
 HERE = Path(__file__).parent
@@ -123,7 +123,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SHORT = ("global latents, alpha=0.5", "forward mode", "common plate", "local particles, alpha=0.5")
+
+
+@pytest.mark.parametrize("case", of_two_lengths(CASES, SHORT))
 def test_chunks_give_the_loss_and_gradient_of_all_particles_at_once(case, x64):
     make, programs, options = CASES[case]
     forward = case == "forward mode"
@@ -207,15 +210,18 @@ def run(*command, timeout=240):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.long
 def test_a_million_particles_in_two_gigabytes():
     loss, kilobytes = run(sys.executable, "-c", MILLION).split()
     assert 0 < float(loss) < 64 and int(kilobytes) < 2e6
 
 
+@pytest.mark.long
 def test_eight_devices_give_what_one_gives():
     assert run(sys.executable, "tests/devices.py") == "held"
 
 
+@pytest.mark.long
 def test_two_processes_give_what_one_gives():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -233,8 +239,9 @@ def test_two_processes_give_what_one_gives():
             process.wait()
 
 
-@pytest.mark.parametrize("optimizer", [numpyro.optim.Adam, optax.adam], ids=["numpyro", "optax"])
-@pytest.mark.parametrize("key", [random.key, random.PRNGKey])
+@pytest.mark.parametrize(
+    "optimizer, key", [(numpyro.optim.Adam, random.PRNGKey), (optax.adam, random.key)], ids=["numpyro", "optax"]
+)
 def test_a_fit_that_stops_and_goes_on_is_the_uninterrupted_one(optimizer, key, tmp_path):
     def svi():
         return SVI(*global_latents(), optimizer(0.05), VIMCOStar(num_particles=4))

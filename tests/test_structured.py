@@ -15,6 +15,7 @@ from numpyro.infer.util import log_density
 import optax
 import pytest
 
+from helpers import of_two_lengths
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar
 
 STRUCTURED = partial(AutoMixed, structure="autoregressive")
@@ -59,7 +60,7 @@ OUTCOMES = [
 OUTCOMES = {name: jnp.stack([outcome[name] for outcome in OUTCOMES]) for name in OUTCOMES[0]}
 
 
-@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rank", of_two_lengths(RANKS, [2]))
 def test_discrete_density_and_sampler_agree(rank):
     guide = DISCRETE(competing, rank=rank)
     params = start(guide, 1.0, rng_key=random.key(1), scale=8.0)
@@ -83,7 +84,7 @@ def test_discrete_density_and_sampler_agree(rank):
 def test_couplings_begin_at_zero():
     guide = DISCRETE(competing)
     params = start(guide, 1.0)
-    plain = AutoDiscrete(competing)
+    plain = AutoDiscrete(competing, structure="mean_field")
     shared = {name: value for name, value in params.items() if name in start(plain, 1.0)}
     for outcome in (0, 30, 71):
         values = {name: value[outcome] for name, value in OUTCOMES.items()}
@@ -103,6 +104,7 @@ def linear(x):
     numpyro.sample("x", dist.Normal(z + a.sum() * p[0], s), obs=x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", RANKS)
 def test_continuous_density_and_sampler_agree(rank, x64):
     """The joint density of the continuous sites given z is that of a Normal with the moments of the draws."""
@@ -151,6 +153,7 @@ def test_continuous_draw_solves_what_its_density_says():
 # Gradients.
 
 
+@pytest.mark.long
 def test_doubly_reparameterized_gradient_is_exact():
     """Its mean is that of the plain gradient, for all parameters, couplings away from zero."""
     guide = STRUCTURED(linear)
@@ -178,6 +181,11 @@ def sites_of(model, *args, make=STRUCTURED):
     return {site.name: site for site in (guide._sites if make is STRUCTURED else guide.sites)}
 
 
+def parents(site):
+    """The sites that one depends on, by couplings or as its own."""
+    return tuple(sorted({*site.coupled, *getattr(site, "own", ())}))
+
+
 def test_what_is_independent_given_the_data_stays_so():
     def model():
         a = numpyro.sample("a", dist.Bernoulli(0.3))
@@ -188,7 +196,7 @@ def test_what_is_independent_given_the_data_stays_so():
         numpyro.sample("y", dist.Normal(v, 1), obs=0.5)
 
     sites = sites_of(model)
-    assert {name: site.coupled for name, site in sites.items()} == {"a": (), "b": (), "u": ("a",), "v": ("b",)}
+    assert {name: parents(site) for name, site in sites.items()} == {"a": (), "b": (), "u": ("a",), "v": ("b",)}
 
 
 def test_what_is_drawn_before_separates_and_what_comes_later_couples():
@@ -205,8 +213,8 @@ def test_what_is_drawn_before_separates_and_what_comes_later_couples():
         u = numpyro.sample("u", dist.Normal(a + b, 1))
         numpyro.sample("x", dist.Normal(u, 1), obs=0.5)
 
-    assert {n: s.coupled for n, s in sites_of(chain).items()} == {"a": (), "b": ("a",), "c": ("b",), "u": ("c",)}
-    assert {n: s.coupled for n, s in sites_of(collider).items()} == {"a": (), "b": ("a",), "u": ("a", "b")}
+    assert {n: parents(s) for n, s in sites_of(chain).items()} == {"a": (), "b": ("a",), "c": ("b",), "u": ("c",)}
+    assert {n: parents(s) for n, s in sites_of(collider).items()} == {"a": (), "b": ("a",), "u": ("a", "b")}
 
 
 def mixture(x, is_cumulative=False):
@@ -225,7 +233,8 @@ def test_elements_of_a_plate_are_coupled_only_if_they_share_something():
     params = start(STRUCTURED(mixture), jnp.ones(7))
     assert params["z_auto_weights"].shape == (7, 1, 2)  # of each element, by the two means
     assert params["shift_auto_couplings"].shape == (7, 1, 2)
-    assert params["shift_auto_loc_weights"].shape == (7, 1, 1)  # by its own z
+    assert params["shift_auto_loc_z"].shape == (7, 1)
+    assert "shift_auto_loc_weights" not in params  # its own z is all that it reaches
     params = start(STRUCTURED(partial(mixture, is_cumulative=True)), jnp.ones(7))
     assert params["z_auto_weights"].shape == (7, 1, 7)
 
@@ -236,7 +245,7 @@ def test_nothing_in_common_costs_nothing():
             z = numpyro.sample("z", dist.Bernoulli(0.4))
             numpyro.sample("x", dist.Normal(z, 1), obs=x)
 
-    guide, plain = DISCRETE(model), AutoDiscrete(model)
+    guide, plain = DISCRETE(model), AutoDiscrete(model, structure="mean_field")
     assert set(start(guide, jnp.ones(7))) == set(start(plain, jnp.ones(7)))
 
 
@@ -265,7 +274,7 @@ def test_a_switch_frees_what_it_switches_off():
     assert loc(on, moved)[1] != loc(on, 0 * moved)[1]
 
 
-@pytest.mark.parametrize("plate_particles", [{}, {"data": 3}])
+@pytest.mark.parametrize("plate_particles", of_two_lengths([{}, {"data": 3}], [{"data": 3}]))
 def test_local_plates_with_particles_of_their_own(plate_particles):
     x = jnp.array([-2.0, -2.2, 2.1, 1.9, 2.0])
     guide = STRUCTURED(mixture)
@@ -299,6 +308,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.long
 def test_every_support_beside_every_other():
     def model(x):
         values = [numpyro.sample(name, fn) for name, fn in {**COUNTS, **CONTINUOUS}.items()]

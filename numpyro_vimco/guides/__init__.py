@@ -6,10 +6,10 @@
 In: a model. Out: a guide with parameters for all of its latents, or for the discrete ones; no estimator is known here.
 Open `auto_mixed` for the guide of all latents and the formulas, `auto_discrete` for that of discrete ones, `structured`
 for how sites are drawn one after the other, `autoregressive` for the distributions of one site, `couplings` for which
-latents the model couples, `plan` for what follows from that, `families` for which distribution a support gets and where
-it begins, `distributions` for the integer distributions themselves, `point_masses` for priors that are refused,
-`options` for checks of arguments, `structural` for what the guides have in common, and `private` for what they use of
-NumPyro's own.
+latents the model couples, `plan` for the order of sites and their parents, `families` for which distribution a support
+gets and where it begins, `distributions` for the integer distributions themselves, `point_masses` for priors that are
+refused, `options` for checks of arguments, `structural` for the guides' common base class, and `private` for the
+private parts of NumPyro's guides.
 """
 
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete

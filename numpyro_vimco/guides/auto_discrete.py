@@ -43,26 +43,28 @@ class AutoDiscrete(StructuralGuide):
     distribution of its mean, which a negative binomial cannot be, or wider. Both are positive and optimised by their
     logarithm, so that a step is a fraction of what they are.
 
-    The guide begins near the prior, given the values by ``init_loc_fn`` of what a site depends on, and slightly off: 1%
-    of the probability is spread evenly over finite supports, so that each value is proposed at times, and parameters
-    are moved by 0.1 standard normals in unconstrained space, so that symmetric models (mixtures) can leave the
-    symmetric point. Only these moves depend on the key of the fit. Supports are those of the first call's arguments.
-    The guide of the continuous latents is another; :class:`AutoMixed` has both.
+    The guide begins near the prior of each site, at the values that ``init_loc_fn`` gives to the latents that the site
+    depends on. It differs from the prior in two ways. 1% of the probability is spread evenly over finite supports, so
+    that each value is proposed at times. Parameters are moved by 0.1 standard normals in unconstrained space, so that
+    symmetric models (mixtures) can leave the symmetric point; only these moves depend on the key of the fit. Supports
+    are those of the first call's arguments. Continuous latents need another guide; :class:`AutoMixed` has both.
 
     :param callable model: a NumPyro model.
     :param str prefix: a prefix of the parameters' names. Defaults to ``"auto"``.
-    :param str structure: ``"mean_field"`` or ``"autoregressive"``. Defaults to ``"mean_field"``.
-    :param float coupling_speed: factor on couplings, so that they learn more slowly than the rest. Defaults to 0.2.
+    :param str structure: ``"mean_field"`` or ``"autoregressive"``. Defaults to ``"autoregressive"``: sites that share
+        nothing given the data are independent in it too.
+    :param float coupling_speed: factor on couplings, so that they learn more slowly than the rest. Defaults to 0.3, as
+        in :class:`AutoMixed`.
     :param int rank: rank of the matrices of couplings. Defaults to None: full up to 131,072 entries of one
         site, 8 beyond.
     :param callable init_loc_fn: a NumPyro initialization function. Where it has a value for a discrete site
         (``init_to_value(values={"z": 2})``), the guide begins there: with 90% of the probability if the support is
-        finite, as its location if not. Defaults to :func:`numpyro.infer.init_to_median`, which has none, so that the
-        guide begins at the prior given the medians of what it depends on.
+        finite, as its location if not. Defaults to :func:`numpyro.infer.init_to_median`, which has no values for
+        discrete sites, so that the guide begins at the prior given the medians of the other latents.
     :param callable create_plates: as in NumPyro: returns the plates, for data subsampling.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
-        at the first call, if there is no discrete latent, if bounds of a support depend on other
-        latents, differ between elements of a subsampled plate, or are traced.
+        at the first call, if there is no discrete latent, or if bounds of a support depend on other latents, differ
+        between elements of a subsampled plate, or are traced.
     :raises NotImplementedError: at the first call, for a support without a family (multinomial): the message has a
         hand-written guide.
 
@@ -83,8 +85,8 @@ class AutoDiscrete(StructuralGuide):
         model: Callable,
         *,
         prefix: str = "auto",
-        structure: str = "mean_field",
-        coupling_speed: float = 0.2,
+        structure: str = "autoregressive",
+        coupling_speed: float = 0.3,
         rank: int | None = None,
         init_loc_fn: Callable = init_to_median,
         create_plates: Callable | None = None,
@@ -151,7 +153,7 @@ class AutoDiscrete(StructuralGuide):
                 raise bounds_error(site, f"differ between elements of the plate '{subsampled[0].name}', a subsample")
 
     def _full_size(self, site: dict, value: Array, event_dim: int) -> Array:
-        """Repeat what is for a subsample, for the whole plate."""
+        """Repeat the values of a subsample for the whole plate."""
         for frame in site["cond_indep_stack"]:
             size = self._full_plate_size(frame.name)
             if size != frame.size:
@@ -178,14 +180,21 @@ class AutoDiscrete(StructuralGuide):
             return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
-        """The smallest value of each element whose cumulative probability is at least ½."""
+        """The smallest value of each element whose cumulative probability is at least ½.
+
+        :raises NotImplementedError: as :meth:`quantiles`.
+        """
         return {name: values[0] for name, values in self.quantiles(params, [0.5]).items()}
 
     def quantiles(self, params, quantiles) -> dict[str, Array]:
-        """The smallest value of each element whose cumulative probability is at least each of ``quantiles``."""
+        """The smallest value of each element whose cumulative probability is at least each of ``quantiles``.
+
+        :raises NotImplementedError: where elements depend on each other: a mixture has no closed quantiles.
+        """
         q = np.asarray(quantiles)
         result = {}
         with self._known_structure((), {}):
+            self._check_marginals(self.sites)
             for name, family in self.families.items():
                 ndim = jnp.ndim(self.prototype_trace[name]["value"])
                 result[name] = family.quantile(q.reshape(-1, *(1,) * ndim), **self._params(name, params))

@@ -36,16 +36,16 @@ class AutoMixed(StructuralGuide):
     A guide over all latents of a model, discrete and continuous, of one of three structures.
 
     **mean_field**: all elements are independent. Continuous latents have any automatic guide of NumPyro, discrete ones
-    :class:`AutoDiscrete`. Cheapest, and right where the posterior has no dependence worth the name.
+    :class:`AutoDiscrete`. This is the cheapest structure, for posteriors with little dependence.
 
     **conditional**: continuous latents are Normal in unconstrained space, as in
     :class:`~numpyro.infer.autoguide.AutoNormal`, with a location and a scale that depend on discrete values, so that a
-    spike and its slab can differ. An element depends on the discrete sites that are in no plate that it is not in
-    itself: in a plate that both are in, on the same element; else on all elements.
+    spike and its slab can differ. An element depends on the discrete sites all of whose plates it is in too: on the
+    same element of these plates, and along other dimensions on all elements.
 
     **autoregressive**: latents are drawn one after the other, each given those before it: discrete ones first. With
     :math:`d_i` the elements of discrete sites, :math:`f_j` their features, :math:`u_i` the elements of continuous sites
-    in unconstrained space, and "own" the discrete values that *conditional* has,
+    in unconstrained space, and "own" the discrete values that :math:`u_i` depends on in *conditional*,
 
     .. math::
 
@@ -54,32 +54,34 @@ class AutoMixed(StructuralGuide):
                + \kappa g_i \sum_{j<i} B_{ij} g_j u_j, \;
                s_i(\mathrm{own}) \exp \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
 
-    (Derived in this project.) The feature of a boolean is its value; of a finite support, an indicator of each value.
-    A count k above its smallest value has four: k, centred and scaled by the prior's median and scale; log(1 + k), less
-    that of the median; 1 / (1 + k); and an indicator of 0. Counts have W for the logarithms of location and scale.
+    (Derived in this project.) The feature of a boolean is its value. The features of a finite support are the
+    indicators of its values. A count k above its smallest value has four features: k, centred and scaled by the prior's
+    median and scale; log(1 + k), less that of the median; 1 / (1 + k); and an indicator of 0. Counts have a W for the
+    logarithm of the location and one for that of the scale.
 
-    g is 0 where the own values leave a latent without effect on all others, as a coefficient that is multiplied by a
-    switch: it then follows its prior, whatever the others are. This is found by trying. W, A, B and S begin at zero,
-    where the guide is *conditional*, and learn by the factor :math:`\kappa` more slowly than the rest: couplings that
-    learn as fast chase the first particle that does well, and lose modes.
+    g is 0 where the own values leave a latent without effect on all others, such as a coefficient that is multiplied by
+    a switch that is off. The posterior of such a latent is its prior, whatever the others are. These values are found
+    by evaluating the model at each. W, A, B and S begin at zero, where the guide is *conditional*, and learn by the
+    factor :math:`\kappa` more slowly than the other parameters: couplings that learn as fast follow the first particle
+    that does well, and lose modes.
 
-    Couplings are those that the model has given the data: two latents that share no factor, and that no later latent
-    connects, have none. Elements of a plate that share nothing but what is outside of it are drawn independently given
-    what is outside, so that the number of parameters is linear in the plate's size, and the plate may be subsampled or
-    have `plate_particles`. Sites in such plates come after all others. A plate whose elements the data couple, such as
-    predictors in one regression, is drawn element after element.
+    Latents are coupled as they are in the model given the data: two latents that share no factor, and that no later
+    latent connects, have no coupling. Elements of a plate that share only latents outside of the plate are drawn
+    independently given these. The number of parameters is then linear in the plate's size, and the plate may be
+    subsampled or have `plate_particles`. Sites in such plates come after all others. A plate whose elements the data
+    couple, such as predictors in one regression, is drawn element after element.
 
-    A matrix of couplings of one site to all before it is full up to 131,072 entries (360 switches with each other).
+    The matrix of couplings of one site to all before it is full up to 131,072 entries (360 switches with each other).
     Beyond, it is a product of two matrices of rank 8, with about 16 parameters for each element; elements are dealt
-    out to 32 blocks, and coupled to the blocks before their own. Drawing is compiled without a Python loop over
-    elements: continuous elements solve a triangular system; discrete ones iterate to the draw that one after the
-    other would give.
+    out to 8 blocks, and coupled to the elements of the blocks before their own. Drawing is compiled without a Python
+    loop over elements: for continuous elements a triangular system is solved; discrete ones are iterated until they are
+    what drawing one after the other would give.
 
     **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`), continuous ones at the
-    median of their prior with a scale of 0.1, by ``init_loc_fn``. A random start far out, as NumPyro's default,
-    costs *autoregressive* half of its effective sample size: what is switched off has to find its prior again.
-    Where the prior is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that not
-    all weight is with one particle.
+    median of their prior with a scale of 0.1, by ``init_loc_fn``. A random start far from it, as NumPyro's default,
+    costs *autoregressive* half of its effective sample size, as latents that are switched off have to find their prior
+    again. Where the prior is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that
+    not all weight is with one particle.
 
     :param callable model: a NumPyro model.
     :param continuous: an automatic guide of NumPyro for continuous latents, or a function from a model (and keyword
@@ -87,10 +89,12 @@ class AutoMixed(StructuralGuide):
         continuous latents only. Defaults to :class:`~numpyro.infer.autoguide.AutoNormal`, which it must be for all
         structures but mean_field.
     :param discrete: the same for discrete latents. Defaults to :class:`AutoDiscrete`.
-    :param str structure: ``"mean_field"``, ``"conditional"`` or ``"autoregressive"``. Defaults to ``"mean_field"``.
-    :param float coupling_speed: :math:`\kappa`. Defaults to 0.2: on data with a correlated design of 10 predictors, 14
-        of 14 fits were right at 0.2, and 9 of 11 at 0.3, the others without a mode of 8%. Larger values reach strong
-        couplings in fewer steps.
+    :param str structure: ``"mean_field"``, ``"conditional"`` or ``"autoregressive"``. Defaults to the last, which is
+        nearest to the truth on all of five posteriors (``benchmarks/structures.py``); or to ``"mean_field"`` if
+        ``continuous`` or ``discrete`` is given. Choose another where compilation is long (it grows with the number of
+        sites), or where one pass over the data is all that there is time for.
+    :param float coupling_speed: :math:`\kappa`. Defaults to 0.3. At 0.1 a coupling cannot get far enough in some
+        thousand steps, which loses modes of change points; at 1 they are lost by chasing.
     :param int rank: rank of the matrices of couplings. Defaults to None: as above.
     :param kwargs: ``prefix``, ``init_loc_fn``, ``create_plates``: keyword arguments of both guides. Each
         has its own defaults; with a structure, ``init_loc_fn`` is :func:`~numpyro.infer.init_to_median`.
@@ -108,7 +112,7 @@ class AutoMixed(StructuralGuide):
                 slope = numpyro.sample("slope", dist.Normal(0, 1))
             numpyro.sample("y", dist.Normal(x @ (included * slope), 1).to_event(1), obs=y)
 
-        guide = AutoMixed(model, structure="autoregressive")
+        guide = AutoMixed(model)
         result = fit(SVI(model, guide, optax.adam(0.01), VIMCOStar(0.5)), random.key(0), 4000, x, y)
     """
 
@@ -118,11 +122,13 @@ class AutoMixed(StructuralGuide):
         *,
         continuous: Callable = AutoNormal,
         discrete: Callable = AutoDiscrete,
-        structure: str = "mean_field",
-        coupling_speed: float = 0.2,
+        structure: str | None = None,
+        coupling_speed: float = 0.3,
         rank: int | None = None,
         **kwargs,
     ):
+        if structure is None:  # the others need these two
+            structure = "autoregressive" if continuous is AutoNormal and discrete is AutoDiscrete else "mean_field"
         self.structure = check_structure(structure, ["mean_field", "conditional", "autoregressive"])
         if self.structure != "mean_field":
             kwargs = {"init_loc_fn": init_to_median, **kwargs}
@@ -148,7 +154,8 @@ class AutoMixed(StructuralGuide):
             )
         self._check_continuous(continuous, {**discrete, **continuous}, *args, **kwargs)
         if discrete:
-            self._parts = [self.discrete(self.model, **self._arguments)]
+            independent = {"structure": "mean_field"} if self.discrete is AutoDiscrete else {}
+            self._parts = [self.discrete(self.model, **independent, **self._arguments)]
         if continuous:
             model = self.model
             if discrete:
@@ -164,7 +171,7 @@ class AutoMixed(StructuralGuide):
             self._structure_sites(discrete, continuous, *args, **kwargs)
 
     def _structure_sites(self, discrete: Samples, continuous: Samples, *args, **kwargs) -> None:
-        """Find out what the sites of a guide with dependences depend on."""
+        """Set ``_sites``: the sites of a guide with dependences, and what each depends on."""
         sites = self._parts[0].sites if discrete else []
         if continuous:
             sites = [*sites, *continuous_sites(self._parts[-1])]
@@ -199,7 +206,7 @@ class AutoMixed(StructuralGuide):
         self._parts, self._sites, self.plates = [], [], {}
 
     def _shared_plates(self, *args, **kwargs) -> list[numpyro.plate]:
-        """The plates of this call: both guides must see the same subsample."""
+        """The plates of this call, for both guides: they must see the same subsample."""
         return list(self.plates.values())
 
     def __call__(self, *args, **kwargs) -> dict[str, Array]:
@@ -234,33 +241,26 @@ class AutoMixed(StructuralGuide):
             return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
-        """Medians of all latents, as the two guides have them.
+        """Medians of all latents, each by its own guide.
 
-        :raises NotImplementedError: with another structure than mean_field: a mixture has no closed quantiles.
+        :raises NotImplementedError: where latents depend on each other: a mixture has no closed quantiles.
         """
         with self._known_structure((), {}):
-            self._check_marginals()
+            self._check_marginals(self._sites)
             return {name: value for part in self._parts for name, value in part.median(params).items()}
 
     def quantiles(self, params, quantiles) -> dict[str, Array]:
-        """Quantiles of all latents, as the two guides have them.
+        """Quantiles of all latents, each by its own guide.
 
         :raises NotImplementedError: as :meth:`median`.
         """
         with self._known_structure((), {}):
-            self._check_marginals()
+            self._check_marginals(self._sites)
             return {name: value for part in self._parts for name, value in part.quantiles(params, quantiles).items()}
-
-    def _check_marginals(self) -> None:
-        if self._sites:
-            raise NotImplementedError(
-                f"With structure='{self.structure}' the marginal of a latent is a mixture over what it depends on, and "
-                "has no closed quantiles. Use those of `sample_posterior(rng_key, params, sample_shape=(10_000,))`."
-            )
 
 
 def _is_beside_continuous(site: dict) -> bool:
-    """What a continuous guide must not see: all but continuous latents, plates and parameters."""
+    """Whether a site is to be hidden from a continuous guide, which sees continuous latents, plates and parameters."""
     return site["type"] == "deterministic" or (site["type"] == "sample" and (site["is_observed"] or is_discrete(site)))
 
 

@@ -3,8 +3,8 @@
 
 r"""Distributions of one site whose elements depend on those before them.
 
-Each element has a density of its own, given the elements before it: shapes and plates are those of independent
-elements, and the sum over them is the joint density.
+Each element has a density given the elements before it. The log-density has the shape that it has for independent
+elements, so that the site fits into the same plates; its sum over elements is that of all elements jointly.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,16 @@ from numpyro.distributions import constraints
 
 from numpyro_vimco.randomness import split
 
-# Of elements whose couplings are of low rank.
-NUM_BLOCKS = 32
+# Blocks into which elements are dealt out whose couplings are of low rank.
+NUM_BLOCKS = 8
 
 
 @dataclass(frozen=True)
 class Elements:
-    """The elements of a site, in the order in which they are drawn: all but those of local plates.
+    """The order in which the elements of a site are drawn.
+
+    Elements of local plates are drawn side by side; for each of them, those along all other dimensions are drawn one
+    after the other, in row-major order.
 
     :ivar batch_ndim: number of batch dimensions of the site's values.
     :ivar event_dim: number of event dimensions.
@@ -49,21 +52,21 @@ class Elements:
         return [shape[self.batch_ndim + dim] if dim in self.local_dims else 1 for dim in range(deepest, 0)]
 
     def count(self, shape: tuple[int, ...]) -> int:
-        """n, of values of a shape ``(*batch, *event)``."""
+        """The number n of elements that are drawn one after the other, of values of shape ``(*batch, *event)``."""
         return math.prod(shape) // math.prod(self._local_shape(shape))
 
     def gather(self, x: Any) -> Any:
-        """From ``(*batch, *event, *rest)`` to ``(*local, n, *rest)``; plates that are not local have size 1 in it.
+        """From shape ``(*batch, *event, *rest)`` to ``(*local, n, *rest)``; an array of NumPy gives one of NumPy.
 
-        NumPy's arrays stay NumPy's.
+        ``local`` has the batch dimensions from the leftmost local one on; those that are not local have size 1.
         """
         ndim = self.batch_ndim + self.event_dim
         moved = x.transpose(*self._order, *range(ndim, x.ndim))
         return moved.reshape(*self._local_shape(x.shape), -1, *x.shape[ndim:])
 
     def scatter(self, x: Array, shape: tuple[int, ...]) -> Array:
-        """From ``(*local, n, *rest)`` to ``(*shape, *rest)`` with shape ``(*batch, *event)``; local dimensions of size
-        1 are repeated.
+        """The reverse: from ``(*local, n, *rest)`` to ``(*shape, *rest)``, with shape ``(*batch, *event)``. Local
+        dimensions of size 1 are repeated.
         """
         local, order = self._local_shape(shape), self._order
         rest = x.shape[len(local) + 1 :]
@@ -72,9 +75,10 @@ class Elements:
 
 
 class FullCoupling:
-    """Couplings of each element to each before it, by a matrix.
+    """Couplings of each element to all before it, by a matrix.
 
-    :param matrix: of shape ``(*local, n, k, n, f)``; what is not below the diagonal of the n is not used.
+    :param matrix: of shape ``(*local, n, k, n, f)``: from f features of an element to k shifts of a later one. Entries
+        on and above the diagonal of the two n are not used.
     """
 
     def __init__(self, matrix: Array):
@@ -87,7 +91,7 @@ class FullCoupling:
         return jnp.einsum("...ikjf,...jf->...ik", self.matrix, features)
 
     def solve(self, right: Array, gate: Array) -> Array:
-        """The u of shape ``(*local, n)`` with u = right + gate · coupling(gate · u); k and f are 1."""
+        """The u of shape ``(*local, n)`` that solves u = right + gate · apply(gate · u), for k = f = 1."""
         matrix = jnp.eye(right.shape[-1]) - gate[..., :, None] * self.matrix[..., 0, :, 0] * gate[..., None, :]
         matrix = jnp.broadcast_to(matrix, (*right.shape, right.shape[-1]))
         return solve_triangular(matrix, right[..., None], lower=True, unit_diagonal=True)[..., 0]
@@ -96,8 +100,8 @@ class FullCoupling:
 class LowRankCoupling:
     """Couplings of elements to those before them, by a product of two matrices.
 
-    Elements are dealt out to 32 blocks in turn, and coupled to all elements of the blocks before their own: to 97% of
-    what may come before them, their neighbours included. So there are 32 steps, whatever the number of elements.
+    Elements are dealt out to 8 blocks in turn, and coupled to all elements of the blocks before their own. These are
+    88% of all pairs of elements, neighbours among them. So there are 8 steps, whatever the number of elements.
 
     :param left: of shape ``(*local, n, k, rank)``.
     :param right: of shape ``(n, f, rank)``.
@@ -108,7 +112,10 @@ class LowRankCoupling:
         self.left, self.right = self._deal(left, 2), self._deal(right, 2)
 
     def _deal(self, x: Array, rest: int) -> Array:
-        """From ``(*local, n, *rest)`` to ``(*local, blocks, of each, *rest)``, with zeros at the end."""
+        """From ``(*local, n, *rest)`` to ``(*local, blocks, elements of a block, *rest)``, with zeros at the end.
+
+        :param rest: number of the dimensions ``*rest``.
+        """
         axis = x.ndim - rest - 1
         missing = -x.shape[axis] % self.num_blocks
         x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
@@ -157,9 +164,9 @@ class AutoregressiveDiscrete(dist.Distribution):
 
     :param conditional: from values ``(*local, n)`` to the distribution of each element given those before it.
     :param elements: the order of elements.
-    :param support: of the values.
+    :param support: the support of each element.
     :param start: any values, of shape ``(*local, n)``.
-    :param shape: of values, ``(*batch, *event)``; the distribution has no event dimensions.
+    :param shape: shape of values, ``(*batch, *event)``; the distribution has no event dimensions.
     """
 
     pytree_data_fields = ("_support",)
@@ -172,14 +179,15 @@ class AutoregressiveDiscrete(dist.Distribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self):
-        """That of each element."""
+        """The support of each element."""
         return self._support
 
     def sample(self, key, sample_shape=()):
         """Draw values of shape ``(*sample_shape, *batch)``.
 
-        The same noise is taken again, given the values so far, until nothing changes: the first element is right after
-        one pass, the second after two at most, so that the end is what element after element would give. [1]
+        All elements are drawn from the same noise, given the values of the pass before, until no value changes. The
+        first element is right after one pass, the second after two at most, and so on: the result is that of drawing
+        one element after the other. [1]
 
         1. Song et al. 2021, *Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving*,
            arXiv 2002.03629
@@ -213,23 +221,22 @@ class AutoregressiveNormal(dist.Distribution):
     Normal elements, each with a mean that is linear in those before it:
     :math:`u_i \sim \mathrm{Normal}(loc_i + g_i \sum_{j<i} C_{ij} g_j u_j, \; scale_i)`.
 
-    :param loc: of shape ``(*local, n)``.
-    :param scale: likewise.
-    :param gate: g, likewise.
+    :param loc: location given that all earlier u are 0, of shape ``(*local, n)``.
+    :param scale: standard deviation given the earlier elements, of the same shape.
+    :param gate: g, of the same shape.
     :param coupling: C.
     :param elements: the order of elements.
-    :param shape: of values, ``(*batch, *event)``; the distribution has no event dimensions.
+    :param shape: shape of values, ``(*batch, *event)``; the distribution has no event dimensions.
     """
 
     pytree_data_fields = ("loc", "scale", "gate")
     pytree_aux_fields = ("coupling", "elements")
     support = constraints.real
+    has_rsample = True
 
     def __init__(self, loc: Array, scale: Array, gate: Array, coupling: Coupling, elements: Elements, shape):
         self.loc, self.scale, self.gate, self.coupling, self.elements = loc, scale, gate, coupling, elements
         super().__init__(batch_shape=shape)
-
-    has_rsample = True
 
     def sample(self, key, sample_shape=()):
         """Draw values of shape ``(*sample_shape, *batch)``, differentiable."""

@@ -4,9 +4,9 @@
 """Which latents of a model are coupled given the data, found from its log-densities.
 
 Latents that share a factor of the joint density are neighbours in the posterior's graph. A guide that draws its sites
-one after the other needs a coupling of a site to an earlier one if a path leads from one to the other through sites
-that are drawn later than both: what is later is integrated out, and leaves its neighbours dependent; what is earlier
-is given, and separates them.
+one after the other needs a coupling of a site to an earlier one if the two are neighbours, or are connected by a chain
+of neighbours that are drawn later than both. Later sites are integrated out, which leaves their neighbours dependent;
+earlier sites are given, which separates theirs.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ Samples = dict[str, Array]
 
 
 def log_densities(model: Callable, args: tuple, kwargs: dict) -> Callable[[Samples], Samples]:
-    """From latents to the log-density of each sample site, in nats."""
+    """A function from latents to the log-density of each sample site, in nats."""
 
     def evaluate(latents: Samples) -> Samples:
         with block():
@@ -46,11 +46,14 @@ class Graph:
 
     @classmethod
     def of(cls, evaluate: Callable[[Samples], Samples], latents: Samples) -> "Graph":
-        """The graph of a model, by :func:`log_densities`."""
+        """The graph of a model.
+
+        :param evaluate: of :func:`log_densities`.
+        """
         return cls(dependence(evaluate, latents))
 
     def parents(self, name: str, earlier: Iterable[str]) -> set[str]:
-        """The earlier sites that a site has to depend on; all others are later."""
+        """The sites among ``earlier`` that a site has to depend on; all other sites are drawn after it."""
         earlier, reached, todo = set(earlier), {name}, [name]
         while todo:
             site = todo.pop()
@@ -62,14 +65,15 @@ class Graph:
         return reached & earlier
 
     def is_coupled_within(self, name: str) -> bool:
-        """Whether elements of a site can share anything: whether more than its own prior depends on it."""
+        """Whether elements of a site may be dependent: whether another density than its own prior depends on it."""
         return any(name in factor for site, factor in self.factors.items() if site != name)
 
 
 def local_plates(graph: Graph, tr: Trace, evaluate: Callable[[Samples], Samples], other: Samples) -> set[str]:
-    """The plates whose elements share nothing but what is outside of the plate.
+    """The plates whose elements are independent given the latents outside of the plate.
 
     :param tr: a trace of the model.
+    :param evaluate: of :func:`log_densities`.
     :param other: other values of all latents.
     """
     frames = {site["name"]: {frame.name: frame.dim for frame in site["cond_indep_stack"]} for site in sample_sites(tr)}
@@ -84,10 +88,10 @@ def local_plates(graph: Graph, tr: Trace, evaluate: Callable[[Samples], Samples]
 
 
 def _are_elements_independent(tr: Trace, evaluate: Callable, other: Samples, dims: dict[str, int]) -> bool:
-    """Whether the densities of a plate's elements stay what they are if half of the elements get other latents.
+    """Whether the densities of half of a plate's elements stay the same if the others get other latents.
 
-    NumPyro takes the elements of a plate to be independent, but computes what is written in it, a cumulative sum, say.
-    What depends on values that JAX traces is believed.
+    A plate declares that its elements are independent, but a model may compute anything in it, a cumulative sum for
+    example. Densities that depend on values that JAX traces cannot be compared, and pass.
 
     :param dims: of each sample site in the plate, the dimension of the plate.
     """

@@ -19,7 +19,7 @@ class IntervalCategorical(dist.CategoricalLogits):
     """
     A categorical distribution over the integers from ``low`` to ``high``.
 
-    The bounds may differ between elements of a batch: the values that an element does not have take no probability.
+    The bounds may differ between elements of a batch: values outside of an element's bounds have probability 0.
 
     :param logits: unnormalized log-probabilities of ``low``, ``low + 1``, …; of shape ``(*batch, K)`` with K at least
         the largest number of values.

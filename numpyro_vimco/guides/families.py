@@ -23,7 +23,8 @@ from numpyro.util import not_jax_tracer
 from numpyro_vimco.guides.distributions import DiscretizedLogistic, IntervalCategorical
 from numpyro_vimco.sites import unwrapped
 
-# At the start: probability spread evenly, standard normals in unconstrained space, probability of a given value.
+# At the start: the probability that is spread evenly over a finite support, the standard deviation of moves in
+# unconstrained space, and the probability of a value that `init_loc_fn` gives.
 SPREAD, JITTER, GIVEN = 0.01, 0.1, 0.9
 
 
@@ -45,15 +46,15 @@ class Boolean:
         return {"logits": log_probs[..., 1] - log_probs[..., 0]}
 
     def distribution(self, logits: Array) -> dist.Distribution:
-        """The family's member."""
+        """The distribution with these parameters."""
         return dist.BernoulliLogits(logits)
 
     def shifted(self, shifts: Array, logits: Array) -> dict[str, Array]:
-        """Parameters, moved by shifts in a new axis at the end."""
+        """Parameters, moved by shifts of shape ``(…, num_shifts)``."""
         return {"logits": logits + shifts[..., 0]}
 
     def over(self, arrange: Callable[[Any], Any]) -> "Boolean":
-        """The family, with what there is for each element rearranged."""
+        """The family for rearranged elements: ``arrange`` is applied to bounds that each element has of its own."""
         return self
 
     def quantile(self, q: np.ndarray, logits: Array) -> Array:
@@ -61,16 +62,18 @@ class Boolean:
         return jnp.asarray(q > jax.nn.sigmoid(-logits), int)
 
     def features(self, value: Array) -> Array:
-        """What other sites may depend on, in a new axis at the end."""
+        """Features for sites that depend on this one, of shape ``(…, num_features)``."""
         return value[..., None].astype(float)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A categorical distribution over an interval of integers: as flexible as can be.
+    """A categorical distribution over an interval of integers.
+
+    Methods and attributes are those of :class:`Boolean`.
 
     :ivar low: smallest value.
-    :ivar high: largest value; both are an integer, or one for each element.
+    :ivar high: largest value; both are an integer, or an array with one for each element.
     """
 
     low: Any
@@ -111,11 +114,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Count:
-    """A discretised logistic distribution, above or below Poisson dispersion.
+    """A discretised logistic distribution, whose variance may be smaller or larger than a Poisson's of the same mean.
 
-    Location and scale are positive, so that a step of an optimiser changes them by a fraction of what they are.
+    Location and scale are positive, so that a step of an optimiser changes them by a fraction of what they are. Methods
+    and attributes are those of :class:`Boolean`.
 
-    :ivar low: smallest value.
+    :ivar low: smallest value, an integer, or an array with one for each element.
     :ivar loc: median of the prior above ``low``, for each element.
     :ivar scale: scale of the prior, for each element.
     """
@@ -130,7 +134,7 @@ class Count:
 
     @classmethod
     def of_prior(cls, site: dict, low: Any, rng_key: Array) -> "Count":
-        """The family for a prior, of which draws are taken: not all have moments.
+        """The family for a prior. Location and scale are quantiles of draws, as not all priors have moments.
 
         :raises ValueError: for counts that are too large for single precision.
         """
@@ -186,7 +190,7 @@ def has_common_bounds(family: Family) -> bool:
 def family_of(site: dict, rng_key: Array) -> Family:
     """The family for a discrete site.
 
-    :raises NotImplementedError: for a support that there is no family for.
+    :raises NotImplementedError: for a support without a family.
     :raises ValueError: for bounds that are traced.
     """
     try:
@@ -233,13 +237,13 @@ def _no_automatic_guide_error(site: dict) -> NotImplementedError:
 
 
 def jitter(start: Array, constraint: constraints.Constraint, rng_key: Array) -> Array:
-    """A parameter to begin with, slightly moved in unconstrained space."""
+    """``start``, moved by :data:`JITTER` standard normals in unconstrained space."""
     transform = biject_to(constraint)
     return transform(transform.inv(start) + JITTER * random.normal(rng_key, jnp.shape(start)))
 
 
 def _bound(site: dict, bound) -> Any:
-    """A bound as an integer, or as an array of one for each element of the site's value."""
+    """A bound as an integer; as an array with one for each element of the site's value, if they differ."""
     if not not_jax_tracer(bound):
         raise bounds_error(site, "are traced by JAX when the guide is first called; call `svi.init` outside of `jit`")
     bound = np.asarray(bound)
@@ -247,7 +251,7 @@ def _bound(site: dict, bound) -> Any:
 
 
 def _start_log_probs(site: dict, low, high, given: Array | None) -> Array:
-    """Log-probabilities to begin with, of shape (*elements, K); 0 where an element has no such value."""
+    """Log-probabilities in nats to begin with, of shape (*elements, K); 0 for values that an element does not have."""
     shape, last = jnp.shape(site["value"]), np.max(high - low)
     index = np.arange(last + 1).reshape(-1, *(1,) * len(shape))
     exists = np.broadcast_to(index <= high - low, (last + 1, *shape))

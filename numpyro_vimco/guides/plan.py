@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What each site of a structured guide depends on, and in which order they are drawn. Why: :class:`.AutoMixed`."""
+"""The order in which a structured guide draws its sites, and what each depends on. For reasons see `AutoMixed`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,12 +16,10 @@ from numpyro_vimco.guides.autoregressive import Elements
 from numpyro_vimco.guides.couplings import Graph
 from numpyro_vimco.guides.families import Boolean, Family, Interval, has_common_bounds
 from numpyro_vimco.guides.private import init_locs, init_scale, unconstrained_event_dim
-from numpyro_vimco.guides.structured import ContinuousSite, DiscreteSite, Site
+from numpyro_vimco.guides.structured import ContinuousSite, DiscreteSite, Samples, Site
 from numpyro_vimco.sites import Trace, is_latent_site
 
-Samples = dict[str, Array]
-
-# Values of a discrete site, and pairs of sites, for which it is tried out whether a continuous one has an effect.
+# `gated` looks at discrete sites of so many values, and at so many pairs of sites, at most.
 MAX_VALUES, MAX_PAIRS = 8, 64
 
 
@@ -40,7 +38,7 @@ def discrete_sites(tr: Trace, families: dict[str, Family], starts: dict[str, Sam
 
 
 def continuous_sites(guide: AutoNormal) -> list[Site]:
-    """The sites of a guide of NumPyro: they depend on nothing."""
+    """The sites of a guide of NumPyro, which depend on nothing."""
     sites: list[Site] = []
     for name, site in guide.prototype_trace.items():
         if is_latent_site(site):
@@ -52,7 +50,7 @@ def continuous_sites(guide: AutoNormal) -> list[Site]:
 
 
 def conditional(sites: Iterable[Site]) -> list[Site]:
-    """Continuous sites depend on the discrete sites that are in no plate that they are not in themselves."""
+    """Let continuous sites depend on the discrete sites all of whose plates they are in."""
     sites = list(sites)
     discrete = [site for site in sites if isinstance(site, DiscreteSite)]
 
@@ -83,7 +81,7 @@ def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list
         )
         if isinstance(site, ContinuousSite):
             own = tuple(name for name in site.own if name in parents)
-            # What of these an element can reach, it has already.
+            # Own sites all of whose plates are local: an element reaches one element of these, its own already.
             whole = {other.name for other in reached if other.name in own and plates(other) <= local}
             coupled = tuple(name for name in site.coupled if name not in whole)
             site = replace(site, own=own, coupled=coupled, prior=frozenset(graph.factors[site.name] - {site.name}))
@@ -92,9 +90,9 @@ def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list
 
 
 def gated(sites: Iterable[Site], evaluate: Callable[[Samples], Samples], values: Samples, other: Samples) -> list[Site]:
-    """Find for which values of a discrete site a continuous one in the same plates has no effect.
+    """Find for which values of a discrete site a continuous one in the same plates has no effect on other densities.
 
-    Such a site follows its prior there, and is coupled to no other.
+    There its posterior is its prior, and it is coupled to no other site.
 
     :param evaluate: from latents to the log-density of each site of the model.
     :param values: of all latents.
@@ -120,14 +118,14 @@ def gated(sites: Iterable[Site], evaluate: Callable[[Samples], Samples], values:
 
 
 def _differ(a: Array, b: Array) -> bool:
-    """Whether values are known to differ; what JAX traces may."""
+    """Whether values differ; True for values that JAX traces, as they may."""
     if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
         return True
     return not np.array_equal(a, b, equal_nan=True)
 
 
 def _is_alike(by: DiscreteSite, site: ContinuousSite) -> bool:
-    """Whether each element of a continuous site has one of a small discrete site of its own."""
+    """Whether ``by`` is a discrete site of few values in the plates of ``site``, with one value for each element."""
     family = by.family
     if not isinstance(family, Boolean | Interval) or family.num_values > MAX_VALUES:
         return False

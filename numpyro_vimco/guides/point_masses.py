@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpyro.distributions as dist
 
-# A hurdle with a continuous base has a mass at 0; it is in NumPyro since 0.22. Zero-inflated ones are discrete there.
+# A hurdle distribution with a continuous base has a mass at 0; NumPyro has it since 0.22. Its zero-inflated
+# distributions are discrete.
 MASSES = (dist.Delta, *(getattr(dist, name) for name in ("HurdleProbs",) if hasattr(dist, name)))
 
 

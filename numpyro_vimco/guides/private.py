@@ -45,10 +45,10 @@ class PrototypeGuide(AutoGuide):
 
 
 def set_up(guide: AutoGuide, *args, **kwargs) -> None:
-    """What a guide's first call does before it samples.
+    """Set up a guide, as its first call does before it samples.
 
-    Computed at once as far as the arguments allow, with another key if that is traced: what is kept outlives a
-    transformation of JAX.
+    What a guide keeps outlives a transformation of JAX, and must not hold its tracers. So values are computed at once
+    as far as the arguments allow, and a key that is traced is replaced.
     """
     if guide.prototype_trace is None:
         # NumPyro's initialization functions promote ranks where its objectives do not.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What automatic guides have in common: a trace of the model for its structure, and nothing of JAX's tracers."""
+"""The base class of this package's automatic guides: the structure of a model, found at the first call."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,15 +21,19 @@ from numpyro_vimco.sites import is_latent_site
 
 
 class StructuralGuide(PrototypeGuide):
-    """An automatic guide that knows the structure of a model, but not its density, from which NumPyro sums discrete
-    sites out.
+    """An automatic guide that knows the sites and plates of a model.
+
+    It never evaluates the model's density with discrete sites summed out, as the guides of NumPyro do at their first
+    call. What it finds out at its own first call holds no tracers of JAX.
     """
 
     @contextmanager
     def _known_structure(self, args: tuple, kwargs: dict) -> Iterator[None]:
-        """What the first call finds out, here and afterwards; not afterwards, where it depends on what JAX traces.
+        """A context in which the structure of the model is known.
 
-        :raises ValueError: if it has to be found out without arguments.
+        It is found out at the first call, and kept, unless it depends on arguments that JAX traces.
+
+        :raises ValueError: if it has to be found out, and the call has no arguments.
         """
         if self.prototype_trace is None and self._was_traced and not (args or kwargs):
             raise ValueError(
@@ -47,7 +51,7 @@ class StructuralGuide(PrototypeGuide):
         return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found))
 
     def _forget(self) -> None:
-        """Drop what the first call has found out."""
+        """Drop the structure that this call has found out."""
         self.prototype_trace = self._prototype_arguments = None
         self._was_traced = True
 
@@ -68,7 +72,7 @@ class StructuralGuide(PrototypeGuide):
         self._prototype_arguments = args, kwargs
 
     def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
-        """Sites in the order in which an autoregressive guide draws them, with what the model couples them to."""
+        """Sites in the order in which an autoregressive guide draws them, each with the sites it is coupled to."""
         values = {site["name"]: site["value"] for site in self.prototype_trace.values() if is_latent_site(site)}
         elsewhere = substitute(seed(self.model, jax.random.key(1)), substitute_fn=init_to_uniform)
         with block():
@@ -78,6 +82,18 @@ class StructuralGuide(PrototypeGuide):
         graph = Graph.of(evaluate, values)
         local = local_plates(graph, self.prototype_trace, evaluate, other)
         return gated(autoregressive(sites, graph, local), evaluate, values, other)
+
+    def _check_marginals(self, sites: Iterable[Site]) -> None:
+        """Raise unless all sites are independent.
+
+        :raises NotImplementedError: naming one that depends on others.
+        """
+        for site in sites:
+            if site.depends:
+                raise NotImplementedError(
+                    f"With structure='{self.structure}' the marginal of '{site.name}' is a mixture, and has no closed "
+                    "quantiles. Use those of `sample_posterior(rng_key, params, sample_shape=(10_000,))`."
+                )
 
     def _draw_in_guide(self, sampler: Sampler, *args, **kwargs) -> Samples:
         return sampler.run(InGuide(self._plates_of_call(*args, **kwargs)))

@@ -3,9 +3,10 @@
 
 """Sites of a guide, drawn one after the other, each given those before it. The formula: :class:`.AutoMixed`.
 
-Values have the shape of their site, ``(*batch, *event)``. Couplings see a site's *elements*, in an order: arrays of
-shape ``(*local, n, …)``, where ``local`` are the sizes of plates whose elements share nothing, and n is the number of
-all other elements. What is in fewer local plates has size 1 there, so that it is for each of their elements.
+Values have the shape of their site, ``(*batch, *event)``. Couplings act on a site's *elements* in the order in which
+they are drawn: arrays of shape ``(*local, n, …)``. ``local`` are the sizes of *local plates*, whose elements are drawn
+independently given the sites outside of the plate; n is the number of elements along all other dimensions. A site
+outside of a local plate has size 1 there, and broadcasts over the plate's elements.
 """
 
 from abc import ABC, abstractmethod
@@ -36,13 +37,13 @@ from numpyro_vimco.guides.families import Family, jitter
 
 Samples = dict[str, Array]
 
-# The couplings of one site are a full matrix up to so many entries, 360 switches with each other, say. Beyond, they are
-# a product of two matrices of this rank.
+# The couplings of one site are a full matrix up to this number of entries, such as those of 360 switches with each
+# other. Beyond, they are a product of two matrices of this rank.
 FULL_ENTRIES, RANK = 2**17, 8
 
 
 class Statements(Protocol):
-    """How parameters and draws are stated: to NumPyro in a guide, or at parameters that are known."""
+    """The statements of a guide: those of NumPyro, or ones that draw at known parameters without a trace."""
 
     def plates(self, site: dict) -> ExitStack:
         """A context of a site's plates."""
@@ -55,7 +56,7 @@ class Statements(Protocol):
 
 
 class InGuide:
-    """NumPyro's statements."""
+    """NumPyro's statements, in the plates of one call of a guide."""
 
     def __init__(self, plates: dict[str, numpyro.plate]):
         self._plates = plates
@@ -77,13 +78,13 @@ class InGuide:
 
 
 class FromParams:
-    """Draws at known parameters, of full plates."""
+    """Draws at known parameters, of full plates; each site from a key of its own."""
 
     def __init__(self, params: Samples, keys: dict[str, Array]):
         self._params, self._keys = params, keys
 
     def plates(self, site: dict) -> ExitStack:
-        """Nothing: parameters are of full plates."""
+        """An empty context, as parameters are those of full plates."""
         return ExitStack()
 
     def param(self, name: str, start: Any, **kwargs) -> Array:
@@ -101,8 +102,8 @@ class Site(ABC):
 
     :ivar site: the site as traced in the model.
     :ivar start: values of its parameters to begin with, of full plates.
-    :ivar event_dim: event dimensions of its elements.
-    :ivar elements: their order.
+    :ivar event_dim: number of event dimensions of its value.
+    :ivar elements: the order of its elements.
     :ivar coupled: earlier sites that it depends on through couplings.
     :ivar is_coupled_within: whether its elements depend on each other.
     """
@@ -120,18 +121,23 @@ class Site(ABC):
     def full_shape(self) -> tuple[int, ...]:
         """Shape of its elements in full plates, ``(*batch, *event)``."""
 
+    @property
+    def depends(self) -> bool:
+        """Whether any element depends on another, or on an earlier site."""
+        return bool(self.coupled) or (self.is_coupled_within and self.elements.count(self.full_shape) > 1)
+
     @abstractmethod
     def draw(self, earlier: "Earlier") -> tuple[Array, Array]:
-        """Its value, and features for later sites, of shape ``(*local, n, f)``."""
+        """Its value, and its features for later sites, of shape ``(*local, n, f)``."""
 
 
 @dataclass(frozen=True)
 class Sampler:
     """The sites of a guide, in the order in which they are drawn.
 
-    :ivar prefix: of the names of parameters.
+    :ivar prefix: prefix of the names of parameters.
     :ivar speed: factor on couplings.
-    :ivar rank: of couplings; None for full matrices up to :data:`FULL_ENTRIES`.
+    :ivar rank: rank of couplings; None for full matrices up to :data:`FULL_ENTRIES`.
     """
 
     sites: tuple[Site, ...]
@@ -166,11 +172,14 @@ class Earlier:
     def shifts(
         self, site: Site, name: str, parents: Iterable[str], num_shifts: int, num_features: int = 0
     ) -> tuple[dict[str, Array], Coupling | None]:
-        """What earlier sites add to parameters of a site, and the couplings of its elements to each other.
+        """What earlier sites add to the parameters of a site's distribution, and the couplings of its own elements.
 
-        :param name: of the parameter.
-        :param num_features: features that one of the elements has for the next; 0 for no such couplings.
-        :return: for each earlier site, shifts of shape ``(*local, n, num_shifts)``; and the couplings, if there are.
+        :param name: the name of the couplings' parameter.
+        :param parents: the earlier sites.
+        :param num_shifts: number of parameters of one element that are shifted.
+        :param num_features: number of features that an element has for later ones of its site; 0 for no such couplings.
+        :return: for each earlier site, shifts of shape ``(*local, n, num_shifts)``; and the couplings of the site's
+            elements to each other, None if there are none.
         """
         features = {parent: self.features[parent] for parent in parents}
         features = {parent: value.reshape(*value.shape[:-2], -1) for parent, value in features.items()}
@@ -195,7 +204,7 @@ class Earlier:
         return shifts, FullCoupling(matrix.reshape(*matrix.shape[:-1], n, num_features))
 
     def _weights(self, site: Site, name: str, num_shifts: int, size: int) -> tuple[Array, Array | None]:
-        """A matrix of shape ``(*local, n, num_shifts, size)``, zero at the start; or two, whose product it is."""
+        """A matrix of shape ``(*local, n, num_shifts, size)``, zero at the start; or two of which it is the product."""
         shape, event_dim = (*site.full_shape, num_shifts), site.event_dim + 2
         rank = self.sampler.rank
         if rank is None and math.prod(shape) * size > FULL_ENTRIES:
@@ -213,7 +222,7 @@ class Earlier:
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteSite(Site):
-    """A discrete site: each element in one family, with parameters shifted by what is before it."""
+    """A discrete site: its elements are of one family, with parameters that earlier elements shift."""
 
     family: Family
 
@@ -263,11 +272,12 @@ class DiscreteSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuousSite(Site):
-    """A continuous site: Normal in unconstrained space, linear in what is before it.
+    """A continuous site: Normal in unconstrained space, linear in the features of earlier elements.
 
-    :ivar own: discrete sites whose coefficients are learnt at full speed, element on element in common plates.
-    :ivar gates: for discrete sites of its own, at which of their values it has an effect (1) or none (0).
-    :ivar prior: earlier sites that its prior depends on, which count where it has no effect too.
+    :ivar own: discrete sites all of whose plates it is in. It depends on the same element of these plates, with
+        coefficients that learn at full speed.
+    :ivar gates: for some of ``own``, at which of their values the site has an effect (1) or none (0).
+    :ivar prior: earlier sites that its prior depends on. It depends on these where it has no effect, too.
     """
 
     own: tuple[str, ...] = ()
@@ -278,6 +288,11 @@ class ContinuousSite(Site):
     def full_shape(self) -> tuple[int, ...]:
         """Shape of its elements in full plates."""
         return jnp.shape(self.start["loc"])
+
+    @property
+    def depends(self) -> bool:
+        """Whether any element depends on another, or on an earlier site."""
+        return bool(self.own) or super().depends
 
     def draw(self, earlier: Earlier) -> tuple[Array, Array]:
         """Its value, and features for later sites."""
@@ -306,7 +321,7 @@ class ContinuousSite(Site):
         return value, elements.gather(gate * transform.inv(value))[..., None]
 
     def _own_shifts(self, earlier: Earlier) -> tuple[Array | float, Array | float]:
-        """Of location and log-scale, by discrete sites of its own."""
+        """What the sites of ``own`` add to location and log-scale."""
         of_loc: Array | float = 0.0
         of_scale: Array | float = 0.0
         for name in self.own:
@@ -319,7 +334,7 @@ class ContinuousSite(Site):
         return of_loc, of_scale
 
     def _gate(self, earlier: Earlier, shape: tuple[int, ...]) -> Array:
-        """0 for elements that have no effect at the values of discrete sites, 1 for others."""
+        """0 for elements that have no effect at the values drawn for the sites of ``gates``, 1 for others."""
         gate = jnp.ones(shape)
         for name, table in self.gates.items():
             value, site = earlier.values[name], earlier.sites[name]
@@ -338,8 +353,10 @@ class ContinuousSite(Site):
 
 
 def _features_in_plates(earlier: Earlier, name: str, event_dim: int) -> Array:
-    """Features of a discrete site that broadcast to (*batch, *event, g) of a site in its plates: those of the same
-    element of each plate, and all that is in no plate.
+    """Features of a discrete site for each element of another site in its plates: those of the same element of each
+    plate, and of all elements along other dimensions.
+
+    :return: of a shape that broadcasts to the other site's (*batch, *event, f).
     """
     site = earlier.sites[name]
     assert isinstance(site, DiscreteSite)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of arguments, and of a guide trace against a model trace: what NumPyro would pass over becomes an error.
+"""Checks of arguments, and of a guide trace against a model trace: errors where NumPyro would warn or pass.
 
 Every message names the argument, the site or the plate, says what is wrong, and what to do instead.
 """
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_in_scan, is_latent_site, sample_sites
 
 
 def check_particles(argument: str, number: int) -> int:
@@ -80,7 +80,7 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
                 f"Plate '{name}' has size {site['args'][0]} in the guide and {model_trace[name]['args'][0]} in the "
                 "model. Give both the same size (and the same subsample_size)."
             )
-    check_model_guide_match(model_trace, guide_trace)  # what is left: shapes of sites
+    check_model_guide_match(model_trace, guide_trace)  # the remaining checks: shapes of sites
     if not any(site["type"] == "param" for site in guide_trace.values()):
         warnings.warn(
             "The guide has no parameters, so that SVI cannot improve it. Declare them with `numpyro.param`, "
@@ -122,7 +122,7 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
 
 
 def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace, guide_trace: Trace) -> None:
-    """Raise unless each named plate can have particles of its own.
+    """Raise unless each named plate can have local particles.
 
     :raises ValueError: for a plate that does not exist, one nested in another named one, one inside of `scan`, or
         one that no latent site of the guide is in.
@@ -149,7 +149,7 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
                     f"`plate_particles` names the plates '{plate}' and '{others[0]}', but site '{site['name']}' is in "
                     "both: one is nested in the other. Name the outer one only."
                 )
-            if plate in stacks[site["name"]] and site.get("_control_flow_done"):
+            if plate in stacks[site["name"]] and is_in_scan(site):
                 raise ValueError(
                     f"`plate_particles` names the plate '{plate}', which is inside of `scan` (site '{site['name']}'). "
                     "Only plates outside of control flow can have particles of their own: move it outside, or remove "
@@ -178,7 +178,7 @@ def event_mask_error(site: str) -> ValueError:
 def check_joint_plates(
     joint_plates: frozenset[str], plate_particles: Mapping[str, int], model_trace: Trace, guide_trace: Trace
 ) -> None:
-    """Raise unless the plates whose elements shall share one weight exist, and have no particles of their own.
+    """Raise unless the plates whose elements share one weight exist, and have no local particles.
 
     :raises ValueError: naming the plate.
     """
@@ -208,7 +208,7 @@ def elements_error(plate: str, site: str) -> ValueError:
 
 
 def masked_latent_error(site: str, latent: str) -> ValueError:
-    """A site that depends on latents which are masked out of the program."""
+    """A site that depends on elements of a latent that the model masks."""
     return ValueError(
         f"The model masks elements of the latent site '{latent}', but the density of site '{site}' depends on them. A "
         "mask takes an element out of the program, with its density in the guide. For a flat prior use "
@@ -226,7 +226,7 @@ def delta_error(site: str) -> ValueError:
 
 
 def second_derivative_error() -> NotImplementedError:
-    """A second derivative of an estimate whose first is not that of its value."""
+    """A second derivative of the loss, whose first derivative is not that of its value."""
     return NotImplementedError(
         "The loss of an importance-weighted objective has a first derivative only: an estimate of the gradient, which "
         "is not the derivative of the estimate, so that a second derivative would be wrong. For curvature, "
@@ -250,22 +250,18 @@ def subsample_error(frame, size: int, outside: list[str]) -> ValueError:
 
 
 def check_shape(site: dict, shape: tuple[int, ...]) -> None:
-    """Raise unless ``shape``, that of the site's log-density, is explained by the site's plates.
+    """Raise unless ``shape``, that of a site's log-density, is explained by the site's plates.
 
-    A site in plates may have their dimensions only. A site outside of plates may be a batch, as NumPyro
-    allows, but not an outer product of a distribution's batch with a value's.
+    The log-density of a site in plates has the dimensions of these plates only. Outside of plates it may have the batch
+    shape of the distribution or of the value, as NumPyro allows, but not an outer product of the two.
 
     :raises ValueError: otherwise.
     """
     sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
     if sizes:
         # The leading dimension of a site in `scan` is time.
-        in_scan = site.get("_control_flow_done", False)
-        unexplained = [
-            dim
-            for dim in range(-len(shape), 0)
-            if shape[dim] != sizes.get(dim, 1) and not (in_scan and dim == -len(shape))
-        ]
+        first = 1 if is_in_scan(site) else 0
+        unexplained = [dim for dim in range(first - len(shape), 0) if shape[dim] != sizes.get(dim, 1)]
         explained = not unexplained and len(shape) >= -min(sizes)
     else:
         batch = tuple(site["fn"].batch_shape)

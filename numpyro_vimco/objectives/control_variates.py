@@ -6,7 +6,7 @@ r"""Estimators of importance-weighted bounds, as pure functions of the log-weigh
 Every function here takes ``log_weights`` of shape ``(num_particles, *plates)``, in nats, and reduces or
 normalises over the first axis only: each plate element is a bound of its own. ``alpha`` is a Python float.
 None of them is meant to be differentiated: :class:`~numpyro_vimco.ImportanceWeightedELBO` assembles the gradient.
-What concerns local particles takes the log-weights of one plate's M local particles in place of the N.
+The functions of local particles take the log-weights of one plate's M local particles in place of the N particles.
 
 With :math:`w_j = p(x, z_j) / q(z_j)`, the VR-IWAE bound [1] and its score-function gradient are
 
@@ -22,7 +22,7 @@ signal* is :math:`s_j = \hat L - f_{-j} - W_j`.
 Conventions on degenerate weights, for every function:
 
 - A particle of weight zero (``-inf``) has :math:`W_j = 0`. Its signal is the limit of the formula as
-  :math:`w_j \to 0`; at α = 1, where there is none, it is 0 and the others are centred among themselves.
+  :math:`w_j \to 0`. At α = 1 there is no limit: the signal is 0, and the other particles are centred without it.
 - Where all other particles have weight zero, :math:`1 - W_j` is taken as the dtype's smallest normal number,
   so that the signal is finite (about 87 in float32, 708 in float64).
 - NaN in gives NaN out.
@@ -88,7 +88,7 @@ def log_one_minus_share(log_weights: LogWeights, alpha: float) -> PerParticle:
     """
     shares = normalized_weights(log_weights, alpha)
     shifted = _shifted(log_weights, alpha)
-    # By position: the compiler may fuse the shift so that the largest is not exactly zero.
+    # By position, not as the one that is 0: the compiler may fuse the shift, and the largest is then not exactly 0.
     largest = jax.nn.one_hot(jnp.argmax(log_weights, axis=0), log_weights.shape[0], axis=0, dtype=bool)
     log_others = logsumexp(jnp.where(largest, -jnp.inf, shifted), axis=0, keepdims=True)
     log_others = jnp.where(jnp.isneginf(log_others), jnp.log(jnp.finfo(shifted.dtype).tiny), log_others)

@@ -3,11 +3,11 @@
 
 """Traces of model and guide in, log-densities by level out. Knows NumPyro, no estimator.
 
-Where the model masks an element of a latent, the element is out of the program: its density in the guide counts no
-more than that in the model. What plates do to densities is in :mod:`numpyro_vimco.objectives.plates`.
+Where the model masks an element of a latent, neither its density in the model nor that in the guide counts. What plates
+do to densities is in :mod:`numpyro_vimco.objectives.plates`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 import math
@@ -26,12 +26,12 @@ from numpyro_vimco.sites import Trace, is_latent_site, mask_of, sample_sites, un
 
 
 class Densities(NamedTuple):
-    """Log-densities in nats. Their gradients are what an estimator weights, so the split is by how parameters act:
+    """Log-densities of one level in nats, in three parts whose gradients an estimator weights differently.
 
     :ivar model: log p(x, z), of all sites of the model.
-    :ivar guide_rest: the guide's log-density but for ``guide_score``: that of path sites, of observed sites and
-        factors, and what `handlers.scale` adds to a score-function site.
-    :ivar guide_score: the log-density that the score-function samples were drawn from, never scaled.
+    :ivar guide_score: log-density that the score-function samples were drawn from, never scaled.
+    :ivar guide_rest: the other terms of log q(z): path sites, observed sites and factors, and what `handlers.scale`
+        adds to a score-function site.
     """
 
     model: Density
@@ -52,7 +52,7 @@ class Densities(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["value", "log_prob"], meta_fields=["event_dim"])
 @dataclass
 class Draw:
-    """A latent guide site as drawn: its value, and its log-density (None for a path site)."""
+    """The draw of a latent guide site: its value, and its log-density in nats, None for a path site."""
 
     value: Array
     log_prob: Array | None
@@ -60,12 +60,12 @@ class Draw:
 
     @property
     def is_path(self) -> bool:
-        """Whether the gradient of the guide's parameters flows through the value."""
+        """Whether the site is a path site: gradients flow through its value."""
         return self.log_prob is None
 
     @property
     def differentiable(self) -> Array:
-        """What carries that gradient: the value, or the log-density."""
+        """What depends on the guide's parameters differentiably: the value of a path site, else the log-density."""
         return self.value if self.log_prob is None else self.log_prob
 
 
@@ -73,7 +73,7 @@ Draws = dict[str, Draw]
 
 
 class SiteDensities:
-    """The log-densities of the sites of a model and its guide at one particle.
+    """The log-densities of the sites of a model and its guide at one particle, in nats.
 
     :param structure: how plates combine them.
     """
@@ -83,63 +83,66 @@ class SiteDensities:
         self.masks = latent_masks(model_trace, guide_trace)
 
     def of_model(self) -> Levels[Density]:
-        """The log-density log p(x, z) of the model."""
-        return self._sum(self.model_trace, self._of_model)
+        """The model's log-density log p(x, z), of all its sites."""
+        return self._sum(sample_sites(self.model_trace), self._of_model_site)
 
-    def of_guide(self, tells: Callable[[dict], bool]) -> Levels[Density]:
-        """Log-densities of some guide sites, never scaled.
+    def of_guide(self, is_part: Callable[[dict], bool]) -> Levels[Density]:
+        """The log-density of the guide sites that ``is_part`` is true of, never scaled."""
+        return self._sum(filter(is_part, sample_sites(self.guide_trace)), self.of_guide_site)
 
-        :param tells: the sites.
-        """
-        return self._sum(self.guide_trace, lambda site, level: self.of_guide_site(site) if tells(site) else None)
+    def of_guide_rest(self, is_part: Callable[[dict], bool], guide_trace: Trace | None = None) -> Levels[Density]:
+        """The other terms of the guide's log-density log q(z): :meth:`of_guide` of the same sites and this sum to it.
 
-    def of_guide_beside(self, tells: Callable[[dict], bool], guide_trace: Trace | None = None) -> Levels[Density]:
-        """The guide's log-density but for :meth:`of_guide`: of all other sites, and what scales add to those.
+        These are the log-densities of the other sites, and what scales add to the log-densities of those sites.
 
         :param guide_trace: another trace of the guide, with the same values.
         """
 
-        def beside(site: dict, level: str | None) -> Array | None:
-            scale = self._scale(site, level)
-            if tells(site):
-                return None if scale is None else (scale - 1) * self.of_guide_site(site)
-            return self.of_guide_site(site) if scale is None else scale * self.of_guide_site(site)
+        def is_in_rest(site: dict) -> bool:
+            return not is_part(site) or self._scale(site) is not None
 
-        return self._sum(guide_trace or self.guide_trace, beside)
+        def log_prob(site: dict) -> Array:
+            scale, log_prob = self._scale(site), self.of_guide_site(site)
+            if is_part(site):
+                return (scale - 1) * log_prob
+            return log_prob if scale is None else scale * log_prob
 
-    def _of_model(self, site: dict, level: str | None) -> Array:
-        name, scale = site["name"], self._scale(site, level)
+        return self._sum(filter(is_in_rest, sample_sites(guide_trace or self.guide_trace)), log_prob)
+
+    def _of_model_site(self, site: dict) -> Array:
+        name, scale = site["name"], self._scale(site)
         if name in self.guide_trace and is_latent_site(site) and name not in self.masks:
-            # The guide has no density of single elements. Those that are masked count with the model's own density
-            # instead: whatever else the weight holds, it integrates to one.
+            # The guide has no density of single elements. Masked ones count with the density that the model would give
+            # them, which integrates to one.
             site = {**site, "fn": unmasked(site["fn"])}
-        log_prob = safe_log_prob(log_prob_of, site, self.structure.kept(level))
+        log_prob = safe_log_prob(log_prob_of, site, self.structure.kept(self._level(site)))
         return log_prob if scale is None else scale * log_prob
 
     def of_guide_site(self, site: dict) -> Array:
         """Log-density of a guide site, never scaled; 0 where the model masks the site."""
         return guide_log_prob(site, self.masks)
 
-    def _scale(self, site: dict, level: str | None) -> Any:
-        """The scale of a site, less that of subsampled plates whose sum is scaled as a whole; None for 1."""
+    def _level(self, site: dict) -> str | None:
+        return level_of(site, [name for name, *_ in self.structure.local])
+
+    def _scale(self, site: dict) -> Any:
+        """The scale of a site, None for 1; without that of subsampled plates which scales sums of log-weights."""
         if site["scale"] is None:
             return None
-        scale = site["scale"] / self.structure.level_scale(level)
+        scale = site["scale"] / self.structure.level_scale(self._level(site))
         return None if isinstance(scale, float) and math.isclose(scale, 1.0) else scale
 
-    def _sum(self, trace: Trace, density: Callable[[dict, str | None], Array | None]) -> Levels[Density]:
-        """Sum the densities of sites over each level; None counts nothing."""
+    def _sum(self, sites: Iterable[dict], log_prob: Callable[[dict], Array]) -> Levels[Density]:
+        """Sum the log-densities of sites over each level."""
         zero = jnp.zeros((1,) * self.structure.ndim)
         shared, local = zero, {name: zero for name, *_ in self.structure.local}
-        for site in sample_sites(trace):
-            level = level_of(site, local)
-            log_prob = density(site, level)
-            if log_prob is None:
-                continue
+        for site in sites:
+            level = self._level(site)
+            summed = self.structure.sum_to_level(log_prob(site), level)
             if level is None:
-                shared = shared + self.structure.sum_to_level(log_prob, level)
+                shared = shared + summed
             else:
-                local[level] = local[level] + self.structure.sum_to_level(log_prob, level)
+                local[level] = local[level] + summed
         return Levels(shared, local)
 
 
@@ -149,8 +152,8 @@ Masks = dict[str, tuple[Array, int] | None]
 def latent_masks(model_trace: Trace, guide_trace: Trace) -> Masks:
     """The model's mask of each latent: see :func:`numpyro_vimco.sites.mask_of`.
 
-    A guide that draws latents jointly, as one auxiliary site, hands each out as a Delta: these are left out, as the
-    guide has no density of their elements.
+    A guide that draws latents jointly does so as one auxiliary site, from which each latent is a Delta. It has no
+    density of their elements, so that these latents are left out.
     """
     auxiliary = any(is_latent_site(site) and name not in model_trace for name, site in guide_trace.items())
     return {
@@ -163,9 +166,9 @@ def latent_masks(model_trace: Trace, guide_trace: Trace) -> Masks:
 
 
 def guide_log_prob(site: dict, masks: Masks) -> Array:
-    """Log-density of a guide site, without its scale; 0 for elements that the model masks.
+    """Log-density of a guide site in nats, without its scale; 0 for elements that the model masks.
 
-    :raises ValueError: for a mask within an event, of whose parts the guide has no densities.
+    :raises ValueError: if the model masks parts of an event, and the guide has no density for each part.
     """
     found = masks.get(site["name"])
     if found is None:
@@ -183,7 +186,7 @@ def guide_log_prob(site: dict, masks: Masks) -> Array:
 
 
 def log_prob_of(site: dict) -> Array:
-    """Log-density of a site with its own mask, without its scale."""
+    """Log-density of a site in nats, with its own mask, without its scale."""
     if site["intermediates"]:
         log_prob = site["fn"].log_prob(site["value"], site["intermediates"])
     else:

@@ -55,15 +55,15 @@ class ImportanceWeightedELBO(ELBO):
     this scaled objective, with the score of the density that the sample was drawn from. `handlers.mask`
     takes elements of a site out of the program: they have neither a density nor a score, and
     nothing that is not masked should depend on them. Where the model masks a latent, as ``obs_mask`` does, its
-    density in the guide does not count either, whoever wrote the guide. A guide that draws latents jointly
-    (`AutoMultivariateNormal`) has no density of single elements: there, masked ones count with the density that the
-    model would give them, which integrates to one.
+    density in the guide does not count either, in automatic guides and in those written by hand. A guide that draws
+    latents jointly (`AutoMultivariateNormal`) has no density of single elements: there, masked ones count with the
+    density that the model would give them, which integrates to one.
 
     **Zero weights.** Where all particles of an element have weight zero, the loss is ``inf`` and the gradient 0.
     Where some have, they take no part in the gradient, even if the derivative of a density is infinite there (a
-    Poisson count at rate 0). What the model computes before its distributions is out of reach: ``jnp.log(z)`` at
+    Poisson count at rate 0). Computations of the model before its distributions are not protected: ``jnp.log(z)`` at
     z = 0 makes the gradient NaN, and ``jnp.where(z > 0, z, 1)`` inside of the logarithm is the cure. NaN
-    log-weights give a NaN loss. There is no second derivative: it is an error.
+    log-weights give a NaN loss. A second derivative raises an error.
 
     :param float alpha: order α of the bound, in [0, 1]: 0 is the importance-weighted bound (IWAE), tightest for
         a given number of particles; 1 is the ELBO. Defaults to 0.
@@ -74,23 +74,23 @@ class ImportanceWeightedELBO(ELBO):
         pytree of arrays with a leading axis for the particles. Defaults to True.
     :param bool doubly_reparameterized: how gradients flow through path sites. True (default) is the doubly
         reparameterised form [2], whose signal-to-noise ratio grows with N where the plain pathwise gradient's falls.
-        It traces the guide three times more (once more each for Delta sites or factors and for
-        `plate_particles`), and evaluates the guide's density at given values, for which a flow needs its inverse.
+        It traces the guide three times more, and once more each for Delta sites or factors and for
+        `plate_particles`. It evaluates the guide's density at given values, for which a flow needs its inverse.
         Delta sites, masked ones, and distributions whose support may depend on parameters (bounds that are arrays,
         transforms of a base that is not on the real line) keep plain gradients. False is the plain gradient for all,
         in one pass of guide and model: for flows whose inverse is slow or missing (`AutoBNAFNormal`), for nested
         `scan`, and for `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are
         the same.
     :param joint_plates: names of plates whose elements share one weight, although the plates are common to all sites:
-        for elements that are not independent (a random walk along the plate). Defaults to none. Dependence is looked
-        for where values are concrete, and is an error that names the plate.
+        for elements that are not independent (a random walk along the plate). Defaults to none. Other elements that
+        depend on each other are an error that names the plate, where values are concrete.
     :param int chunk_size: number of particles to evaluate at a time, a divisor of `num_particles`. Defaults to None,
         all of them. Memory is then that of ``chunk_size`` particles, beside the keys and the log-weights of all, for
         one more forward pass; results are the same but for the rounding of sums. A callable
         `vectorize_particles` is given ``chunk_size`` particles.
     :param jax.sharding.Sharding particle_sharding: how an axis of particles, or of the particles of a chunk, is spread
-        over devices, of this process or of several; on a mesh whose axes are of type Auto. Defaults to None: what the
-        compiler makes of the arrays of the model.
+        over devices, of this process or of several; on a mesh whose axes are of type Auto. Defaults to None: the
+        compiler decides, by how the arrays of the model are spread.
     :raises ValueError: if ``alpha`` or ``num_particles`` is out of range, ``chunk_size`` does not divide
         ``num_particles``, or ``particle_sharding`` does not divide the particles that are evaluated at a time.
 
@@ -136,11 +136,11 @@ class ImportanceWeightedELBO(ELBO):
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
         """
-        What multiplies the gradient of log q(z_j) at score-function sites: the estimator.
+        The signals: what multiplies the gradient of log q(z_j) at score-function sites. This is the estimator.
 
         :param log_weights: log-weights in nats, of shape ``(num_particles, *plates)``.
-        :return: the signals, of the same shape. They may depend on the weights in any way for which
-            bound - signal - normalized weight does not depend on the particle itself, else they are biased.
+        :return: the signals, of the same shape. The gradient is unbiased if bound - signal - normalized weight of a
+            particle depends on the other particles only.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `score_signal(log_weights)`.")
 
@@ -172,7 +172,7 @@ class ImportanceWeightedELBO(ELBO):
         kinds = program.kinds(param_map, rng_key)
         concrete = not _has_tracers((args, kwargs))
         if concrete and (kinds.elements or kinds.masks) and may_be_dependent(program, param_map, rng_key):
-            # Parameters are traced in a fit: those that it begins with are as good here.
+            # In a fit parameters are traced: the check is then at those that the program itself begins with.
             with jax.ensure_compile_time_eval():
                 untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
                 check_elements(untraced, {} if _has_tracers(param_map) else param_map)
@@ -192,7 +192,7 @@ class ImportanceWeightedELBO(ELBO):
         """
         Model and guide with their arguments, as this objective evaluates them.
 
-        :param jax.random.key plate_key: of subsampled plates, whose subsample is the same for all particles.
+        :param jax.random.key plate_key: key of subsampled plates; their subsample is the same for all particles.
         """
         met: list[str] = []
         return Program(
@@ -207,10 +207,10 @@ class ImportanceWeightedELBO(ELBO):
         )
 
     def _check(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
-        """Raise for what an estimator cannot do; each has its own."""
+        """Raise for programs that this estimator cannot fit; a subclass may have such."""
 
     def _shard(self, keys: Array) -> Array:
-        """Spread keys of particles over devices; the compiler spreads what is computed from them."""
+        """Spread keys of particles over devices; the compiler then spreads all that is computed from them."""
         if self.particle_sharding is None:
             return keys
         return jax.lax.with_sharding_constraint(keys, self.particle_sharding)
@@ -243,13 +243,13 @@ class VIMCOStar(ImportanceWeightedELBO):
 
     The parameters are those of :class:`ImportanceWeightedELBO`, and
 
-    :param dict plate_particles: number of particles of their own that the elements of a plate have, for each
-        particle of what is outside of it: ``{"data": 8}``. With latents in a plate beside global ones, the joint
-        weight is a product over the plate's elements, and one particle takes all of it; with local particles each
-        element averages its own. Plates inside of a named one belong to it. Defaults to none; derived in this
-        project (:func:`~numpyro_vimco.objectives.control_variates.local_vimco_star_signal`). Densities inside of the
-        plate cost ``num_particles`` times as many evaluations as given here, those outside none more. The plate may
-        be subsampled where α = 1.
+    :param dict plate_particles: number M of local particles by plate: ``{"data": 8}``. For each particle of the sites
+        outside of the plate, each element of the plate has M draws of the sites inside of it. With latents in a plate
+        beside global ones, the joint weight is a product over the plate's elements, and one particle takes all of it;
+        with local particles each element averages its own. Plates inside of a named one belong to it. Densities
+        inside of the plate are then evaluated ``num_particles`` times M times, those outside of it no more often. The
+        plate may be subsampled where α = 1. Defaults to none; derived in this project
+        (:func:`~numpyro_vimco.objectives.control_variates.local_vimco_star_signal`).
     :raises ValueError: also for fewer than two local particles, and at the first step for a plate that does not
         exist, has no latents, is nested in another named one, or whose latents a site outside of it depends on.
 

@@ -3,11 +3,11 @@
 
 """Are the elements of a plate independent, as a bound for each of them supposes?
 
-Two particles are drawn, and the latents of some elements exchanged between them: where elements are independent, no
-density of any other element moves. Likewise nothing may depend on latents that the model masks.
+Two particles are drawn, and the latents of some elements exchanged between them. If elements are independent, the
+densities of the other elements stay what they are. Nor may any density depend on latents that the model masks.
 
-The check knows what it sees. It can be fooled by a dependence that shows at rare values only, or at other parameters (a
-coupling that is zero at the start of a fit): diagnostics check again, at the fitted ones.
+The check misses a dependence that shows at rare values only, or at other parameters (a coupling that is zero at the
+start of a fit). Diagnostics therefore check again, at the fitted parameters.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ from numpyro_vimco.objectives.program import Program, Values
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_drawn, sample_sites
 
-# Number of pairs of particles. What differs by rounding only, relative to the sum of the terms' sizes.
+# Number of pairs of particles; and how far values may differ by rounding, relative to the sum of their terms' sizes.
 PAIRS, ROUNDING = 4, 1e-4
 
 
 def may_be_dependent(program: Program, params: dict[str, Any], rng_key: Array) -> bool:
-    """Whether :func:`check_elements` has anything to find, by the computation of densities; nothing is computed.
+    """Whether :func:`check_elements` may find a dependence, by how densities are computed; no value is computed.
 
-    False is certain, and spares the check, which is compiled, in most fits.
+    False is certain. In most fits it spares :func:`check_elements`, which has to be compiled.
     """
     sizes: set[int] = set()
     masked: list[str] = []
@@ -59,7 +59,7 @@ def may_be_dependent(program: Program, params: dict[str, Any], rng_key: Array) -
 def check_elements(program: Program, params: dict[str, Any]) -> None:
     """Raise for elements that have weights of their own and are not independent; at concrete values.
 
-    Where the model holds values that are traced (an annealed likelihood), there is nothing to see.
+    Where the model holds traced values (an annealed likelihood), nothing can be compared, and the check passes.
 
     :raises ValueError: naming the plate, or the masked latent, and a site.
     """
@@ -118,10 +118,10 @@ def _quick(fn: Callable, argument: Any) -> Any:
 
 
 class _Site(NamedTuple):
-    """Where a site that the guide draws stands.
+    """The plates of a site that the guide draws.
 
     :ivar level: the named plate that it is in, or None.
-    :ivar frames: its plates.
+    :ivar frames: all plates that it is in.
     """
 
     level: str | None
@@ -139,9 +139,9 @@ class _Site(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """Log-densities, summed over what shares a weight.
+    """Log-densities in nats, summed over the elements that share a weight.
 
-    :ivar size: the same sum of absolute values, by which rounding is measured.
+    :ivar size: the same sum of their absolute values: rounding is relative to it.
     """
 
     value: Array
@@ -151,7 +151,7 @@ class _Sum(NamedTuple):
         return _Sum(self.value[index], self.size[index])
 
     def differs_from(self, other: Array) -> bool:
-        """Whether any value differs by more than rounding; what is NaN is for others to find."""
+        """Whether any value differs by more than rounding. NaN does not count: other checks find it."""
         same = (self.value == other) | (jnp.abs(self.value - other) <= ROUNDING * (1 + self.size))
         return not bool(jnp.all(same | jnp.isnan(self.value) | jnp.isnan(other)))
 
@@ -162,7 +162,7 @@ Sums = dict[str, _Sum]
 def _densities(sites: SiteDensities, level: str | None, program: Program) -> Sums:
     """The log-density of each site of a level, guide and model together.
 
-    For the shared level these are all sites: all are in its plates.
+    For the shared level these are all sites, as all are in the plates common to all sites.
     """
     found: Sums = {}
     for tr, log_prob_of_site in ((sites.guide_trace, sites.of_guide_site), (sites.model_trace, log_prob_of)):

@@ -3,9 +3,9 @@
 
 """Particles in, a bound with its gradient attached out.
 
-:func:`estimate` weighs the particles, and then pulls the weights back through what the particles were computed from:
-their log-densities (:func:`one_pass`), or their samples as well (:func:`doubly_reparameterized`). Each of these two
-gives :class:`Particles`.
+:func:`estimate` has the bound and its gradient from :class:`Particles`. These come from one of two functions:
+:func:`one_pass` differentiates the log-densities of the particles, :func:`doubly_reparameterized` their log-weights and
+their samples. In both, the weights of :func:`weigh` multiply the derivatives.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from numpyro_vimco.objectives.program import Program
 
 
 class Weights(NamedTuple):
-    """What the gradients of one level are weighted with; of shape (N, *plates), or (N, M, *plates) if local.
+    """What multiplies the derivatives of one level; arrays of shape (N, *plates), or (N, M, *plates) for a named plate.
 
     :ivar share: W_j, or u_jim = W_j V_jim.
     :ivar signal: s_j, or s_jim.
@@ -41,17 +41,22 @@ class Weights(NamedTuple):
 def weigh(
     log_weights: Levels[Array], structure: Structure, alpha: float, score_signal: Callable
 ) -> tuple[Float[Array, ""], Levels[Weights]]:
-    """The bound in nats, and the weights of each level. Scales of subsampled plates are in shares and signals."""
-    total = log_weights.shared  # the logarithm of the design's Ẑ_j
+    """The bound in nats, and the weights of each level. Scales of subsampled plates are in shares and signals.
+
+    :param log_weights: in nats, of shape (N, *plates), and (N, M, *plates) for a named plate.
+    :param structure: how the plates combine log-densities.
+    :param score_signal: from the log-weights of whole particles to their signals, of the same shape.
+    """
+    total = log_weights.shared  # becomes log Ẑ_j, the log-weight of particle j with all its local particles
     for name, local in log_weights.local.items():
         elements = jax.vmap(cv.log_mean_weight)(local)
         total = total + structure.local_scale(name) * structure.sum_to_shared(elements)
-    nothing = jnp.all(jnp.isneginf(total), axis=0)
+    all_zero = jnp.all(jnp.isneginf(total), axis=0)
 
     def scaled(weight: Array, scale: float = structure.scale) -> Array:
-        # Where all weights are zero there is no direction to go: no gradient.
-        lead = (1,) * (weight.ndim - nothing.ndim)
-        return jnp.where(nothing.reshape(lead + nothing.shape), 0, scale * weight)
+        # Where all weights are zero, no direction is better than another: the gradient is 0.
+        lead = (1,) * (weight.ndim - all_zero.ndim)
+        return jnp.where(all_zero.reshape(lead + all_zero.shape), 0, scale * weight)
 
     share, path_factor = cv.normalized_weights(total, alpha), cv.path_factor(total, alpha)
     weights = Levels(Weights(scaled(share), scaled(score_signal(total)), path_factor), {})
@@ -70,10 +75,10 @@ def weigh(
 class Particles(NamedTuple):
     """Some particles, evaluated.
 
-    :ivar log_weights: in nats, of shape (n, *plates), or (n, M, *plates) if local; without gradients.
-    :ivar structure: how their plates combine.
-    :ivar weighted: from weights of the same shape to tensors and cotangents, whose products with the tensors'
-        derivatives sum to the particles' part of the bound's derivative.
+    :ivar log_weights: in nats, of shape (n, *plates), or (n, M, *plates) for a named plate; without gradients.
+    :ivar structure: how the plates combine log-densities.
+    :ivar weighted: from weights of the same shape to tensors and their cotangents: see :func:`with_gradient`. The sum
+        of the cotangents times the derivatives of the tensors is these particles' part of the bound's derivative.
     """
 
     log_weights: Levels[Array]
@@ -86,11 +91,11 @@ def estimate(
 ) -> Float[Array, ""]:
     """The bound in nats, with its gradient.
 
-    In chunks, a first pass computes log-weights only. The second evaluates each chunk once more, to pull its weights
-    back, and is a sum of zeros with gradients: without differentiation, the compiler drops it.
+    In chunks, a first pass computes log-weights only. The second evaluates each chunk once more, for its gradient. Its
+    value is a sum of zeros, so that the compiler drops it where nothing is differentiated.
 
     :param evaluate: from parameters and the keys of some particles to :class:`Particles`.
-    :param weigh: from log-weights and plates to the bound and weights.
+    :param weigh: :func:`weigh` of the objective: from log-weights and the structure of plates to the bound and weights.
     :param chunk_size: number of particles evaluated at a time, or None for all.
     :param shard: spreads keys of particles over devices.
     """
@@ -123,9 +128,10 @@ def estimate(
 def one_pass(
     program: Program, vectorize: Callable, cotangents: Callable, params: dict[str, Any], keys: Array
 ) -> Particles:
-    """Plain pathwise gradients: each log-density takes a cotangent of its own.
+    """Plain pathwise gradients: each log-density of :class:`Densities` takes a cotangent of its own.
 
-    :param cotangents: from the weights of a level to its densities' cotangents.
+    :param vectorize: maps a function over particles.
+    :param cotangents: from the weights of a level to the cotangents of its densities.
     """
     densities, structure = vectorize(partial(program.evaluate, params), keys)
     log_weights = map_levels(lambda level: stop_gradient(level.log_weight), densities)
@@ -133,12 +139,13 @@ def one_pass(
 
 
 class _Samples(NamedTuple):
-    """Samples of all particles, in the two stages in which they are drawn.
+    """Draws of all particles, in two stages: the shared sites, then the local ones given them.
 
-    :ivar shared: the sites outside of named plates.
-    :ivar local: for each named plate its sites, drawn as a function of the shared path samples.
-    :ivar local_differentiable: what carries the gradient of each local site.
-    :ivar into_shared: pulls cotangents of these back into the shared path samples.
+    :ivar shared: of the sites outside of named plates.
+    :ivar local: for each named plate, of its sites.
+    :ivar local_differentiable: :func:`_differentiable` of ``local``, functions of the parameters and of the shared
+        path samples.
+    :ivar into_shared: from cotangents of ``local_differentiable`` to cotangents of the shared path samples.
     """
 
     shared: Draws
@@ -169,59 +176,68 @@ def doubly_reparameterized(
 ) -> Particles:
     """Doubly reparameterised gradients of path sites [1], for local particles derived in this project.
 
-    A derivative takes the weights of the level of the sample that it flows into, not of the density that it comes
-    from. With W, r and s the share, the path factor and the signal of that level:
+    Log-weights are functions of the parameters and of the samples; samples are drawn at fixed noise, as functions of
+    the parameters, local ones also of the shared path samples. Their derivatives, and those of the log-density log q
+    that a score-function sample is drawn from, take the weights of this table. W is the share of the log-weight that is
+    differentiated, W_j or u_jim; r and s are path factor and signal as in :class:`Weights`.
 
-    ======================================== ==========================================================
-    a derivative of                          flows into, with the weight
-    ======================================== ==========================================================
-    log-weights, at fixed samples            parameters, W
-    log-weights, through a path sample       the parameters that the sample was drawn with, r W
-    log q of a score-function sample         the parameters that the sample was drawn with, s
-    either of a local sample, at fixed noise shared path samples, r W or s of the *shared* level; from there
-                                             into parameters
-    ======================================== ==========================================================
+    ======================================================= ================= ===============================
+    derivative with respect to                              of log-weights    of log q (score-function sites)
+    ======================================================= ================= ===============================
+    parameters, at given samples                            W
+    parameters, through the draw of a shared sample         r_j W             s_j
+    parameters, through the draw of a local sample          r_jim W           s_jim
+    shared path samples, through the draw of a local sample r_j W             s_j
+    ======================================================= ================= ===============================
+
+    The last row goes on to the parameters through the draw of the shared sample. It takes r_j and s_j, those of the
+    sample that the derivative reaches: r_jim and s_jim would be biased there. ``docs/mathematics.md`` has the
+    derivation.
+
+    :param has_masks: of :meth:`Program.kinds`.
 
     1. Tucker et al. 2019, arXiv 1810.04152
     """
     samples = _sample(program, vectorize, params, keys, has_masks)
     draws = stop_gradient(Levels(samples.shared, samples.local))
     values = map_levels(lambda level: {name: draw.value for name, draw in level.items()}, draws)
-    path = map_levels(lambda level: {name: draw.value for name, draw in level.items() if draw.is_path}, draws)
+    path_values = map_levels(lambda level: {name: draw.value for name, draw in level.items() if draw.is_path}, draws)
 
-    def log_weights(params, path):
-        merged = map_levels(lambda values, path: {**values, **path}, values, path)
-        return vectorize(lambda particle: program.log_weights(params, *particle), (keys, merged))
+    def log_weights(params, path_values):
+        given = map_levels(lambda values, path_values: {**values, **path_values}, values, path_values)
+        return vectorize(lambda particle: program.log_weights(params, *particle), (keys, given))
 
-    level_weights, pull, structure = jax.vjp(log_weights, stop_gradient(params), path, has_aux=True)
+    log_weight, pull, structure = jax.vjp(log_weights, stop_gradient(params), path_values, has_aux=True)
 
     def weighted(weights: Levels[Weights]) -> tuple[Any, Any]:
+        # Row by row of the table. W is in the cotangents of path samples already.
         into_params, into_path = pull(map_levels(lambda level: level.share, weights))
         into_shared = _cotangents(samples.shared, into_path.shared, weights.shared, lead=1)
-        into_local, through_local = {}, {}
+        into_local, local_into_shared = {}, {}
         for plate, local in samples.local.items():
-            into_local[plate] = _cotangents(local, into_path.local[plate], weights.local[plate], lead=2)
-            of_shared = Weights(
-                share=weights.local[plate].share,
-                signal=weights.shared.signal[:, None],
-                path_factor=weights.shared.path_factor[:, None],
+            own = weights.local[plate]
+            of_shared = own._replace(
+                signal=weights.shared.signal[:, None], path_factor=weights.shared.path_factor[:, None]
             )
-            through_local[plate] = _cotangents(local, into_path.local[plate], of_shared, lead=2)
-        for name, cotangent in samples.into_shared(through_local).items():
+            into_local[plate] = _cotangents(local, into_path.local[plate], own, lead=2)
+            local_into_shared[plate] = _cotangents(local, into_path.local[plate], of_shared, lead=2)
+        for name, cotangent in samples.into_shared(local_into_shared).items():
             into_shared[name] += cotangent
         tensors = params, _differentiable(samples.shared), samples.local_differentiable
         return tensors, (into_params, into_shared, into_local)
 
-    return Particles(level_weights, structure, weighted)
+    return Particles(log_weight, structure, weighted)
 
 
 def _differentiable(draws: Draws) -> dict[str, Array]:
+    """The value of each path sample, and the log-density log q of each score-function sample."""
     return {name: draw.differentiable for name, draw in draws.items()}
 
 
 def _cotangents(draws: Draws, path_cotangents: dict[str, Array], weights: Weights, lead: int) -> dict[str, Array]:
-    """Of each path sample, its cotangent times the path factor; of each score-function density, the signal.
+    """Cotangents of :func:`_differentiable`: of a path sample, r times its cotangent; of a log-density log q, s.
 
+    :param path_cotangents: the derivatives of the log-weights with respect to path samples, W included.
     :param lead: number of leading axes: 1 for shared, 2 for local samples.
     """
 
@@ -236,7 +252,7 @@ def _cotangents(draws: Draws, path_cotangents: dict[str, Array], weights: Weight
             cotangent = path_cotangents[name]
             factor = aligned(weights.path_factor, cotangent, draw.event_dim)
             share = aligned(weights.share, cotangent, draw.event_dim)
-            # The derivative at a sample of weight zero may be infinite.
+            # At a sample of weight zero the derivative may be infinite, and its product with the weight NaN.
             cotangents[name] = jnp.where(share == 0, 0, factor * cotangent)
         else:
             cotangents[name] = aligned(weights.signal, draw.differentiable, 0)
@@ -245,10 +261,10 @@ def _cotangents(draws: Draws, path_cotangents: dict[str, Array], weights: Weight
 
 @jax.custom_jvp
 def with_gradient(value: Array, tensors: Any, cotangents: Any) -> Array:
-    """``value``, with derivative Σ cotangents · d tensors.
+    """``value``, with the derivative Σ cotangents · d tensors.
 
-    The cotangents are handed to the tensors' derivative and never multiplied with the tensors themselves, so that a
-    particle of weight zero (0 · -inf) is harmless. A JVP serves reverse and forward mode.
+    The cotangents multiply the derivatives of the tensors, and never the tensors themselves: for a particle of weight
+    zero that would be 0 · -inf. A rule for the JVP serves both reverse and forward mode.
     """
     return value
 
@@ -264,7 +280,7 @@ def _with_gradient_jvp(primals, tangents):
 
 @jax.custom_jvp
 def _first_derivative_only(x: Any, tensors: Any) -> Any:
-    """``x``, in the derivative of what was computed from ``tensors``, which cannot be differentiated again."""
+    """``x``, which raises where it is differentiated, be it with respect to ``x`` or to ``tensors``."""
     return x
 
 

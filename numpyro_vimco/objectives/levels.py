@@ -3,9 +3,9 @@
 
 """Levels: sets of sites that are drawn together.
 
-A named plate has particles of its own; with all that is inside of it, it is one level. The sites outside of all named
-plates are the *shared* level, which is everything where no plate is named. The arrays of a named plate have an axis for
-its local particles before those of the plates.
+The sites in a plate that ``plate_particles`` names, a *named plate*, are one level: they are drawn as *local particles*
+of that plate. The sites outside of all named plates are the *shared* level; without named plates these are all sites.
+The arrays of a named plate have an axis for its local particles, before the axes of the plates.
 """
 
 from collections.abc import Callable, Iterable
@@ -41,13 +41,13 @@ def level_of(site: dict, plate_particles: Iterable[str]) -> str | None:
     return next((frame.name for frame in site["cond_indep_stack"] if frame.name in plate_particles), None)
 
 
-def map_local(program: Callable, site_densities: Callable, local: dict[str, Any]) -> tuple[Levels, Any]:
+def map_local(program: Callable, by_site: Callable, local: dict[str, Any]) -> tuple[Levels, Any]:
     """Map a program over the local particles of each named plate in turn; shared values are computed once.
 
-    :param program: from the inputs of one local particle of each plate, to levels and something static.
-    :param site_densities: from the same to the log-densities of all sites, by name, and each site's level by name.
-        Traced where something goes wrong only, to name what depends on what it must not.
-    :param local: inputs of each plate, with a leading axis for its particles.
+    :param program: from the inputs of one local particle of each named plate, to levels and a static value.
+    :param by_site: from the same inputs to the log-densities of all sites, by name, and each site's level by name.
+        Traced only after an error, to name the site and the plate.
+    :param local: inputs of each named plate, with a leading axis for its particles.
     :raises ValueError: for a site outside of a named plate that depends on the plate's latents.
     """
     mapped = program
@@ -57,18 +57,18 @@ def map_local(program: Callable, site_densities: Callable, local: dict[str, Any]
         mapped = jax.vmap(mapped, in_axes=(axes,), out_axes=(Levels(None, axes), None), axis_name=name)
     try:
         return mapped(local)
-    except ValueError:  # of `vmap`, where what must not depend on a plate's particles does; or of the program itself
-        _check_dependence(site_densities, local)
+    except ValueError:  # of `vmap`, where an output without the axis of a plate depends on it; or of the program itself
+        _check_dependence(by_site, local)
         raise
 
 
-def _check_dependence(site_densities: Callable, local: dict[str, Any]) -> None:
+def _check_dependence(by_site: Callable, local: dict[str, Any]) -> None:
     """Raise for a site outside of a named plate that depends on the plate's latents."""
     levels: dict[str, str | None] = {}
 
     def densities(first):
-        found, of_site = site_densities(first)
-        levels.update(of_site)
+        found, level_of_site = by_site(first)
+        levels.update(level_of_site)
         return found
 
     for site, plates in dependence(densities, jax.tree.map(lambda x: x[0], local)).items():

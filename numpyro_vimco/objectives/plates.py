@@ -1,11 +1,10 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What plates do to densities: which are summed, which have weights or particles of their own, which are scaled.
+"""What plates do to densities: which are summed, which have weights or local particles, which are scaled.
 
-Levels of sites are in :mod:`numpyro_vimco.objectives.levels`. Plate dimensions are kept: a density of one particle has
-as many dimensions as the deepest plate, of size 1 where the plate is summed over, so that arrays of all levels
-broadcast.
+Levels of sites are in :mod:`numpyro_vimco.objectives.levels`. A log-density of one particle has a dimension for each
+dimension of plates, of size 1 where it is summed over, so that arrays of all levels broadcast.
 """
 
 from collections.abc import Mapping
@@ -25,13 +24,14 @@ Density = Float[Array, "*plates"]
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Structure:
-    """How the plates combine densities; static.
+    """How the plates combine densities; static. Dimensions are negative, as NumPyro's ``dim``.
 
     :ivar ndim: number of plate dimensions.
-    :ivar dims: the dimensions that are kept outside of named plates: of the plates common to all sites.
+    :ivar dims: dimensions of the plates common to all sites: they are not summed over, as their elements have weights
+        of their own.
     :ivar scale: factor of the bound, from subsampled plates that are common to all sites.
-    :ivar local: for each named plate, by name, the dimensions that are kept inside of it, and the factor of its sum of
-        log-weights, from its own subsampling.
+    :ivar local: of each named plate its name, the dimensions of the plates common to its sites, and the factor of the
+        sum of its elements' log-weights, from its own subsampling.
     """
 
     ndim: int
@@ -40,26 +40,29 @@ class Structure:
     local: tuple[tuple[str, frozenset[int], float], ...]
 
     def kept(self, level: str | None) -> frozenset[int]:
-        """The dimensions whose elements have weights of their own: of the plates common to all sites of a level."""
+        """Dimensions that are not summed over: of the plates common to all sites of a level."""
         return self.dims if level is None else next(dims for name, dims, _ in self.local if name == level)
 
     def level_scale(self, level: str | None) -> float:
-        """The factor by which the subsampling of its plates scales each density of a level."""
+        """The factor by which subsampling scales each density of a level."""
         return self.scale if level is None else self.scale * self.local_scale(level)
 
     def local_scale(self, level: str) -> float:
-        """The factor of a named plate's sum of log-weights."""
+        """The factor of the sum of a named plate's log-weights over its elements."""
         return next(scale for name, _, scale in self.local if name == level)
 
     def sum_to_level(self, log_prob: Array, level: str | None) -> Density:
-        """Sum a log-density over all dimensions but those that its level keeps."""
+        """Sum a log-density over all dimensions but those of :meth:`kept`."""
         keep = self.kept(level)
         ndim = jnp.ndim(log_prob)
         summed = jnp.sum(log_prob, axis=[i for i in range(ndim) if i - ndim not in keep], keepdims=True)
         return summed.reshape((1,) * (self.ndim - ndim) + summed.shape[max(ndim - self.ndim, 0) :])
 
     def sum_to_shared(self, local: Array) -> Array:
-        """Sum what is per element of a named plate to the plates of the shared level; leading axes are free."""
+        """Sum values of the elements of a named plate over all plates that are not common to all sites.
+
+        :param local: of shape (…, *plates); leading axes stay.
+        """
         axes = [dim for dim in range(-self.ndim, 0) if dim not in self.dims]
         return jnp.sum(local, axis=axes, keepdims=True)
 
@@ -75,7 +78,7 @@ def plate_structure(
 
     :param joint_plates: plates whose elements share one weight.
     :param linear: whether plates that are not common to all sites may be subsampled (α = 1).
-    :raises ValueError: for a subsampled plate whose scale would be a power inside of a logarithm.
+    :raises ValueError: for a subsampled plate whose scale would be a power inside of the bound's logarithm.
     """
     sites = sample_sites(model_trace) + sample_sites(guide_trace)
     plate_sites = {**guide_trace, **model_trace}
@@ -104,9 +107,9 @@ def plate_structure(
 
 
 def aligned_shape(plates: tuple[int, ...], batch_ndim: int, event_dim: int) -> tuple[int, ...]:
-    """Shape of what has one value per plate element, to broadcast against (*batch, *event).
+    """The shape to which an array of shape ``plates`` is reshaped, to broadcast against (*batch, *event).
 
-    Plates and batch are aligned on the right; plates that the batch lacks have size 1.
+    Plates and batch are aligned on the right. Plates that the batch lacks must have size 1; they are dropped.
     """
     return (1,) * (batch_ndim - len(plates)) + plates[max(len(plates) - batch_ndim, 0) :] + (1,) * event_dim
 

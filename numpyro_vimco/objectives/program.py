@@ -25,9 +25,10 @@ Values = dict[str, Array]
 
 
 class Kinds(NamedTuple):
-    """What a program has, as far as an objective must know.
+    """Which kinds of sites and plates a program has.
 
-    :ivar path_sites: whether any sample of the guide carries a gradient.
+    :ivar path_sites: whether any path site is drawn from a density (:func:`~numpyro_vimco.sites.is_drawn`), so that
+        doubly reparameterised gradients differ from plain ones.
     :ivar masks: whether the model masks any element of a latent.
     :ivar elements: whether any element of a plate has a weight of its own.
     """
@@ -41,8 +42,8 @@ class Kinds(NamedTuple):
 class Program:
     """A model and its guide with their arguments.
 
-    :ivar by_score: tells the guide sites whose samples carry no gradient.
-    :ivar plate_particles: number of particles of their own that the named plates have.
+    :ivar by_score: whether no gradient flows through the sample of a latent guide site.
+    :ivar plate_particles: number of local particles of each named plate.
     :ivar joint_plates: plates whose elements share one weight.
     :ivar linear: whether the objective is linear in the log-weights (α = 1), so that plates that are not common
         to all sites may be subsampled.
@@ -60,30 +61,24 @@ class Program:
     linear: bool
 
     def evaluate(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[Densities], Structure]:
-        """Draw one particle and evaluate it, in one pass of guide and model."""
-
-        def evaluate(sites: SiteDensities) -> Levels[Densities]:
-            rest = sites.of_guide_beside(self.by_score)
-            return map_levels(Densities, sites.of_model(), rest, sites.of_guide(self.by_score))
-
-        return self._run(params, rng_key, evaluate)
+        """Draw one particle, with all its local particles, and evaluate it in one pass of guide and model."""
+        return self._run(params, rng_key, self._densities)
 
     def propose(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[tuple[Values, Densities]], Structure]:
         """:meth:`evaluate`, with the values of all latents of the model."""
 
         def propose(sites: SiteDensities) -> Levels[tuple[Values, Densities]]:
-            rest = sites.of_guide_beside(self.by_score)
-            densities = map_levels(Densities, sites.of_model(), rest, sites.of_guide(self.by_score))
             latents = [site for site in sample_sites(sites.guide_trace) if is_latent_site(site)]
             values = {site["name"]: site["value"] for site in latents if site["name"] in sites.model_trace}
-            return map_levels(lambda *parts: parts, self.by_level(sites.guide_trace, values), densities)
+            by_level = self.by_level(sites.guide_trace, values)
+            return map_levels(lambda *parts: parts, by_level, self._densities(sites))
 
         return self._run(params, rng_key, propose)
 
     def draw(self, params: dict[str, Any], rng_key: Array, has_masks: bool) -> Levels[Draws]:
         """Draw one particle, with the first local particle of each named plate.
 
-        :param has_masks: of :meth:`kinds`. Masks are the model's, so that it is evaluated too where there are some.
+        :param has_masks: ``masks`` of :meth:`kinds`. Where it is true the model is traced too, for its masks.
         """
         return self._draws(params, self._first(rng_key), None, has_masks)
 
@@ -94,19 +89,18 @@ class Program:
         def draws(local):
             return Levels(None, self._draws(params, keys._replace(local=local), given, has_masks).local), None
 
-        def site_densities(local):
-            return self._site_densities(self._traces(params, keys._replace(local=local), given))
+        def by_site(local):
+            return self._by_site(self._traces(params, keys._replace(local=local), given))
 
-        return map_local(draws, site_densities, keys.local)[0].local
+        return map_local(draws, by_site, keys.local)[0].local
 
     def log_weights(
         self, params: dict[str, Any], rng_key: Array, values: Levels[Values]
     ) -> tuple[Levels[Density], Structure]:
         """Log-weights of one particle as a function of its values, for doubly reparameterised gradients.
 
-        Its derivative with respect to ``params`` leaves out the densities that the values were drawn from: these
-        are evaluated at parameters with gradients stopped. What is not :func:`is_drawn`, and scales and factors of
-        the guide, are functions of the parameters like any other part of the model.
+        The densities that the values were drawn from (:func:`~numpyro_vimco.sites.is_drawn`) have no derivative with
+        respect to ``params``. The guide's other terms have one: other sites, factors, and what scales add.
         """
         keys = particle_keys(rng_key, self.plate_particles)
 
@@ -115,8 +109,7 @@ class Program:
             given = dict(values.shared)
             for _, plate_values in local.values():
                 given.update(plate_values)
-            frozen = self._trace_guide(stop_gradient(params), local_keys, given)
-            live = frozen
+            frozen = live = self._trace_guide(stop_gradient(params), local_keys, given)
             if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
                 live = self._trace_guide(params, local_keys, given)
             return self._trace_model(params, local_keys, live), frozen, live
@@ -124,12 +117,12 @@ class Program:
         def log_weights(local):
             model_trace, frozen, live = traces(local)
             sites = SiteDensities(model_trace, frozen, self._structure(model_trace, frozen))
-            beside = sites.of_guide_beside(is_drawn, live)
-            log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), beside)
+            rest = sites.of_guide_rest(is_drawn, live)
+            log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), rest)
             return log_weight, sites.structure
 
         local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
-        return map_local(log_weights, lambda local: self._site_densities(traces(local)[:2]), local)
+        return map_local(log_weights, lambda local: self._by_site(traces(local)[:2]), local)
 
     def densities(
         self, params: dict[str, Any], rng_key: Array, values: Levels[Values]
@@ -146,14 +139,13 @@ class Program:
 
         def densities(local):
             sites = SiteDensities(*(found := traces(local)), self._structure(*found))
-            rest = sites.of_guide_beside(self.by_score)
-            return map_levels(Densities, sites.of_model(), rest, sites.of_guide(self.by_score)), sites.structure
+            return self._densities(sites), sites.structure
 
         local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
-        return map_local(densities, lambda local: self._site_densities(traces(local)), local)
+        return map_local(densities, lambda local: self._by_site(traces(local)), local)
 
     def kinds(self, params: dict[str, Any], rng_key: Array) -> Kinds:
-        """What there is, found out without computing anything."""
+        """Which kinds of sites and plates there are, from traces of shapes only."""
         found: list[Kinds] = []
 
         def look(params, rng_key):
@@ -168,7 +160,7 @@ class Program:
         return found[0]
 
     def deltas_at_parameters(self, params: dict[str, Any], rng_key: Array) -> set[str]:
-        """The latent guide sites that are Delta distributions at a function of parameters."""
+        """The latent guide sites that are Delta distributions whose value depends on parameters."""
 
         def is_delta(site: dict) -> bool:
             return is_latent_site(site) and isinstance(unwrapped(site["fn"]), dist.Delta)
@@ -179,7 +171,7 @@ class Program:
         latents = [site for site in sample_sites(draw(None, params)) if is_latent_site(site)]
         if not any(map(is_delta, latents)):
             return set()
-        # A Delta at a function of other latents is none of these: their values are given.
+        # The other latents have given values, so that what is computed from them only does not depend on parameters.
         given = {site["name"]: site["value"] for site in latents if not is_delta(site)}
 
         def deltas(inputs):
@@ -196,7 +188,7 @@ class Program:
         return SiteDensities(model_trace, guide_trace, self._structure(model_trace, guide_trace))
 
     def by_level(self, guide_trace: Trace, values: dict[str, Any]) -> Levels[dict[str, Any]]:
-        """Sort what is given for guide sites by their level."""
+        """Sort values, given by the names of guide sites, into the levels of these sites."""
         levels: Levels[dict[str, Any]] = Levels({}, {name: {} for name in self.plate_particles})
         for name, value in values.items():
             levels.at(level_of(guide_trace[name], self.plate_particles))[name] = value
@@ -219,14 +211,18 @@ class Program:
             structure = self._structure(model_trace, guide_trace)
             return combine(SiteDensities(model_trace, guide_trace, structure)), structure
 
-        return map_local(run, lambda local: self._site_densities(traces(local)), keys.local)
+        return map_local(run, lambda local: self._by_site(traces(local)), keys.local)
+
+    def _densities(self, sites: SiteDensities) -> Levels[Densities]:
+        rest = sites.of_guide_rest(self.by_score)
+        return map_levels(Densities, sites.of_model(), rest, sites.of_guide(self.by_score))
 
     def _traces(self, params, keys: ParticleKeys, given: Values | None = None) -> tuple[Trace, Trace]:
         guide_trace = self._trace_guide(params, keys, given)
         return self._trace_model(params, keys, guide_trace), guide_trace
 
     def _trace_guide(self, params, keys: ParticleKeys, given: Values | None = None) -> Trace:
-        # By substitution, not by a handler that stops the value afterwards: only a substitution reaches into `scan`.
+        # By substitution, as that reaches into `scan`; a handler that stops the gradient of a drawn value does not.
         def choose(site: dict):
             if given is not None and site["name"] in given:
                 return given[site["name"]]
@@ -261,8 +257,8 @@ class Program:
         }
         return self.by_level(guide_trace, draws)
 
-    def _site_densities(self, traces: tuple[Trace, Trace]) -> tuple[dict[str, Array], dict[str, str | None]]:
-        """The log-densities of all sites by name, guide and model as one, and their levels."""
+    def _by_site(self, traces: tuple[Trace, Trace]) -> tuple[dict[str, Array], dict[str, str | None]]:
+        """The log-densities of all sites by name, those of guide and model together, and the level of each site."""
         densities: dict[str, Any] = {}
         levels = {}
         for site in (site for tr in traces for site in sample_sites(tr)):

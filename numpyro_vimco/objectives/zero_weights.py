@@ -6,8 +6,8 @@ r"""Log-densities that are :math:`-\infty`, without the infinite derivatives tha
 A Poisson observation of 3 at rate r z has, at z = 0, the log-density :math:`-\infty` and the derivative
 :math:`\infty` with respect to r. Its particle has weight zero, and no part in the gradient; but a backward pass
 multiplies the two, and :math:`0 \cdot \infty` is NaN for all particles. So where a site's log-density is
-:math:`-\infty`, no derivative is taken of it. What a model computes before its distributions (``jnp.log(z)``) is out
-of reach from here.
+:math:`-\infty`, no derivative is taken of it. This cannot reach what a model computes before its distributions
+(``jnp.log(z)``).
 """
 
 from collections.abc import Callable
@@ -25,9 +25,9 @@ from numpyro_vimco.sites import is_real, support_of, unwrapped
 
 
 def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset[int]) -> Array:
-    """``log_prob(site)``, without a derivative for particles that the site gives the weight zero.
+    """``log_prob(site)``, without a derivative for particles that have the weight zero because of this site.
 
-    :param kept: the plate dimensions whose elements have weights of their own; the other elements share one.
+    :param kept: the plate dimensions whose elements have weights of their own; elements along others share a weight.
     """
     value, fn = log_prob(site), site["fn"]
     if site["intermediates"] or not _may_be_impossible(fn):

@@ -11,8 +11,8 @@ pictures.
 - `inference_data`: `to_arviz` (`log_likelihoods`: of plates with latents).
 - `diagnostics`: whether a fit can be trusted (`agreement`: do its starts agree, `past`: what its losses prove,
   `advice`: what to do if not); `gradient_noise`: was its gradient good enough; `plots`: the pictures.
-- `proposals`: draws with their importance weights (`weighing`, `weights`, `moments`: what they say, `chunks`: how draws
-  are computed).
+- `proposals`: draws with their importance weights (`weighing`, `weights`, `moments`: what they say, `chunks`: how many
+  draws are computed at a time).
 - `results`: what a fit leaves behind; `fitted`: how parameters, arguments and data are checked (`observed`: data that
   are missing).
 """

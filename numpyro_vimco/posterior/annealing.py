@@ -36,9 +36,9 @@ class Tempered(dist.Independent):
 class Annealed(Messenger):
     """A model whose observed sites (likelihoods and factors) count with a power: p(z) p(x | z)^β.
 
-    The power multiplies the log-density itself, not the ``scale`` of the site: a scale is outside of a sum over an
-    enumerated latent (:class:`numpyro.infer.TraceEnum_ELBO` refuses it), and the power of a likelihood is inside. What
-    scales, masks and subsampled plates do to a site they do as before.
+    The power multiplies the log-density itself, not the ``scale`` of the site. A scale acts outside of a sum over an
+    enumerated latent (:class:`numpyro.infer.TraceEnum_ELBO` refuses it), and the power of a likelihood must act inside.
+    Scales, masks and subsampled plates act as without a power.
 
     :param fn: the model.
     :param power: β > 0; it may be traced.

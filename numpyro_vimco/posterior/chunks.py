@@ -33,8 +33,8 @@ def chunks(fn: Callable, chunk_size: int, *inputs: Any, progress: str | None) ->
     with tqdm(total=length, desc=progress, delay=PATIENCE, disable=progress is None, leave=False) as bar:
         outputs = compute(starts[0])
         for begin, start, after in zip(begins, starts, [*starts[1:], None]):
-            # JAX computes the next chunk while the caller takes this one. Not two at a time: on a CPU of two cores
-            # XLA's threads were seen to wait for each other without end.
+            # JAX computes the next chunk while the caller takes this one. Not two at a time: on a CPU, XLA's threads
+            # may then wait for each other without end.
             jax.block_until_ready(outputs)
             following = None if after is None else compute(after)
             kept = slice(begin, start + chunk_size)

@@ -114,10 +114,10 @@ def importance_diagnostics(
 
     **Several starts.** Given a result of ``fit``, the draws are pooled, as :func:`~numpyro_vimco.to_arviz` does
     it: from the guides of all starts and wider copies of them, with the density of that mixture. Beside them each start
-    is estimated from ``num_samples`` draws of its own guide, and held against the pool (``agreement``). And a bound that a start reached
-    earlier, at power 1, which lies above the log evidence of the pool proves that a part of the posterior was lost,
-    since no bound can be above it; that is looked for where the objective is known to be a bound and the model has no
-    parameters.
+    is estimated from ``num_samples`` draws of its own guide, and held against the pool (``agreement``). And a bound
+    that a start reached earlier, at power 1, which lies above the log evidence of the pool proves that a part of the
+    posterior was lost, since no bound can be above it; that is looked for where the objective is known to be a bound
+    and the model has no parameters.
 
     **k above 0.7.** k tells from the largest weights of one set of draws whether *unseen* ones may be so large that
     they would move its estimates. Starts that agree have seen that directly: as many estimates of evidence and means,

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A model and its guide after a fit, checked against parameters and arguments before anything is computed from them."""
+"""A model and its guide after a fit, with parameters, arguments and data that have been checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ Result: TypeAlias = FitResult | SVIRunResult | SVIState | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fitted model and guide with their arguments.
+    """A fitted model and guide with their parameters and arguments.
 
     :ivar params: of a single fit, or of the best of several starts, whose parameters of the model are the target's.
     :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
@@ -106,17 +106,20 @@ class Fitted:
 
     @property
     def plate_particles(self) -> Mapping[str, int]:
-        """Particles of their own that plates have."""
+        """The objective's number of local particles of each named plate; empty for objectives without them."""
         return getattr(self.svi.loss, "plate_particles", {})
 
     def chunk_size(self) -> int:
-        """How many particles to evaluate at a time: as the objective, or by the size of the model."""
+        """How many particles to evaluate at a time: the objective's ``chunk_size``, else by the size of the model."""
         if getattr(self.svi.loss, "chunk_size", None):
             return self.svi.loss.chunk_size
         return self.num_at_a_time(int(np.prod([1, *self.plate_particles.values()])))
 
     def num_at_a_time(self, local_particles: int = 1) -> int:
-        """How many particles of the model, with as many local particles each, to evaluate at a time."""
+        """How many particles to evaluate at a time, by the size of the model's largest array.
+
+        :param local_particles: number of local particles of each particle.
+        """
         largest = max(np.size(site["value"]) for site in sample_sites(self.model_trace))
         return int(np.clip(CHUNK_ELEMENTS // (max(largest, 1) * local_particles), 1, 2**14))
 
@@ -157,7 +160,7 @@ def _moving_masks(svi: SVI, params, latents, args, kwargs) -> set[str]:
 
 
 def _check_data(model_trace: Trace, observed: Mapping[str, Observed]) -> None:
-    """Raise for data that are NaN, are not masked, and have no density.
+    """Raise for NaN data that are not masked and have no density.
 
     :raises ValueError: naming the site.
     """
@@ -212,7 +215,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _check_not_subsampled(tr: Trace) -> None:
-    """Raise for a subsampled plate: weights would be those of the subsample's posterior.
+    """Raise for a subsampled plate, with which the posterior would be that of the subsample.
 
     :raises ValueError: naming the plate.
     """

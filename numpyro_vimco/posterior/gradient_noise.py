@@ -21,12 +21,12 @@ from numpyro_vimco.randomness import split
 
 
 class GradientStatistics(NamedTuple):
-    """Of the gradient of one parameter over repeated draws; arrays of its shape.
+    """Statistics of the gradient of one parameter over repeated draws; arrays of the parameter's shape.
 
-    :ivar mean: of the gradient of the loss.
-    :ivar std: its standard deviation.
-    :ivar snr: size of the mean over the standard deviation, elementwise; the same in
-        unconstrained space wherever the constraint is elementwise.
+    :ivar mean: mean of the gradient of the loss.
+    :ivar std: standard deviation of the gradient.
+    :ivar snr: absolute value of the mean over the standard deviation, elementwise. It is the same in unconstrained
+        space if the constraint is elementwise.
     """
 
     mean: np.ndarray
@@ -54,7 +54,7 @@ def gradient_snr(
     :param jax.random.key rng_key: random number generator key.
     :param int num_draws: number of gradients, at least 2. Defaults to 1,000: the ratio is then known to about 3% of
         its noise.
-    :return: for each parameter its statistics. A parameter that is a pytree (of a neural network) has one of them.
+    :return: the statistics of each parameter; their fields are pytrees where the parameter is one (a neural network's).
     :raises ValueError: for too few draws, arguments that do not fit the model, parameters that do not fit model and
         guide, a model without latents, data that are NaN, or ``rng_key`` that is no key.
     """

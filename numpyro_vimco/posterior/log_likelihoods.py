@@ -3,14 +3,15 @@
 
 """Log-likelihoods of the elements of plates that have latents of their own, with these averaged out.
 
-To leave out an element's data is to leave out what they say of its latents too. Values given its latents, at draws of
-the posterior with all data, do not allow that: a site where an animal was seen has no draw in which it is absent. So
-for an element i with data x_i and latents z_i, and a draw g of all that is outside of the plate,
+Leave-one-out cross-validation needs the density of an element's data without their effect on the element's latents.
+Log-likelihoods given the latents, at draws of the posterior with all data, do not have it: at a place where an animal
+was seen, there is no draw in which it is absent. So for an element i with data x_i and latents z_i, and a draw g of
+the latents outside of the plate,
 
     p(x_i | g) = E [ p(x_i, z_i | g) / q(z_i) ],    z_i ~ q,
 
-the mean weight of fresh local particles: the design's local evidence. Where the plate is common to all sites there is
-no g, and p(x_i) is the mean weight of the draws of the guide.
+is estimated by the mean weight of fresh local particles. Where the plate is common to all sites there is no g, and
+p(x_i) is the mean weight of the draws of the guide.
 """
 
 from dataclasses import dataclass
@@ -45,11 +46,11 @@ LOCAL_PARTICLES = 256
 
 @dataclass(frozen=True)
 class Elements:
-    """Elements of plates, each with the observed sites that are in it.
+    """Elements of plates that have a log-likelihood each.
 
     :ivar plate: a plate with latents of its own; None where plates are common to all sites.
-    :ivar dims: names of the plates whose elements these are: the plate, and those that all of its sites are in.
-    :ivar present: which elements have data, of the shape of these plates.
+    :ivar dims: names of the plates whose elements these are: ``plate``, and other plates that all of its sites are in.
+    :ivar present: whether each element has data, of the shape of these plates.
     """
 
     plate: str | None
@@ -58,14 +59,15 @@ class Elements:
 
     @property
     def name(self) -> str:
-        """Of the variable. No plate's name alone, which is that of a dimension."""
+        """Name of the variable. It differs from the names of plates, which are those of dimensions."""
         return "_".join(self.dims) + "_element"
 
 
 def find_elements(fit: Fitted, structure: Structure) -> tuple[list[Elements], set[str]]:
-    """The elements whose log-likelihoods are asked for, and the observed sites that are in them.
+    """The elements of plates with latents of their own, and the names of the observed sites in these plates.
 
-    :raises UserWarning: naming a plate whose latents cannot be averaged out.
+    :param structure: of the fit's program: which plates are common to all sites.
+    :warns UserWarning: naming a plate whose latents cannot be averaged out; its elements are left out.
     """
     found: list[Elements] = []
     inside: set[str] = set()
@@ -96,7 +98,7 @@ def _stack(site: dict) -> list[str]:
 
 
 def _plates_with_latents(fit: Fitted) -> list[str]:
-    """Plates with latents and data of their own; not those inside of another one."""
+    """Plates with latents and data of their own; of nested ones, the outermost."""
     sites = {site["name"]: site for site in sample_sites(fit.model_trace)}
     inside = {
         plate: {name for name in sites if plate in _stack(sites[name])} for s in sites.values() for plate in _stack(s)
@@ -115,7 +117,7 @@ def _plates_with_latents(fit: Fitted) -> list[str]:
 
 
 def _present(fit: Fitted, sites: set[str], dims: frozenset[int]) -> np.ndarray:
-    """Which elements of the plates at some dimensions have data in any of some sites."""
+    """Whether each element of the plates at ``dims`` has data in any of the sites."""
     total = np.zeros((), bool)
     for name in sites:
         elements = fit.observed[name].elements
@@ -125,7 +127,7 @@ def _present(fit: Fitted, sites: set[str], dims: frozenset[int]) -> np.ndarray:
 
 
 def _draws_its_latents(fit: Fitted, plate: str) -> bool:
-    """Whether the guide draws the latents of a plate there, and not as functions of what it draws outside of it."""
+    """Whether the guide draws the latents of a plate inside of it, not as functions of draws outside of it."""
     latents = [n for n, site in fit.model_trace.items() if is_latent_site(site) and plate in _stack(site)]
 
     def values(keys):
@@ -140,9 +142,10 @@ def _draws_its_latents(fit: Fitted, plate: str) -> bool:
 def local_evidence(
     plate: str, fit: Fitted, rng_key: Array, latents: dict[str, np.ndarray], progress: str | None
 ) -> np.ndarray:
-    """Log-evidence of each element of a plate given what is outside of it, in nats.
+    """Log-evidence of each element of a plate given the latents outside of it, in nats.
 
-    :param latents: draws of the posterior.
+    :param latents: draws of the posterior, by latent, of shape ``(draws, *batch, *event)``.
+    :param progress: name of the progress bar; None for no bar.
     :return: of shape ``(draws, *plates)``, with the plates of :func:`find_elements`.
     """
     num_samples = len(next(iter(latents.values())))
@@ -154,7 +157,10 @@ def local_evidence(
 
 
 def _local_evidence(plate: str, fit: Fitted, at_once: int):
-    """A function of a key and of what is outside of a plate to the log-evidence of each of its elements."""
+    """A function from a key and the latents outside of a plate to the log-evidence of each of its elements.
+
+    :param at_once: number of local particles that are evaluated at a time.
+    """
     rounds = -(-LOCAL_PARTICLES // at_once)
 
     def evidence(rng_key: Array, outside: dict[str, Array]) -> Array:

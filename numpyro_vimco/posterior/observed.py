@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Observed sites of a model, and which of their data are there: data may be masked, by the model or by ``obs_mask``."""
+"""Observed sites of a model, and which of their data are missing: those masked by the model or by ``obs_mask``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ class Observed:
     """An observed site.
 
     :ivar name: the name that users gave it: ``x`` where `obs_mask` makes ``x_observed`` and ``x_unobserved``.
-    :ivar present: where it has data, of the shape of its value; False where they are masked.
+    :ivar present: True where it has data, False where they are masked; of the shape of its value.
+    :ivar event_dim: number of event dimensions of its value.
     """
 
     name: str
@@ -26,17 +27,17 @@ class Observed:
 
     @property
     def elements(self) -> np.ndarray:
-        """Where its log-density has data: of the shape of that."""
+        """True where any part of an event has data; of the shape of the site's log-density."""
         return np.asarray(self.present.any(tuple(range(-self.event_dim, 0))))
 
     def only_present(self, value) -> np.ndarray:
-        """Data with NaN where they are masked."""
+        """The data ``value``, with NaN where they are masked."""
         value = np.broadcast_to(np.asarray(value), self.present.shape)
         return value if self.present.all() else np.where(self.present, value, np.nan)
 
 
 def observed_sites(model_trace: Trace) -> Trace:
-    """Sites with data; factors have none."""
+    """The observed sites of a model, without factors, which have no data."""
     return {
         site["name"]: site
         for site in sample_sites(model_trace)
@@ -47,7 +48,7 @@ def observed_sites(model_trace: Trace) -> Trace:
 def find_observed(model_trace: Trace, moving: set[str]) -> dict[str, Observed]:
     """The observed sites of a model.
 
-    :param moving: sites whose mask depends on a latent, so that it does not say which data are missing.
+    :param moving: names of the sites whose mask depends on a latent: it does not say which data are missing.
     """
     found = {}
     for name, site in observed_sites(model_trace).items():
@@ -74,13 +75,13 @@ def imputed_name(name: str, model_trace: Mapping) -> str | None:
 
 
 def whole(site: dict) -> dist.Distribution:
-    """The distribution of a site with the batch shape that it takes with its value."""
+    """The distribution of a site, expanded to the batch shape of its value."""
     fn, shape = site["fn"], np.shape(site["value"])
     return fn.expand(np.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim]))
 
 
 def present_elements(fn: dist.Distribution):
-    """Where a distribution is not masked: an array that broadcasts to the shape of its values."""
+    """True where a distribution is not masked: an array that broadcasts to the shape of its values."""
     found = mask_of(fn)
     if found is None:
         return np.ones((1,) * len(fn.shape()), bool)

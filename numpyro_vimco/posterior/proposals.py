@@ -4,8 +4,9 @@
 """Draws from fitted guides with their importance weights: what is known of the posterior after a fit.
 
 Weights are as in the objective of the fit: one for each element of the plates that are common to all sites. Where a
-plate has particles of its own, one of them is drawn for each element by its local weight, and the weight left to the
-whole is the design's Ẑ: together they are properly weighted.
+plate has local particles, one of them is drawn for each element in proportion to its local weight. The draw with the
+chosen particles is then properly weighted by Ẑ, the weight of the shared sites times the mean local weight of each
+element (``docs/mathematics.md``).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -131,15 +132,18 @@ def propose(sampler: Sampler, rng_key: Array, num_proposals: int, progress: str 
 
 
 def squeezed(log_prob, kept: Collection[int], structure: Structure):
-    """Log-densities without the dimensions of plates that are summed over.
+    """Log-densities of shape ``(…, *plates)`` without the dimensions of plates that are summed over.
 
-    :param kept: the others, as negative numbers.
+    :param kept: the dimensions that are not summed over, negative.
     """
     return log_prob.squeeze(tuple(dim for dim in range(-structure.ndim, 0) if dim not in kept))
 
 
 def plate_names(fit: Fitted, dims: Iterable[int], inside: str | None = None) -> list[str]:
-    """Names of the plates at some dimensions, of the sites inside of a plate if one is given, from the left."""
+    """Names of the plates at some dimensions, from left to right.
+
+    :param inside: a plate; only plates of sites that are in it are named. Defaults to None: those of all sites.
+    """
     stacks = [site["cond_indep_stack"] for site in sample_sites(fit.model_trace)]
     stacks = [stack for stack in stacks if inside is None or any(frame.name == inside for frame in stack)]
     names = {frame.dim: frame.name for stack in stacks for frame in stack if frame.dim in set(dims)}

@@ -23,8 +23,9 @@ from numpyro_vimco.randomness import split
 def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwargs: dict) -> SVIState:
     """Initial states of ``svi``, each from a key of its own.
 
-    An automatic guide chooses where it begins at its first call, once and for all: so that starts differ, each is made
-    a first call. Afterwards a guide is as it was, or as the first start made it if it had not been called before.
+    An automatic guide chooses where it begins at its first call, and keeps it. So that starts differ, its call in each
+    start is made a first one. Afterwards the guide is as it was; if it had not been called before, it is as after the
+    first start.
 
     :param args: arguments of ``svi.init`` after the key.
     :param kwargs: keyword arguments of ``svi.init``.
@@ -54,15 +55,15 @@ def _stack(trees: list) -> Any:
 
 
 def _attributes(guide: AutoGuide) -> dict[str, Any]:
-    """What a guide knows; its containers are copied, as a first call fills them."""
+    """The attributes of a guide. Its containers are copied, as a first call fills them."""
     return {k: copy(v) if isinstance(v, dict | list) else v for k, v in vars(guide).items()}
 
 
 def automatic_guides(guide: Callable) -> list[AutoGuide]:
-    """The automatic guides that a guide is made of.
+    """The automatic guides that a guide is made of: itself, and those that it refers to.
 
-    These are itself, its parts, what handlers around it hold, and what a function, or an object that can be called,
-    refers to.
+    References are followed through containers, partial functions, handlers, variables of functions, and attributes of
+    objects that can be called.
     """
     found, seen, queue = [], set(), [guide]
     while queue:
@@ -92,5 +93,5 @@ def _parts(part: Any) -> list:
         return [*variables.nonlocals.values(), *variables.globals.values()]
     if isinstance(part, type):
         return []
-    # The model of an automatic guide, which may hold data, has no guide in it.
+    # The model of an automatic guide has no guide in it, and may hold data.
     return [value for name, value in getattr(part, "__dict__", {}).items() if name != "model"]

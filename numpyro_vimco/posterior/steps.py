@@ -23,18 +23,18 @@ import tqdm
 from numpyro_vimco.posterior.annealing import Annealed
 from numpyro_vimco.posterior.results import FitState
 
-# Between two looks at what came out: so many steps at most, and fewer where they would take longer than that.
+# Losses are looked at after at most so many steps, and about after so many seconds.
 CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
 
 
 class Record(NamedTuple):
-    """What came out of some steps.
+    """The results of some steps.
 
-    :ivar loss: of shape ``(steps, starts)``, in nats; NaN after a start failed.
-    :ivar power: likewise.
-    :ivar nan: for each start that failed in these steps, what became NaN in the first step that had any: the loss, or
-        one of the parameters, in sorted order; of shape ``(starts, 1 + parameters)``.
-    :ivar failed_at: that step.
+    :ivar loss: losses in nats, of shape ``(steps, starts)``; NaN after a start failed.
+    :ivar power: powers of the likelihood, of the same shape.
+    :ivar nan: for each start that failed in these steps, whether the loss and each parameter, in sorted order, were NaN
+        in the first step with any NaN; of shape ``(starts, 1 + parameters)``.
+    :ivar failed_at: that step, of shape ``(starts,)``.
     """
 
     loss: Float[Array, "steps starts"]
@@ -45,7 +45,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of ``svi`` for all starts.
+    """Steps of ``svi`` for all starts. Fields that are not named here are arguments of :func:`.fit`.
 
     :ivar args: arguments of model and guide.
     :ivar kwargs: keyword arguments of ``svi.update``.
@@ -61,7 +61,7 @@ class Steps:
     start_sharding: Sharding | None
 
     def run(self, state: FitState, num_steps: int, progress_bar: bool) -> tuple[FitState, np.ndarray, np.ndarray]:
-        """Take so many steps; fewer if interrupted.
+        """Take ``num_steps`` steps; fewer if interrupted.
 
         :return: the state, and losses and powers of shape ``(starts, steps)``.
         :raises ValueError: if all starts failed.
@@ -101,11 +101,11 @@ class Steps:
         return done[-1][0] if done else state, losses.T, powers.T
 
     def compiled(self, state: FitState) -> partial[tuple[FitState, Record]]:
-        """So many steps from a state, as one program. The number of steps is an argument, so that runs of any length
-        are the same program, and results are bit for bit.
+        """A compiled function from a state and a number of steps to the state after these steps and their record.
 
-        Arrays that model and guide hold, data above all, are arguments too: as constants they would be part of the
-        program, and those that are spread over devices would be gathered.
+        The number of steps is an argument of the program, so that runs of any length use the same program, and their
+        results agree bit for bit. Arrays that model and guide hold, data above all, are arguments too. As constants
+        they would be part of the program, and those that are spread over devices would be gathered.
         """
         closed, outputs = jax.make_jaxpr(self._chunk, return_shape=True)(state, 1)
 
@@ -143,7 +143,7 @@ class Steps:
         return jax.lax.fori_loop(0, length, step, (state, record))
 
     def _advance(self, svi_state: SVIState, power: Array) -> tuple[SVIState, Array, Array]:
-        """One step of one start, its loss, and what is NaN."""
+        """One step of one start: its state, its loss, and whether the loss and each parameter are NaN."""
         svi = copy(self.svi)
         svi.model = Annealed(self.svi.model, power)
         update = svi.stable_update if self.stable_update else svi.update

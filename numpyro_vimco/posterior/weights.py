@@ -3,8 +3,9 @@
 
 """Importance weights of many draws: evidence, bounds, effective sample size, tails, and resampling. Pure NumPy.
 
-Log-weights are in nats, of shape ``(draws, elements)``: an element is what has weights of its own. No function keeps
-them all but the caller: :class:`WeightStream` holds, for each element, its largest weights and sums of the others.
+Log-weights are in nats, of shape ``(draws, elements)``. An element is one of the plates that are common to all sites;
+without such plates there is one. :class:`WeightStream` takes the weights in blocks, and keeps the largest weights of
+each element and sums of the others.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from numpyro_vimco.randomness import split
 
 # Weights whose logarithms differ by less than this are tied: discrete latents give a few distinct weights.
 TIE = 1e-3
-# Elements whose weights are sorted at a time.
+# Number of elements whose weights are sorted at a time.
 ELEMENTS = 4096
-# Numbers of an array of fits of tails at a time: small enough for a processor's cache.
+# Size of the largest array when tails are fitted: small enough for a processor's cache.
 FIT_SIZE = 2**20
 
 
@@ -32,15 +33,16 @@ def tail_length(num_draws: int) -> int:
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """What the weights of the draws say, for each element.
+    """A summary of the weights of each element, in arrays of shape ``(elements,)``, and of all.
 
-    :ivar log_evidence: logarithm of the mean weight, in nats, of shape ``(elements,)``.
-    :ivar variance: of that, by the delta method, likewise.
-    :ivar ess: effective sample size, 1 / Σ W² of Pareto-smoothed weights, likewise.
-    :ivar pareto_k: shape of the tail, likewise.
-    :ivar bounds: by number of particles N, the mean over groups of N draws of log (1/N) Σ w, summed over elements.
-    :ivar heaviest: shares of the total weight that the heaviest draws of the element with the largest k hold, from the
-        largest, of shape ``(tail,)``.
+    :ivar log_evidence: logarithm of the mean weight, in nats.
+    :ivar variance: variance of ``log_evidence``, by the delta method.
+    :ivar ess: effective sample size, 1 / Σ W² of Pareto-smoothed weights.
+    :ivar pareto_k: shape of the tail.
+    :ivar bounds: by number of particles N, the mean over groups of N draws of log (1/N) Σ w in nats, summed over
+        elements.
+    :ivar heaviest: of the element with the largest k, the shares of its total weight that its heaviest draws hold, from
+        the largest down, of shape ``(tail,)``.
     """
 
     log_evidence: np.ndarray
@@ -54,14 +56,14 @@ class WeightSummary:
 class WeightStream:
     """Takes log-weights block by block, and keeps for each element the largest of them and sums of the others.
 
-    :param num_draws: how many draws there will be.
-    :param num_elements: how many elements each has.
+    :param num_draws: total number of draws.
+    :param num_elements: number of elements of each draw.
     """
 
     def __init__(self, num_draws: int, num_elements: int):
         self.num_draws, self.num_elements = num_draws, num_elements
         self._bounds = _Bounds([4**i for i in range(10) if 4**i <= num_draws // 10] or [1], num_elements)
-        # The largest weights are among the first `_filled` of each row; a weight up to the cutoff is none of them.
+        # The largest `_kept` weights so far are among the first `_filled` of each row, and none is below the cutoff.
         self._kept = min(tail_length(num_draws) + 1, num_draws)
         self._top = np.empty((num_elements, 0), np.float32)
         self._filled = np.zeros(num_elements, int)
@@ -88,7 +90,7 @@ class WeightStream:
             self._sum(np.where(above, -np.inf, block), slice(None))
 
     def _shrink(self, elements: np.ndarray) -> None:
-        """Leave only the largest weights of some elements among them."""
+        """Keep the largest weights of some elements, and add their others to the sums."""
         for some in np.split(elements, range(ELEMENTS, len(elements), ELEMENTS)):
             weights = self._top[some]
             weights.partition(weights.shape[1] - self._kept, axis=1)
@@ -99,7 +101,7 @@ class WeightStream:
             self._cutoff[some] = weights[:, -self._kept :].min(1)
 
     def _sum(self, log_weight: np.ndarray, elements: slice | np.ndarray) -> None:
-        """Add to the sums of some elements weights that are not among the largest."""
+        """Add weights of some elements to their sums."""
         old = self._largest[elements]
         new = np.maximum(old, log_weight.max(0))
         shift = np.where(np.isneginf(new), 0, new)
@@ -114,7 +116,7 @@ class WeightStream:
         return bool(np.isneginf(self._top.max(1)).any())
 
     def summary(self) -> WeightSummary:
-        """What all weights say, once all draws were given; each element must have one that is positive."""
+        """The summary of all weights, after all draws were added; each element must have a positive weight."""
         self._shrink(np.flatnonzero(self._filled > self._kept))
         log_evidence, variance, ess, k = np.empty((4, self.num_elements))
         heaviest, worst = np.empty(0), -np.inf
@@ -146,7 +148,7 @@ class _Bounds:
 
     def __init__(self, sizes: list[int], num_elements: int):
         self._sizes = sizes
-        # Of each N the logarithms of the sums of groups that are no part of a larger group yet: three at most.
+        # For each N, log-sums of the groups that are not part of a group of 4 N yet: three at most.
         self._rest = [np.empty((0, num_elements))] * len(sizes)
         self._total, self._count = np.zeros(len(sizes)), np.zeros(len(sizes), int)
 
@@ -177,16 +179,17 @@ def _log_sums_of_four(log_weight: np.ndarray) -> np.ndarray:
 def smooth_tail(tail: np.ndarray, rest: np.ndarray, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
     r"""Pareto-smooth the largest weights of each element, and find the shape k of their tail [1, 2], as ArviZ does.
 
-    The smallest of the given weights is the cutoff; the tail is what lies above it. k is -inf, and weights stay as they
-    are, where the tail is no danger:
+    The smallest of the given weights is the cutoff; the tail are the weights above it. k is -inf, and the weights stay
+    as they are, in two cases where the tail does no harm:
 
-    - it is tied, as a few values of discrete latents give it: weights are bounded;
-    - its excess over the cutoff, :math:`\sum_{tail} (w - w_{cutoff})`, is less than :math:`0.1 / \sqrt S` of the weight
-      of all S draws. Without it, an expectation of a function with values in [0, 1] changes by less than that; and if
-      the tail held ten times what was seen of it, by no more than the Monte Carlo error that S draws of the posterior
-      have anyway. (Derived here.)
+    - All its weights are equal, as a few values of discrete latents give them: weights are bounded.
+    - Its excess over the cutoff, :math:`\sum_{tail} (w - w_{cutoff})`, is less than :math:`0.1 / \sqrt S` of the weight
+      of all S draws. Without it, an expectation of a function with values in [0, 1] changes by less than that. If the
+      tail held ten times the weight that was seen, it would change by no more than the Monte Carlo error of S draws of
+      the posterior. (Derived here.)
 
-    Else k is inf where fewer than five weights lie above the cutoff, or fewer than 25 draws were made: too few to fit.
+    Otherwise k is inf where fewer than five weights lie above the cutoff, or fewer than 25 draws were made: these are
+    too few for a fit.
 
     1. Zhang and Stephens 2009, *A New and Efficient Estimation Method for the Generalized Pareto Distribution*,
        Technometrics 51(3)
@@ -258,10 +261,10 @@ def log_mean(log_weight: np.ndarray) -> np.ndarray:
 
 
 def pareto_smooth(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-weights with smoothed tails, and the shape k of each element's: see :func:`smooth_tail`.
+    """Log-weights with smoothed tails, and the shape k of the tail of each element: see :func:`smooth_tail`.
 
     :param log_weight: of shape ``(draws, elements)``.
-    :return: as it, not normalized; and k of shape ``(elements,)``.
+    :return: smoothed log-weights of the same shape, not normalized; and k of shape ``(elements,)``.
     """
     num_draws, num_elements = log_weight.shape
     kept = min(tail_length(num_draws) + 1, num_draws)
@@ -293,10 +296,10 @@ def of_elements(fn: Callable[[np.ndarray], np.ndarray], log_weight: np.ndarray) 
 
 
 def resample(rng_key: Array, log_weight: np.ndarray, num_samples: int) -> np.ndarray:
-    """Indices of draws, each in proportion to its weight, for each element by itself.
+    """Indices of draws, chosen in proportion to their weights, for each element separately.
 
-    Systematic resampling, in random order: how often a draw is taken differs from what its weight asks for by less than
-    one.
+    This is systematic resampling, in random order: the number of times that a draw is chosen differs from its expected
+    number by less than one.
 
     :param log_weight: of shape ``(draws, elements)``.
     :return: integers of shape ``(num_samples, elements)``.

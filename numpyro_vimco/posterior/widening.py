@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A wider copy of a guide: where its families are known, logits are halved and scales are multiplied by 1.5."""
+"""A wider copy of a guide: in known families, logits are halved and scales are multiplied by 1.5."""
 
 from collections.abc import Callable
 from copy import copy
