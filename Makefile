@@ -47,7 +47,6 @@ test-all:
 	test -n "$$found" || { echo "no Python from 3.11 to 3.13 found"; exit 1; }; \
 	echo "== oldest versions, $$($$oldest --version)"; \
 	sed -n 's/^dependencies = //p' pyproject.toml | grep -o '[a-z]*>=[0-9.]*' | sed 's/>=/==/' > .oldest.txt; \
-	sed -n 's/^jax=/jaxlib=/p' .oldest.txt >> .oldest.txt; \
 	$(MAKE) --no-print-directory pytest PYTHON=$$oldest VENV=.venv-oldest CONSTRAINTS='--constraint .oldest.txt'
 
 benchmark: $(INSTALLED)

@@ -11,7 +11,6 @@ or a log evidence by more than 0.2 nats, of 40,000 draws. A line for each fit is
 
 import argparse
 import csv
-from importlib import import_module
 from pathlib import Path
 import sys
 import time
@@ -25,7 +24,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import print_machine
-from benchmarks.structures import recommended
+from benchmarks.posteriors import problem, recommended
 from numpyro_vimco import AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
 
 PROBLEMS = ("diabetes", "strongly_correlated_design", "change_points", "karate_club_either")
@@ -37,11 +36,11 @@ def settings():
     """Problem, seed, rate, α, share of annealing and κ of each fit."""
     rng = np.random.default_rng(0)
     grid = [(r, a, n, k) for r in RATES for a in ALPHAS for n in (0.0, 0.5) for k in KAPPAS]
-    for problem in PROBLEMS:
+    for name in PROBLEMS:
         for seed in range(3):
-            yield problem, seed, 0.01, 0.5, 0.5, 0.2
+            yield name, seed, 0.01, 0.5, 0.5, 0.3
         for seed, index in enumerate(rng.choice(len(grid), 12, replace=False)):
-            yield (problem, seed, *grid[index])
+            yield (name, seed, *grid[index])
 
 
 def first_start(result):
@@ -53,15 +52,13 @@ def first_start(result):
     return result._replace(state=state, **rest)
 
 
-def measure(problem, seed, rate, alpha, anneal, kappa, num_steps=None, draws=DRAWS):
+def measure(name, seed, rate, alpha, anneal, kappa, num_steps=None, draws=DRAWS):
     """A row for one start, and one for four."""
-    module = import_module(f"benchmarks.posteriors.{problem}")
-    args = module.data()
-    log_evidence, expected = TRUTHS.setdefault(problem, module.truth(*args))
-    num_steps = num_steps or (8000 if problem == "change_points" else 4000)
-    guide = AutoMixed(module.model, structure="autoregressive", coupling_speed=kappa)
+    model, args, log_evidence, expected, usual_steps = problem(name)
+    num_steps = num_steps or usual_steps
+    guide = AutoMixed(model, structure="autoregressive", coupling_speed=kappa)
     objective = ReweightedWakeSleep(64) if alpha == "wake-sleep" else VIMCOStar(alpha, 64)
-    svi = SVI(module.model, guide, optax.adam(recommended(num_steps, rate)), objective)
+    svi = SVI(model, guide, optax.adam(recommended(num_steps, rate)), objective)
     start = time.perf_counter()
     four = fit(svi, random.key(seed), num_steps, *args, num_starts=4, anneal=anneal, progress_bar=False)
     for result in (first_start(four), four):
@@ -74,7 +71,7 @@ def measure(problem, seed, rate, alpha, anneal, kappa, num_steps=None, draws=DRA
         evidence_error = found.log_evidence - log_evidence
         apart = np.abs(table["difference"].values).max(0)
         row = {
-            "problem": problem, "seed": seed, "rate": rate, "alpha": alpha, "annealed": anneal > 0, "kappa": kappa,
+            "problem": name, "seed": seed, "rate": rate, "alpha": alpha, "annealed": anneal > 0, "kappa": kappa,
             "starts": table.sizes["start"], "wrong": error > 0.05 or abs(evidence_error) > 0.2,
             "reading": found.reading, "error": f"{error:.4f}", "evidence error": f"{evidence_error:.3f}",
             "ESS": f"{found.ess / draws:.3f}", "k": f"{found.pareto_k:.2f}",
@@ -83,9 +80,6 @@ def measure(problem, seed, rate, alpha, anneal, kappa, num_steps=None, draws=DRA
             "seconds": round(time.perf_counter() - start),
         }  # fmt: skip
         yield row
-
-
-TRUTHS = {}
 
 
 def main(args):

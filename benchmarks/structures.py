@@ -10,7 +10,6 @@ Before that, a step with many latents.
 """
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 import sys
 import time
@@ -26,26 +25,18 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import compile_step, interleaved, median_ratio, print_machine
+from benchmarks.posteriors import problem, recommended
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 
 PROBLEMS = ("diabetes", "correlated_design", "strongly_correlated_design", "change_points", "karate_club")
 STRUCTURES = ("mean_field", "conditional", "autoregressive")
 
 
-def recommended(num_steps, rate=0.01):
-    """The rate held while the likelihood is annealed, then a cosine."""
-    half = num_steps // 2
-    return optax.join_schedules([optax.constant_schedule(rate), optax.cosine_decay_schedule(rate, half)], [half])
-
-
-def measure(problem, structure, seeds, **options):
+def measure(name, structure, seeds, **options):
     """For each seed: error, relative ESS, gap of the ELBO, error of the log evidence, seconds of steps, of the rest."""
-    module = import_module(f"benchmarks.posteriors.{problem}")
-    args = module.data()
-    log_evidence, expected = TRUTHS.setdefault(problem, module.truth(*args))
-    num_steps = 8000 if problem == "change_points" else 4000
-    guide = AutoMixed(module.model, structure=structure, **options)
-    svi = SVI(module.model, guide, optax.adam(recommended(num_steps)), VIMCOStar(0.5, num_particles=64))
+    model, args, log_evidence, expected, num_steps = problem(name)
+    guide = AutoMixed(model, structure=structure, **options)
+    svi = SVI(model, guide, optax.adam(recommended(num_steps)), VIMCOStar(0.5, num_particles=64))
     for seed in seeds:
         seconds = []
         # The first compiles what all have in common; the third takes steps that the second does not.
@@ -67,9 +58,6 @@ def measure(problem, structure, seeds, **options):
             error, diagnostics.ess / 40_000, known - diagnostics.bounds[1], diagnostics.log_evidence - known,
             of_steps, seconds[0],
         )  # fmt: skip
-
-
-TRUTHS = {}
 
 
 def many_latents(x):
@@ -102,12 +90,12 @@ def main(args):
     print_step()
     print(f"{'problem':>27} {'structure':>15} {'worst error':>12} {'median':>7} {'ESS':>6} {'ELBO gap':>9} "
           f"{'evidence':>9} {'steps (s)':>10} {'first (s)':>10}")  # fmt: skip
-    for problem in args.problems:
+    for name in args.problems:
         for structure in args.structures:
-            found = np.array(list(measure(problem, structure, range(args.seeds))))
+            found = np.array(list(measure(name, structure, range(args.seeds))))
             error, ess, gap, evidence, seconds, rest = np.median(found, axis=0)
             evidence = found[np.argmax(np.abs(found[:, 3])), 3]
-            print(f"{problem:>27} {structure:>15} {found[:, 0].max():12.3f} {error:7.3f} {ess:6.1%} {gap:9.2f} "
+            print(f"{name:>27} {structure:>15} {found[:, 0].max():12.3f} {error:7.3f} {ess:6.1%} {gap:9.2f} "
                   f"{evidence:9.3f} {seconds:10.1f} {rest:10.1f}", flush=True)  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def plot(fits, log_evidence, predictors, inclusion, exact_inclusion, diagnostics
         left.plot(np.arange(len(smooth)) + window, smooth, style, label=name, lw=1.4)
     left.axhline(log_evidence, color="black", lw=1, ls="--", label="exact log evidence")
     left.set(xlabel="step", ylabel="bound (nats)", ylim=(log_evidence - 12, log_evidence + 1))
-    left.legend(loc="center right")
+    left.legend(loc="center")
     position = np.arange(len(predictors))
     middle.bar(position - 0.2, exact_inclusion, 0.4, color="0.6", label="exact (1,024 models)")
     middle.bar(position + 0.2, inclusion, 0.4, color="C0", label="VIMCOStar, importance-weighted")

@@ -3,6 +3,11 @@
 
 """VIMCO-⋆ and its relatives for NumPyro: stochastic variational inference where latents cannot be reparameterised."""
 
+import os
+import warnings
+
+import jaxlib
+
 from numpyro_vimco.guides import AutoDiscrete, AutoMixed
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
 from numpyro_vimco.posterior import compare_objectives, fit, gradient_snr, importance_diagnostics, plots, to_arviz
@@ -24,3 +29,12 @@ __all__ = [
     "plots",
     "to_arviz",
 ]
+
+if jaxlib.__version__ == "0.10.2" and "xla_cpu_experimental_ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
+    warnings.warn(
+        "jaxlib 0.10.2 computes wrong sums on CPUs, without a word (https://github.com/jax-ml/jax/issues/39103), and "
+        "so wrong densities of 5,000 particles or more, of any NumPyro model. Install another version: `pip install "
+        "'jaxlib!=0.10.2' 'jax!=0.10.2'`; or set XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= before Python "
+        "starts.",
+        stacklevel=2,
+    )

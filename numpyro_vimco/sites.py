@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
@@ -136,6 +137,16 @@ def _definer(cls: type, name: str) -> type:
 
 def _is_of_numpyro(cls: type) -> bool:
     return cls.__module__.partition(".")[0] in ("numpyro", "numpyro_vimco")
+
+
+def is_delta(site: dict) -> bool:
+    """Whether a latent site has a single value."""
+    return is_latent_site(site) and isinstance(unwrapped(site["fn"]), dist.Delta)
+
+
+def element_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Names of the elements of an array: ``name[i,j]``, or the name alone for a scalar."""
+    return [name + (f"[{','.join(map(str, index))}]" if index else "") for index in np.ndindex(*shape)]
 
 
 def is_in_scan(site: dict) -> bool:

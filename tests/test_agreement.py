@@ -181,6 +181,16 @@ def test_target_is_at_the_parameters_of_the_best_start():
         assert np.abs(draws.mean("draw") - 0.5).max() < 6 * 0.71 / 1000**0.5
 
 
+@pytest.mark.filterwarnings("ignore:The guide has no parameters")
+def test_starts_of_a_guide_without_parameters_count():
+    """What differs between starts is then in the model only."""
+    svi = SVI(with_parameter, lambda: numpyro.sample("z", dist.Normal(0.5, 0.8)), optax.adam(0.1), VIMCOStar())
+    result = fit_result({"prior": jnp.array([0.0, 0.1, 5.0])})
+    assert list(importance_diagnostics(svi, result, num_samples=1000, **ARGUMENTS).agreement["start"]) == [0, 1, 2]
+    for pool, num_chains in ((True, 1), (False, 3)):
+        assert to_arviz(svi, result, num_samples=50, pool=pool, **ARGUMENTS)["posterior"].sizes["chain"] == num_chains
+
+
 DATA = np.array([0.0, 1.2, 2.0])
 
 

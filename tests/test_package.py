@@ -1,11 +1,17 @@
 """What surrounds the code: types that reach a user, layers, one version."""
 
 import ast
+import importlib
 from pathlib import Path
 import re
 import subprocess
 import sys
+import warnings
 
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
 import pytest
 
 import numpyro_vimco
@@ -101,3 +107,19 @@ def test_modules_import_only_from_those_below():
 
 def test_one_version():
     assert f"\nversion: {numpyro_vimco.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_compiler_sums_right():
+    a, x = np.random.default_rng(0).normal(size=(2, 20_000, 6)).astype(np.float32)
+    found = jax.jit(lambda x: jnp.exp(jnp.sum(a[:6] * x[:, None, :], -1)))(x)
+    np.testing.assert_allclose(found, np.exp(x @ a[:6].T), rtol=1e-4)
+
+
+def test_warning_of_a_compiler_that_does_not(monkeypatch):
+    monkeypatch.setattr(jaxlib, "__version__", "0.10.2")
+    with pytest.warns(UserWarning, match="computes wrong sums"):
+        importlib.reload(numpyro_vimco)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.reload(numpyro_vimco)

@@ -1,6 +1,5 @@
 """Structured guides find posteriors whose truth is known. Long: each fit takes thousands of steps."""
 
-from importlib import import_module
 import itertools
 
 from jax import random
@@ -13,7 +12,7 @@ import optax
 import pytest
 from scipy.stats import norm, poisson
 
-from benchmarks.structures import recommended
+from benchmarks.posteriors import problem, recommended
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 
 
@@ -31,20 +30,13 @@ def fits(model, args, num_steps, site, num_starts=5, num_proposals=40_000):
         yield draws["posterior"][site].values[0].mean(0), diagnostics
 
 
-def problem(name):
-    """A model, its arguments, log evidence and expectations."""
-    module = import_module(f"benchmarks.posteriors.{name}")
-    args = module.data()
-    return module.model, args, *module.truth(*args)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     "name, relative_ess", [("diabetes", 0.25), ("correlated_design", 0.4), ("strongly_correlated_design", 0.4)]
 )
 def test_variable_selection(name, relative_ess):
-    model, args, log_evidence, expected = problem(name)
-    for estimate, diagnostics in fits(model, args, 4000, "included"):
+    model, args, log_evidence, expected, num_steps = problem(name)
+    for estimate, diagnostics in fits(model, args, num_steps, "included"):
         assert np.abs(estimate - expected["included"]).max() < 0.02
         assert diagnostics.ess > relative_ess * 40_000 and diagnostics.pareto_k < 0.7
         assert log_evidence - 1 < diagnostics.bounds[1]
@@ -53,16 +45,16 @@ def test_variable_selection(name, relative_ess):
 
 @pytest.mark.long
 def test_change_points():
-    model, args, log_evidence, expected = problem("change_points")
-    for estimate, diagnostics in fits(model, args, 8000, "switch"):
+    model, args, log_evidence, expected, num_steps = problem("change_points")
+    for estimate, diagnostics in fits(model, args, num_steps, "switch"):
         assert np.abs(estimate - expected["switch"]).max() < 0.03
         assert abs(diagnostics.log_evidence - log_evidence) < 0.1
 
 
 @pytest.mark.long
 def test_karate_club():
-    model, args, _, expected = problem("karate_club")
-    for estimate, _ in fits(model, args, 4000, "group"):
+    model, args, _, expected, num_steps = problem("karate_club")
+    for estimate, _ in fits(model, args, num_steps, "group"):
         assert np.abs(estimate - expected["group"]).max() < 0.02
 
 

@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 
 TIMES, PRIOR_SCALE, CHANGE = 60, 2.0, 0.05
+NUM_STEPS = 8000
 
 
 def model(y):

@@ -3,13 +3,9 @@
 Truth: exact, by the sum over 1,024 models.
 """
 
-from pathlib import Path
-import sys
-
 import jax.numpy as jnp
 from sklearn.datasets import load_diabetes
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from examples.variable_selection import exact_posterior, model
 
 __all__ = ["data", "model", "standardized", "truth"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from scipy.special import expit
+from scipy.special import expit, logsumexp
 from scipy.stats import norm
 
 # fmt: off
@@ -29,9 +29,10 @@ def data():
     return (jnp.asarray(EDGES),)
 
 
-def model(edges):
+def block_model(edges, prior):
+    """Friends with one logit between groups, and ``more`` within them, by a prior."""
     between = numpyro.sample("between", dist.Normal(-2, 1.5))
-    more = numpyro.sample("more", dist.HalfNormal(2.0))
+    more = numpyro.sample("more", prior)
     with numpyro.plate("member", 33):
         group = numpyro.sample("group", dist.Bernoulli(0.5))
     group = jnp.concatenate([jnp.zeros(1, int), group])
@@ -41,34 +42,55 @@ def model(edges):
         numpyro.sample("edge", dist.Bernoulli(logits=logits), obs=edges[pairs])
 
 
+def model(edges):
+    block_model(edges, dist.HalfNormal(2.0))
+
+
+class Gibbs:
+    """Moves of many chains at a time: the two logits on a grid, then one member after the other.
+
+    :param between: grid of the logit between groups.
+    :param more: grid of what is added within groups; its prior is Normal(0, 2) on the grid.
+    """
+
+    def __init__(self, edges, between, more, rng):
+        self.edges, self.rng = np.asarray(edges), rng
+        between, self.more = (x.ravel() for x in np.meshgrid(between, more))
+        log_prior = norm(-2, 1.5).logpdf(between) + norm(0, 2.0).logpdf(self.more)
+        self.log_prior = log_prior - logsumexp(log_prior)
+        # Of each grid point, between groups and within: the logit of an edge, and the log-probability of none.
+        self.logits = np.stack([between, between + self.more])
+        self.log_none = np.log(expit(-self.logits))
+
+    def counts(self, sign):
+        """Edges and pairs of each chain, between groups and within; groups are signs, of shape (chains, 34)."""
+        num_pairs, num_edges = 34 * 33 / 2, self.edges.sum() / 2
+        pairs = (num_pairs + (sign.sum(1) ** 2 - 34) / 2) / 2
+        edges = (num_edges + np.einsum("ci,ij,cj->c", sign, self.edges, sign) / 2) / 2
+        return np.stack([num_edges - edges, edges]), np.stack([num_pairs - pairs, pairs])
+
+    def sweep(self, sign, power=1.0):
+        """Move all chains, in place, with a power of the likelihood; return their grid points."""
+        edges, pairs = self.counts(sign)
+        log_joint = self.log_prior + power * (edges.T @ self.logits + pairs.T @ self.log_none)
+        probability = np.exp(log_joint - log_joint.max(1, keepdims=True)).cumsum(1)
+        chosen = (probability < self.rng.random((len(sign), 1)) * probability[:, -1:]).sum(1)
+        # What a pair gains in one group: without an edge, and more with one.
+        absent = (self.log_none[1] - self.log_none[0])[chosen]
+        present = self.more[chosen]
+        for i in range(1, 34):
+            logits = power * (absent * (sign.sum(1) - sign[:, i]) + present * (sign @ self.edges[i]))
+            sign[:, i] = np.where(self.rng.random(len(sign)) < expit(logits), 1.0, -1.0)
+        return chosen
+
+
 def truth(edges, num_sweeps=500, num_chains=200):
     """No log evidence, and the members' groups, with a standard error of about 0.001."""
-    rng = np.random.default_rng(0)
-    edges = np.asarray(edges)
-    between, more = (x.ravel() for x in np.meshgrid(np.linspace(-5, 1, 61), np.linspace(0.05, 6, 60)))
-    log_prior = norm(-2, 1.5).logpdf(between) + norm(0, 2.0).logpdf(more)
-    log_odds = [(logits, np.log(expit(-logits))) for logits in (between, between + more)]
-    num_pairs, num_edges = 34 * 33 / 2, edges.sum() / 2
+    gibbs = Gibbs(edges, np.linspace(-5, 1, 61), np.linspace(0.05, 6, 60), np.random.default_rng(0))
     sign = np.where(np.arange(34) < 17, -1.0, 1.0) * np.ones((num_chains, 1))
     total = np.zeros(33)
     for sweep in range(num_sweeps + 200):
-        pairs_within = (num_pairs + (sign.sum(1) ** 2 - 34) / 2) / 2
-        edges_within = (num_edges + np.einsum("ci,ij,cj->c", sign, edges, sign) / 2) / 2
-        log_joint = log_prior + sum(
-            e[:, None] * logits + p[:, None] * log_absent
-            for (logits, log_absent), e, p in zip(
-                log_odds, (num_edges - edges_within, edges_within), (num_pairs - pairs_within, pairs_within)
-            )
-        )
-        probability = np.exp(log_joint - log_joint.max(1, keepdims=True)).cumsum(1)
-        chosen = (probability < rng.random((num_chains, 1)) * probability[:, -1:]).sum(1)
-        # What a pair in one group gains: without an edge, and more with one.
-        absent = (log_odds[1][1] - log_odds[0][1])[chosen]
-        present = more[chosen]
-        for i in range(1, 34):
-            others = sign.sum(1) - sign[:, i]
-            logits = absent * others + present * (sign @ edges[i])
-            sign[:, i] = np.where(rng.random(num_chains) < expit(logits), 1.0, -1.0)
+        gibbs.sweep(sign)
         if sweep >= 200:
             total += (sign[:, 1:] > 0).mean(0)
     return None, {"group": total / num_sweeps}

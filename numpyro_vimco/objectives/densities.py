@@ -22,7 +22,7 @@ from numpyro_vimco.objectives.checks import check_shape, event_mask_error
 from numpyro_vimco.objectives.levels import Levels, level_of
 from numpyro_vimco.objectives.plates import Density, Structure
 from numpyro_vimco.objectives.zero_weights import safe_log_prob
-from numpyro_vimco.sites import Trace, is_latent_site, mask_of, sample_sites, unmasked, unwrapped
+from numpyro_vimco.sites import Trace, is_delta, is_latent_site, mask_of, sample_sites, unmasked
 
 
 class Densities(NamedTuple):
@@ -159,9 +159,7 @@ def latent_masks(model_trace: Trace, guide_trace: Trace) -> Masks:
     return {
         name: mask_of(model_trace[name]["fn"])
         for name, site in guide_trace.items()
-        if is_latent_site(site)
-        and name in model_trace
-        and not (auxiliary and isinstance(unwrapped(site["fn"]), dist.Delta))
+        if is_latent_site(site) and name in model_trace and not (auxiliary and is_delta(site))
     }
 
 

@@ -171,7 +171,7 @@ class ImportanceWeightedELBO(ELBO):
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
         concrete = not _has_tracers((args, kwargs))
-        if concrete and (kinds.elements or kinds.masks) and may_be_dependent(program, param_map, rng_key):
+        if concrete and may_be_dependent(program, kinds, param_map, rng_key):
             # In a fit parameters are traced: the check is then at those that the program itself begins with.
             with jax.ensure_compile_time_eval():
                 untraced = self.program(model, guide, args, kwargs, jax.random.key(0))

@@ -24,7 +24,7 @@ from numpyro_vimco.objectives.checks import elements_error, masked_latent_error
 from numpyro_vimco.objectives.densities import SiteDensities, log_prob_of
 from numpyro_vimco.objectives.levels import level_of
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
-from numpyro_vimco.objectives.program import Program, Values
+from numpyro_vimco.objectives.program import Kinds, Program, Values
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_drawn, sample_sites
 
@@ -32,11 +32,15 @@ from numpyro_vimco.sites import is_drawn, sample_sites
 PAIRS, ROUNDING = 4, 1e-4
 
 
-def may_be_dependent(program: Program, params: dict[str, Any], rng_key: Array) -> bool:
+def may_be_dependent(program: Program, kinds: Kinds, params: dict[str, Any], rng_key: Array) -> bool:
     """Whether :func:`check_elements` may find a dependence, by how densities are computed; no value is computed.
 
     False is certain. In most fits it spares :func:`check_elements`, which has to be compiled.
+
+    :param kinds: of the program.
     """
+    if not (kinds.elements or kinds.masks):
+        return False
     sizes: set[int] = set()
     masked: list[str] = []
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.lax import stop_gradient
 from jaxtyping import Array
-import numpyro.distributions as dist
 from numpyro.handlers import replay, substitute, trace
 
 from numpyro_vimco.dependence import dependence
@@ -19,7 +18,7 @@ from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensi
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
-from numpyro_vimco.sites import Trace, is_drawn, is_latent_site, mask_of, sample_sites, unwrapped
+from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_latent_site, mask_of, sample_sites
 
 Values = dict[str, Array]
 
@@ -159,25 +158,22 @@ class Program:
         jax.eval_shape(look, params, rng_key)
         return found[0]
 
-    def deltas_at_parameters(self, params: dict[str, Any], rng_key: Array) -> set[str]:
-        """The latent guide sites that are Delta distributions whose value depends on parameters."""
-
-        def is_delta(site: dict) -> bool:
-            return is_latent_site(site) and isinstance(unwrapped(site["fn"]), dist.Delta)
+    def deltas_at_parameters(self, params: dict[str, Any], rng_key: Array) -> dict[str, set[str]]:
+        """The latent guide sites that are Delta distributions whose value depends on parameters, and on which."""
 
         def draw(given: Values | None, params) -> Trace:
             return self._trace_guide(params, self._first(rng_key), given)
 
         latents = [site for site in sample_sites(draw(None, params)) if is_latent_site(site)]
         if not any(map(is_delta, latents)):
-            return set()
+            return {}
         # The other latents have given values, so that what is computed from them only does not depend on parameters.
         given = {site["name"]: site["value"] for site in latents if not is_delta(site)}
 
         def deltas(inputs):
             return {site["name"]: site["value"] for site in draw(given, inputs).values() if is_delta(site)}
 
-        return {name for name, parents in dependence(deltas, params).items() if parents}
+        return {name: parents for name, parents in dependence(deltas, params).items() if parents}
 
     def sites(self, params: dict[str, Any], rng_key: Array, given: Values | None = None) -> SiteDensities:
         """The sites of one particle, with the first local particle of each named plate.

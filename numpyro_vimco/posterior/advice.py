@@ -47,12 +47,12 @@ def advise(
         )
     summary = weighed.summary
     parts = []
-    for start, stretch in past.items():
+    if past:
+        start, stretch = next(iter(past.items()))
         parts.append(
             f"A part of the posterior is lost: in steps {stretch.begin:,} to {stretch.end - 1:,} of start {start} the "
             f"bound was {stretch.bound:.2f} ± {stretch.std_error:.2f} nats, and no bound can be above the log evidence."
         )
-        break
     disagree = False
     if agreement is not None and agreement["differs"].any():
         disagree = True

@@ -17,12 +17,15 @@ import xarray as xr
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Moments
 from numpyro_vimco.posterior.observed import imputed_name
+from numpyro_vimco.sites import element_names
 
 # A start differs where it is off by more than this, in nats or posterior standard deviations, and four standard errors:
 # one quantity in 16,000 is off by four by chance alone, and the tolerance makes that rarer where errors are small.
 TOLERANCE, ERRORS = 0.1, 4.0
 # So many starts are named, with what differs most in each.
 NAMED = 3
+# The name of the quantity that is in nats.
+EVIDENCE = "log evidence"
 
 
 def compare(fit: Fitted, indices: list[int], pooled: Moments, starts: Sequence[Moments]) -> xr.Dataset:
@@ -67,11 +70,16 @@ def _quantities(moments: Moments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _names(fit: Fitted, moments: Moments) -> list[str]:
     elements = len(moments.log_evidence()[0])
-    names = ["log evidence"] if elements == 1 else [f"log evidence[{i}]" for i in range(elements)]
+    names = element_names(EVIDENCE, () if elements == 1 else (elements,))
     for site, estimate in moments.estimates().items():
         name = imputed_name(site, fit.model_trace) or site
-        names += [name + (f"[{','.join(map(str, i))}]" if i else "") for i in np.ndindex(estimate.mean.shape)]
+        names += element_names(name, estimate.mean.shape)
     return names
+
+
+def is_evidence(agreement: xr.Dataset) -> np.ndarray:
+    """Whether each quantity is a log evidence, not a latent."""
+    return np.array([name.startswith(EVIDENCE) for name in agreement["quantity"].values])
 
 
 def agree(agreement: xr.Dataset) -> bool:
@@ -82,13 +90,13 @@ def agree(agreement: xr.Dataset) -> bool:
 def differences(agreement: xr.Dataset) -> str:
     """What differs, and by how much: of each start its evidence, and the latent that is farthest off."""
     sentences = []
-    is_evidence = np.array([name.startswith("log evidence") for name in agreement["quantity"].values])
+    evidence = is_evidence(agreement)
     amount = np.where(agreement["differs"], np.abs(agreement["difference"]), 0)
     worst_first = np.argsort(-amount.max(1), kind="stable")
     named = [i for i in worst_first if amount[i].any()]
     for i in named[:NAMED]:
         parts = []
-        for kind, unit in ((is_evidence, "nats"), (~is_evidence, "posterior standard deviations")):
+        for kind, unit in ((evidence, "nats"), (~evidence, "posterior standard deviations")):
             of_kind = np.where(kind, amount[i], 0)
             if of_kind.any():
                 found = agreement.isel(start=i, quantity=int(np.argmax(of_kind)))

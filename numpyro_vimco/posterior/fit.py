@@ -23,7 +23,7 @@ from numpyro_vimco.posterior.proposals import program_of
 from numpyro_vimco.posterior.results import FitResult, FitState
 from numpyro_vimco.posterior.starts import initial_states
 from numpyro_vimco.posterior.steps import Steps
-from numpyro_vimco.posterior.weights import log_mean
+from numpyro_vimco.posterior.weights import log_mean, variance_of_log_mean
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_latent_site
 
@@ -218,7 +218,8 @@ def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tu
             continue
         relative = np.exp(log_weight - log_weight.max(0))
         estimates[i] = log_mean(log_weight).sum()
-        errors[i] = np.sqrt(np.sum(relative.var(0, ddof=1) / EVIDENCE_DRAWS / relative.mean(0) ** 2))
+        variance = variance_of_log_mean(relative.sum(0), (relative**2).sum(0), EVIDENCE_DRAWS)
+        errors[i] = np.sqrt(np.sum(variance))
     return estimates, errors
 
 

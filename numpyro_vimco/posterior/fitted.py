@@ -39,6 +39,7 @@ class Fitted:
     :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
     :ivar observed: its observed sites.
     :ivar starts: where several starts were given, the parameters of those that did not fail, with a leading axis.
+    :ivar num_starts: how many these are; 1 for a single fit.
     """
 
     svi: SVI
@@ -48,6 +49,7 @@ class Fitted:
     model_trace: Trace
     observed: dict[str, Observed]
     starts: dict[str, Any] | None
+    num_starts: int
 
     @classmethod
     def of(cls, svi: SVI, result: Result, model_args, model_kwargs, whole: bool = True) -> "Fitted":
@@ -87,11 +89,16 @@ class Fitted:
             )
         observed = find_observed(model_trace, _moving_masks(svi, params, latents, args, kwargs))
         _check_data(model_trace, observed)
-        starts = None
+        starts, num_starts = None, 1
         if isinstance(result, FitResult):
             kept = np.flatnonzero(~result.failed)
-            starts = jax.tree.map(lambda leaf: leaf[kept], result.params)
-        return cls(svi, params, args, kwargs, model_trace, observed, starts)
+            starts, num_starts = jax.tree.map(lambda leaf: leaf[kept], result.params), len(kept)
+        return cls(svi, params, args, kwargs, model_trace, observed, starts, num_starts)
+
+    @property
+    def event_dims(self) -> dict[str, int]:
+        """Number of dimensions of an event of each latent."""
+        return {name: site["fn"].event_dim for name, site in self.model_trace.items() if is_latent_site(site)}
 
     @property
     def of_model(self) -> dict[str, Any]:
@@ -102,7 +109,8 @@ class Fitted:
     def params_of_starts(self) -> dict[str, Any]:
         """Parameters of all starts, or of the single fit, with a leading axis; those of the model are left out."""
         starts = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], self.params) if self.starts is None else self.starts
-        return {name: value for name, value in starts.items() if name not in self.of_model}
+        of_model = self.of_model
+        return {name: value for name, value in starts.items() if name not in of_model}
 
     @property
     def plate_particles(self) -> Mapping[str, int]:

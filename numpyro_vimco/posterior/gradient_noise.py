@@ -18,6 +18,7 @@ import xarray as xr
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import element_names
 
 
 class GradientStatistics(NamedTuple):
@@ -167,5 +168,5 @@ def _names(params) -> list[str]:
     names = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = ".".join(str(getattr(part, "key", part)) for part in path)
-        names += [name + (f"[{','.join(map(str, i))}]" if i else "") for i in np.ndindex(jnp.shape(leaf))]
+        names += element_names(name, jnp.shape(leaf))
     return names

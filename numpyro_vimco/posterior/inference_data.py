@@ -105,7 +105,7 @@ def to_arviz(
         subsampled plate, a model without latents, data that are NaN, no draws, fewer proposals than draws, proposals
         beside ``resample=False``, an unknown group, or ``rng_key`` that is no key.
     :raises NotImplementedError: for starts whose draws cannot be pooled: a Delta site at a parameter.
-    :raises UserWarning: for a plate with latents of its own that cannot be averaged out of its log-likelihood.
+    :warns UserWarning: for a plate with latents of its own that cannot be averaged out of its log-likelihood.
     """
     check_key(rng_key)
     num_samples = check_integer("num_samples", num_samples, 1, "it is the number of posterior draws")

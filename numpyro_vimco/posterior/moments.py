@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from numpyro_vimco.objectives.plates import aligned_shape
+from numpyro_vimco.posterior.weights import variance_of_log_mean
 
 
 class Estimate(NamedTuple):
@@ -49,9 +50,8 @@ class Moments:
         weight = np.exp(log_weight - shift)
         self._weights = np.stack([old * change**i + (weight**i).sum(0) for i, old in enumerate(self._weights, 1)])
         for name in self._event_dims:
-            value = np.nan_to_num(
-                values[name].astype(float), posinf=0, neginf=0
-            )  # what is beyond single precision has no weight
+            # What is beyond single precision has no weight.
+            value = np.nan_to_num(values[name].astype(float), posinf=0, neginf=0)
             centre = self._centres.setdefault(name, value.mean(0))
             value = value - centre
             sums = self._sums.get(name, np.zeros((2, 2, *centre.shape)))
@@ -70,8 +70,7 @@ class Moments:
         total, square = (x.ravel() for x in self._weights)
         with np.errstate(divide="ignore", invalid="ignore"):
             estimate = np.log(total / self._count) + np.ravel(self._largest)
-            spread = np.maximum(square / total**2 - 1 / self._count, 0) * self._count / (self._count - 1)
-        return estimate, np.sqrt(spread)
+            return estimate, np.sqrt(variance_of_log_mean(total, square, self._count))
 
     def ess(self) -> np.ndarray:
         """Effective sample size (Σ w)² / Σ w² of each element, of shape ``(elements,)``."""

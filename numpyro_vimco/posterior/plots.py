@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from numpyro_vimco.posterior.agreement import TOLERANCE
+from numpyro_vimco.posterior.agreement import TOLERANCE, is_evidence
 from numpyro_vimco.posterior.diagnostics import ImportanceDiagnostics
 from numpyro_vimco.posterior.results import FitResult
 
@@ -125,9 +125,9 @@ def plot_agreement(diagnostics: ImportanceDiagnostics, *, num_latents: int = 10,
         )
     ax = _axes(ax)
     largest = abs(agreement["difference"]).max("start").fillna(0).values
-    is_evidence = np.array([name.startswith("log evidence") for name in agreement["quantity"].values])
-    rows = [np.flatnonzero(is_evidence)[np.argmax(largest[is_evidence])]]
-    latents = np.flatnonzero(~is_evidence)
+    evidence = is_evidence(agreement)
+    rows = [np.flatnonzero(evidence)[np.argmax(largest[evidence])]]
+    latents = np.flatnonzero(~evidence)
     rows += list(latents[np.argsort(-largest[latents], kind="stable")[:num_latents]])
     shown = agreement.isel(quantity=rows)
     position = np.arange(len(rows))

@@ -31,11 +31,8 @@ from jax.nn import logsumexp
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro import distributions as dist
 from numpyro.handlers import seed, substitute, trace
 
-from numpyro_vimco.dependence import dependence
-from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels
 from numpyro_vimco.objectives.plates import Structure
 from numpyro_vimco.posterior.fitted import Fitted
@@ -43,14 +40,14 @@ from numpyro_vimco.posterior.proposals import (
     Draw,
     Sampler,
     check_independent,
+    choose,
     merged,
     program_of,
     structure_of,
-    take,
 )
 from numpyro_vimco.posterior.widening import Widened
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import Trace, is_latent_site, sample_sites, unwrapped
+from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites
 
 # Of ten draws so many come from the guide of a start, and from its widened copy.
 OWN, WIDENED = 7, 3
@@ -73,17 +70,11 @@ class Mixture:
 
         :raises NotImplementedError: for a Delta site whose value depends on parameters.
         """
-        params = jax.tree.map(lambda leaf: leaf[0], self.params)
-        values = drawn(self.trace_guide(False, params, random.key(0)))
-
-        def deltas(params):
-            found = self.trace_guide(False, params, random.key(0), values)
-            return {site["name"]: site["value"] for site in sample_sites(found) if _is_delta(site)}
-
-        for name, parents in dependence(deltas, params).items():
-            if parents:
+        deltas = program_of(self.fit, {}).deltas_at_parameters(self.fit.params, random.key(0))
+        for name, parents in deltas.items():
+            if of_guide := parents - self.fit.of_model.keys():
                 raise NotImplementedError(
-                    f"Site '{name}' of the guide is a Delta whose value depends on the parameter '{min(parents)}', so "
+                    f"Site '{name}' of the guide is a Delta whose value depends on the parameter '{min(of_guide)}', so "
                     "that the guide of one start has no density at the draws of another, and they cannot be pooled. "
                     "Look at each start by itself (`to_arviz(..., pool=False)`, `importance_diagnostics(svi, "
                     "result.best, ...)`), or give the site a distribution."
@@ -97,7 +88,7 @@ class Mixture:
     @property
     def num_starts(self) -> int:
         """Number of starts; there are twice as many components."""
-        return len(jax.tree.leaves(self.params)[0]) if self.params else 1
+        return self.fit.num_starts
 
     @property
     def log_shares(self) -> Array:
@@ -179,11 +170,7 @@ class Mixture:
 
 def drawn(tr: Trace) -> Values:
     """The values of the latents of a guide that are no Delta."""
-    return {site["name"]: site["value"] for site in sample_sites(tr) if is_latent_site(site) and not _is_delta(site)}
-
-
-def _is_delta(site: dict) -> bool:
-    return is_latent_site(site) and isinstance(unwrapped(site["fn"]), dist.Delta)
+    return {site["name"]: site["value"] for site in sample_sites(tr) if is_latent_site(site) and not is_delta(site)}
 
 
 def pooled(fit: Fitted) -> Sampler:
@@ -205,22 +192,15 @@ def pooled(fit: Fitted) -> Sampler:
         values = mixture.draw(wide, params, draw_key)
         levels, structure = mixture.densities(values)
         log_p, log_q = levels.shared
-        log_weight, given = log_ratio(log_p, log_q), dict(values.shared)
-        for plate, key in split_by_name(choice_key, values.local).items():
-            local_p, local_q = levels.local[plate]
-            local_weight = log_ratio(local_p, local_q)
-            log_weight = log_weight + structure.sum_to_shared(cv.log_mean_weight(local_weight))
-            chosen = random.categorical(key, local_weight, axis=0)[None]
-            for name, value in values.local[plate].items():
-                given[name] = take(value, chosen, event_dims[name])[0]
-            log_p = log_p + structure.sum_to_shared(take(local_p, chosen)[0])
-            log_q = log_q + structure.sum_to_shared(take(local_q, chosen)[0])
-        # The guide once more, for the sites that are functions of these.
-        tr = mixture.trace_guide(wide, params, rest_key, given)
-        latents = [site for site in sample_sites(tr) if is_latent_site(site) and site["name"] in fit.model_trace]
-        return Draw(
-            {site["name"]: site["value"] for site in latents}, log_p, log_q, log_weight, start + wide * num_starts
+        draws = Levels(
+            Draw(values.shared, log_p, log_q, log_ratio(log_p, log_q), start + wide * num_starts),
+            {name: Draw(values.local[name], p, q, log_ratio(p, q)) for name, (p, q) in levels.local.items()},
         )
+        chosen = choose(draws, choice_key, structure, event_dims)
+        # The guide once more, for the sites that are functions of these.
+        tr = mixture.trace_guide(wide, params, rest_key, chosen.values)
+        latents = [site for site in sample_sites(tr) if is_latent_site(site) and site["name"] in fit.model_trace]
+        return chosen._replace(values={site["name"]: site["value"] for site in latents})
 
     first = jax.tree.map(lambda leaf: leaf[0], params)
     sites = sample_sites(mixture.trace_guide(False, first, random.key(0)))
@@ -228,7 +208,7 @@ def pooled(fit: Fitted) -> Sampler:
 
     def draw(rng_key: Array) -> Draw:
         order_key, draw_key = split(rng_key)
-        wide = jnp.repeat(jnp.array([False, True]), np.array([OWN, WIDENED]), total_repeat_length=OWN + WIDENED)
+        wide = np.repeat([False, True], [OWN, WIDENED])
 
         def of_start(inputs):
             start, params, keys = inputs

@@ -22,6 +22,7 @@ from numpyro.handlers import substitute
 
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
+from numpyro_vimco.objectives.levels import Levels, map_levels
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
 from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.posterior.chunks import chunks, in_chunks
@@ -37,14 +38,14 @@ class Draw(NamedTuple):
     :ivar log_p: log p(x, z), of shape ``(*plates,)``, of size 1 where a plate is not common to all sites; in nats.
     :ivar log_q: log q(z), likewise.
     :ivar log_weight: log-weight, likewise; log_p - log_q but for local particles.
-    :ivar component: which guide it is from.
+    :ivar component: which guide it is from; None for local particles.
     """
 
     values: dict[str, Any]
     log_p: Any
     log_q: Any
     log_weight: Any
-    component: Any
+    component: Any = None
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,14 @@ def each_start(fit: Fitted) -> Sampler:
     """One draw of the guide of each start, weighted with its own density, and its local particles chosen."""
     program = program_of(fit, fit.plate_particles)
     check_independent(program, fit)
-    starts = fit.params_of_starts
-    num_starts = len(jax.tree.leaves(starts)[0]) if starts else 1
+    starts, num_starts = fit.params_of_starts, fit.num_starts
+    event_dims = fit.event_dims
 
     def particle(component: Array, params: dict[str, Any], rng_key: Array) -> Draw:
         program_key, choice_key = split(rng_key)
         levels, structure = program.propose({**params, **fit.of_model}, program_key)
-        choice_keys = split_by_name(choice_key, levels.local)
-        values, densities = levels.shared
-        log_p, log_q, log_weight = densities.model, densities.log_guide, densities.log_weight
-        for plate, (local_values, local) in levels.local.items():
-            log_weight = log_weight + structure.sum_to_shared(cv.log_mean_weight(local.log_weight))
-            chosen = random.categorical(choice_keys[plate], local.log_weight, axis=0)[None]
-            for name, value in local_values.items():
-                values[name] = take(value, chosen, fit.model_trace[name]["fn"].event_dim)[0]
-            log_p = log_p + structure.sum_to_shared(take(local.model, chosen)[0])
-            log_q = log_q + structure.sum_to_shared(take(local.log_guide, chosen)[0])
-        return Draw(values, log_p, log_q, log_weight, component)
+        draws = map_levels(lambda pair: Draw(pair[0], pair[1].model, pair[1].log_guide, pair[1].log_weight), levels)
+        return choose(draws, choice_key, structure, event_dims)._replace(component=component)
 
     def draw(rng_key: Array) -> Draw:
         inputs = jnp.arange(num_starts), starts, split(rng_key, num_starts)
@@ -119,6 +111,24 @@ def each_start(fit: Fitted) -> Sampler:
 
     at_once = max(fit.chunk_size() // num_starts, 1)
     return Sampler(draw, num_starts, at_once, structure_of(program, fit))
+
+
+def choose(draws: Levels[Draw], rng_key: Array, structure: Structure, event_dims: Mapping[str, int]) -> Draw:
+    """A draw of the shared sites with one local particle of each element, chosen in proportion to its weight.
+
+    :param draws: arrays of named plates have a leading axis for local particles.
+    :param event_dims: for each local site, the number of dimensions of an event.
+    """
+    values, log_p, log_q, log_weight, component = draws.shared
+    values = dict(values)
+    for plate, key in split_by_name(rng_key, draws.local).items():
+        local = draws.local[plate]
+        log_weight = log_weight + structure.sum_to_shared(cv.log_mean_weight(local.log_weight))
+        chosen = random.categorical(key, local.log_weight, axis=0)[None]
+        values |= {name: take(value, chosen, event_dims[name])[0] for name, value in local.values.items()}
+        log_p = log_p + structure.sum_to_shared(take(local.log_p, chosen)[0])
+        log_q = log_q + structure.sum_to_shared(take(local.log_q, chosen)[0])
+    return Draw(values, log_p, log_q, log_weight, component)
 
 
 def propose(sampler: Sampler, rng_key: Array, num_proposals: int, progress: str | None = None) -> list[Draw]:
@@ -191,7 +201,7 @@ def check_independent(program: Program, fit: Fitted) -> None:
     :raises ValueError: naming the plate, or the masked latent, and a site.
     """
     kinds = program.kinds(fit.params, random.key(0))
-    if (kinds.elements or kinds.masks) and may_be_dependent(program, fit.params, random.key(0)):
+    if may_be_dependent(program, kinds, fit.params, random.key(0)):
         check_elements(program, fit.params)
 
 

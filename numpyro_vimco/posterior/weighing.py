@@ -17,7 +17,7 @@ from numpyro_vimco.posterior.moments import Moments
 from numpyro_vimco.posterior.pooling import pooled
 from numpyro_vimco.posterior.proposals import Draw, check_weights, each_start, merged, plate_names, plate_sizes
 from numpyro_vimco.posterior.weights import WeightStream, WeightSummary
-from numpyro_vimco.sites import is_discrete, is_latent_site
+from numpyro_vimco.sites import element_names, is_discrete, is_latent_site
 
 # Correlations are looked for among so many continuous coordinates: these draws are kept.
 CORRELATED_SIZE = 64
@@ -53,7 +53,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
     structure, sizes = sampler.structure, plate_sizes(fit)
     shape = tuple(sizes[name] for name in plate_names(fit, structure.dims))
     coordinates = _coordinates(fit) if not shape else {}
-    moments = None if fit.starts is None else Moments(event_dims(fit))
+    moments = None if fit.starts is None else Moments(fit.event_dims)
 
     def weight(draw: Draw) -> tuple[Array, Array, Mapping[str, Array]]:
         supports = {name: fit.model_trace[name]["fn"].support for name in coordinates}
@@ -92,7 +92,7 @@ def moments_of_starts(fit: Fitted, rng_key: Array, num_draws: int, progress: str
     :raises ValueError: for NaN weights.
     """
     sampler = each_start(fit)
-    found = [Moments(event_dims(fit)) for _ in range(sampler.size)]
+    found = [Moments(fit.event_dims) for _ in range(sampler.size)]
     nan = 0
     for log_weight, values in sampler.blocks(rng_key, num_draws, lambda draw: (draw.log_weight, draw.values), progress):
         nan += int(np.isnan(log_weight).reshape(len(log_weight) * sampler.size, -1).any(1).sum())
@@ -100,11 +100,6 @@ def moments_of_starts(fit: Fitted, rng_key: Array, num_draws: int, progress: str
             moments.add(log_weight[:, i], {name: value[:, i] for name, value in values.items()})
     check_weights(nan, False, num_draws * sampler.size)
     return found
-
-
-def event_dims(fit: Fitted) -> dict[str, int]:
-    """Number of dimensions of an event of each latent."""
-    return {name: site["fn"].event_dim for name, site in fit.model_trace.items() if is_latent_site(site)}
 
 
 def _coordinates(fit: Fitted) -> dict[str, list[str]]:
@@ -117,5 +112,5 @@ def _coordinates(fit: Fitted) -> dict[str, list[str]]:
         shape = jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape
         size += int(np.prod(shape))
         if size <= CORRELATED_SIZE:
-            found[name] = [name + (f"[{','.join(map(str, i))}]" if i else "") for i in np.ndindex(*shape)]
+            found[name] = element_names(name, shape)
     return found

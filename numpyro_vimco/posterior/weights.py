@@ -129,8 +129,7 @@ class WeightStream:
             rest, rest_square = self._sums[:, part] * (factor, factor**2)
             total, square = rest + raw.sum(1), rest_square + (raw**2).sum(1)
             log_evidence[part] = np.log(total) + maximum - np.log(self.num_draws)
-            spread = np.maximum(square / total**2 - 1 / self.num_draws, 0)
-            variance[part] = spread * self.num_draws / (self.num_draws - 1)
+            variance[part] = variance_of_log_mean(total, square, self.num_draws)
             smoothed, k[part] = smooth_tail(tail, rest, self.num_draws)
             # Smoothed weights can be much smaller than the largest raw one.
             shift = np.maximum(smoothed.max(1), self._largest[part] - maximum)
@@ -258,6 +257,15 @@ def _pareto_quantiles(length: int, shape: np.ndarray, scale: np.ndarray) -> np.n
 def log_mean(log_weight: np.ndarray) -> np.ndarray:
     """Logarithm of the mean weight of each element, in nats, without the leading axis of draws."""
     return logsumexp(log_weight, axis=0) - np.log(len(log_weight))
+
+
+def variance_of_log_mean(total: np.ndarray, square: np.ndarray, num_draws: int) -> np.ndarray:
+    """The variance of :func:`log_mean` by the delta method.
+
+    :param total: Σ w of the draws, relative to any weight.
+    :param square: Σ w², relative to its square.
+    """
+    return np.maximum(square / total**2 - 1 / num_draws, 0) * num_draws / (num_draws - 1)
 
 
 def pareto_smooth(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
