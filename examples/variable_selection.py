@@ -4,16 +4,17 @@
 
 Ten predictors of diabetes progression (442 patients, scikit-learn's copy, standardised). Each has an inclusion
 indicator, which is discrete, and a coefficient. With Gaussian noise and slab, the evidence of each of the 1,024
-models has a closed form: exact inclusion probabilities and evidence, against which four objectives are held, with the
-same automatic guide, particles and steps. "plain pathwise" is VIMCOStar with doubly_reparameterized=False.
+models has a closed form: exact inclusion probabilities and evidence. Against these four objectives are held, with the
+same automatic guide, particles, steps and annealing: VIMCO-⋆ from four starts, as one would use it, the others from
+one. "plain pathwise" is VIMCOStar with doubly_reparameterized=False.
 """
 
 import argparse
 import itertools
 from pathlib import Path
+import time
 
 import arviz as az
-import jax
 from jax import random
 import jax.numpy as jnp
 import matplotlib
@@ -27,7 +28,7 @@ from numpyro.infer import SVI, TraceGraph_ELBO
 import optax
 from sklearn.datasets import load_diabetes
 
-from numpyro_vimco import VIMCO, AutoMixed, VIMCOStar, importance_diagnostics, plots, to_arviz
+from numpyro_vimco import VIMCO, AutoMixed, VIMCOStar, fit, importance_diagnostics, plots, to_arviz
 
 INCLUSION, SLAB_VARIANCE, NOISE_VARIANCE = 0.3, 0.1, 0.5
 
@@ -41,8 +42,8 @@ def model(predictors, response):
         numpyro.sample("response", dist.Normal(mean, NOISE_VARIANCE**0.5), obs=response)
 
 
-# Indicators, then coefficients given their own indicators: a Normal each for the spike and for the slab.
-guide = AutoMixed(model, structure="conditional")
+# Indicators, each given those before it, then coefficients given all indicators and the coefficients before them.
+guide = AutoMixed(model)
 
 
 def exact_posterior(predictors, response):
@@ -68,30 +69,29 @@ def exact_posterior(predictors, response):
     return log_evidence, np.exp(log_joint - log_evidence) @ models
 
 
-def fit(objective, num_steps, *data):
-    """The inference object, its result, and mean and standard error of the final bound in nats."""
-    svi = SVI(model, guide, optax.adam(0.01), objective)
-    result = svi.run(random.key(0), num_steps, *data)
-    keys = random.split(random.key(1), 200)
-    losses = jax.jit(jax.vmap(lambda key: objective.loss(key, result.params, model, guide, *data)))(keys)
-    return svi, result, -losses.mean(), losses.std() / len(keys) ** 0.5
+def learning_rate(num_steps):
+    """Held while the likelihood is annealed, then a cosine."""
+    schedules = [optax.constant_schedule(0.01), optax.cosine_decay_schedule(0.01, num_steps - num_steps // 2)]
+    return optax.join_schedules(schedules, [num_steps // 2])
 
 
-def plot(fits, log_evidence, predictors, inclusion, exact_inclusion, diagnostics, path):
+def plot(results, log_evidence, predictors, inclusion, exact_inclusion, diagnostics, path):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    window = max(len(next(iter(fits.values()))[1].losses) // 100, 1)
-    for (name, (_, result, *_)), style in zip(fits.items(), ("C0-", "C4--", "C1:", "C2-.")):
-        smooth = np.convolve(-np.asarray(result.losses), np.ones(window) / window, "valid")
-        left.plot(np.arange(len(smooth)) + window, smooth, style, label=name, lw=1.4)
+    for (name, result), style in zip(results.items(), ("C0-", "C4--", "C1:", "C2-.")):
+        steps = np.flatnonzero(result.power[0] == 1)  # before, the loss is that of an annealed likelihood
+        window = max(len(steps) // 50, 1)
+        smooth = np.convolve(-result.best.losses[steps], np.ones(window) / window, "valid")
+        left.plot(steps[window - 1 :], smooth, style, label=name, lw=1.4)
     left.axhline(log_evidence, color="black", lw=1, ls="--", label="exact log evidence")
-    left.set(xlabel="step", ylabel="bound (nats)", ylim=(log_evidence - 12, log_evidence + 1))
-    left.legend(loc="center")
+    left.set(xlabel="step", ylabel="objective (nats)", ylim=(log_evidence - 6, log_evidence + 0.5))
+    left.legend(loc="lower right")
     position = np.arange(len(predictors))
     middle.bar(position - 0.2, exact_inclusion, 0.4, color="0.6", label="exact (1,024 models)")
     middle.bar(position + 0.2, inclusion, 0.4, color="C0", label="VIMCOStar, importance-weighted")
     middle.set(xticks=position, xticklabels=predictors, ylabel="inclusion probability", ylim=(0, 1.15))
     middle.legend(loc="upper center", ncols=2, fontsize="small")
-    plots.plot_weights(diagnostics, ax=right)
+    plots.plot_agreement(diagnostics, num_latents=5, ax=right)
+    right.set_title(f"the four starts of VIMCOStar: {diagnostics.reading}", fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -102,37 +102,44 @@ def main(args):
     predictors, response = standardize(data.data), standardize(data.target)
     log_evidence, exact_inclusion = exact_posterior(predictors, response)
 
+    number = args.num_particles
     objectives = {
-        "VIMCOStar": VIMCOStar(num_particles=args.num_particles),
-        "plain pathwise": VIMCOStar(num_particles=args.num_particles, doubly_reparameterized=False),
-        "VIMCO": VIMCO(num_particles=args.num_particles),
-        "TraceGraph_ELBO": TraceGraph_ELBO(num_particles=args.num_particles),
+        "VIMCOStar": (VIMCOStar(0.5, number), 4),
+        "plain pathwise": (VIMCOStar(0.5, number, doubly_reparameterized=False), 1),
+        "VIMCO": (VIMCO(0.5, number), 1),
+        "TraceGraph_ELBO": (TraceGraph_ELBO(number), 1),
     }
-    fits = {}
-    for name, objective in objectives.items():
-        print(f"{name}, {args.num_particles} particles")
-        fits[name] = fit(objective, args.num_steps, predictors, response)
+    data_args = {"model_args": (predictors, response), "progress_bar": False}
+    results, found, errors = {}, {}, {}
+    print(f"{'objective':>16} {'starts':>7} {'fit (s)':>8} {'ELBO below the evidence':>24} {'ESS':>6} {'error':>6}")
+    for name, (objective, num_starts) in objectives.items():
+        svi = SVI(model, guide, optax.adam(learning_rate(args.num_steps)), objective)
+        start = time.perf_counter()
+        results[name] = result = fit(
+            svi, random.key(0), args.num_steps, predictors, response, num_starts=num_starts, progress_bar=False
+        )
+        seconds = time.perf_counter() - start
+        found[name] = diagnostics = importance_diagnostics(
+            svi, result, rng_key=random.key(1), num_samples=args.num_proposals, **data_args
+        )
+        estimates = dict(zip(diagnostics.agreement["quantity"].values, diagnostics.agreement["pooled"].values))
+        errors[name] = max(abs(estimates[f"included[{i}]"] - exact) for i, exact in enumerate(exact_inclusion))
+        gap, ess = log_evidence - diagnostics.bounds[1], diagnostics.ess / args.num_proposals
+        print(f"{name:>16} {num_starts:7} {seconds:8.1f} {gap:19.2f} nats {ess:6.1%} {errors[name]:6.3f}", flush=True)
 
-    print(f"\n{'objective':>16} {'bound (nats)':>20} {'below the evidence':>20}")
-    for name, (_, _, bound, error) in fits.items():
-        print(f"{name:>16} {bound:12.3f} ± {error:5.3f} {log_evidence - bound:20.3f}")
-    print(f"{'exact':>16} {log_evidence:12.3f}")
-
-    svi, result, *_ = fits["VIMCOStar"]
-    arguments = {"model_args": (predictors, response), "rng_key": random.key(2)}
-    diagnostics = importance_diagnostics(svi, result, num_samples=args.num_proposals, **arguments)
-    print(f"\nVIMCOStar's guide, by importance sampling\n{diagnostics}")
+    diagnostics = found["VIMCOStar"]
+    print(f"\nVIMCOStar, draws of its four starts pooled; the exact log evidence is {log_evidence:.3f}\n{diagnostics}")
     posterior = to_arviz(
-        svi,
-        result,
-        num_samples=args.num_proposals // 20,
+        SVI(model, guide, optax.adam(0.01), objectives["VIMCOStar"][0]),
+        results["VIMCOStar"],
+        rng_key=random.key(2),
+        num_samples=args.num_proposals // 4,
         num_proposals=args.num_proposals,
         coords={"predictor": data.feature_names},
-        **arguments,
+        **data_args,
     )
     inclusion = posterior["posterior"]["included"].mean(("chain", "draw")).values
-    print("\nInclusion probabilities")
-    print(f"{'':>8} {'weighted':>9} {'exact':>7}")
+    print(f"\nInclusion probabilities\n{'':>8} {'weighted':>9} {'exact':>7}")
     for name, weighted, exact in zip(data.feature_names, inclusion, exact_inclusion):
         print(f"{name:>8} {weighted:9.3f} {exact:7.3f}")
     print(f"largest error {np.abs(inclusion - exact_inclusion).max():.3f}\n")
@@ -141,17 +148,16 @@ def main(args):
     posterior.to_netcdf(str(args.output / "variable_selection.nc"))
     print(az.summary(posterior, kind="stats", var_names=["included", "coefficient"]))
     picture = args.output / "variable_selection.png"
-    plot(fits, log_evidence, data.feature_names, inclusion, exact_inclusion, diagnostics, picture)
+    plot(results, log_evidence, data.feature_names, inclusion, exact_inclusion, diagnostics, picture)
     print(f"\nSaved variable_selection.nc and variable_selection.png in {args.output}/")
-    gaps = {name: float(log_evidence - bound) for name, (_, _, bound, _) in fits.items()}
-    return gaps, float(np.abs(inclusion - exact_inclusion).max())
+    return found, errors, log_evidence
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-steps", type=int, default=4000)
-    parser.add_argument("--num-particles", type=int, default=128)
-    parser.add_argument("--num-proposals", type=int, default=400_000, help="draws of the guide to be weighted")
+    parser.add_argument("--num-particles", type=int, default=64)
+    parser.add_argument("--num-proposals", type=int, default=40_000, help="draws of the guide to be weighted")
     parser.add_argument("--output", type=Path, default=Path("output"))
     return parser.parse_args(argv)
 

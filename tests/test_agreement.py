@@ -422,23 +422,32 @@ def test_largest_sum_of_a_stretch():
 
 
 @pytest.mark.parametrize(
-    "k, ess, agree, proof, expected",
+    "k, ess, agreeing, num_starts, proof, expected",
     [
-        (0.3, 0.2, True, False, "good"),
-        (0.3, 0.2, False, False, "usable"),  # one start, or starts that differ
-        (0.3, 0.2, True, True, "bad"),
-        (0.3, 0.05, True, False, "usable"),
-        (0.3, 0.005, True, False, "bad"),
-        # A tail that agreeing starts with an ESS of half the draws have seen.
-        (0.9, 0.5, True, False, "good"),
-        (0.9, 0.5, False, False, "bad"),
-        (0.9, 0.49, True, False, "bad"),
-        (0.6, 0.5, True, False, "good"),
-        (0.6, 0.49, True, False, "usable"),
+        (0.3, 0.2, 3, 3, False, "good"),
+        (0.3, 0.2, 2, 4, False, "good"),  # two that found all that the pool has
+        (0.3, 0.2, 1, 4, False, "usable"),
+        (0.3, 0.2, 1, 1, False, "usable"),
+        (0.3, 0.2, 3, 3, True, "bad"),
+        (0.3, 0.05, 3, 3, False, "usable"),
+        (0.3, 0.005, 3, 3, False, "bad"),
+        # A tail that starts with an ESS of half the draws have seen, all of them.
+        (0.9, 0.5, 2, 2, False, "good"),
+        (0.9, 0.5, 2, 3, False, "bad"),
+        (0.9, 0.5, 1, 1, False, "bad"),
+        (0.9, 0.49, 2, 2, False, "bad"),
+        (0.69, 0.1, 2, 2, False, "good"),
+        (0.69, 0.1, 1, 1, False, "usable"),
     ],
 )
-def test_reading(k, ess, agree, proof, expected):
-    assert _reading(k, ess * 10_000, 10_000, agree, proof) == expected
+def test_reading(k, ess, agreeing, num_starts, proof, expected):
+    assert _reading(k, ess * 10_000, 10_000, agreeing, num_starts, proof) == expected
+
+
+def test_starts_that_others_repair_are_named():
+    found = importance_diagnostics(SVI_TWO_MODES, starts([-0.1, 0.2, -14.0]), num_samples=4000, **ARGUMENTS)
+    assert found.reading == "good" and found.advice.startswith("2 of 3 starts agree")
+    assert "The others lost a part that these have: start 2 is off in 'log evidence' by -0." in found.advice
 
 
 def test_two_fits_that_agree_make_a_heavy_tail_good():

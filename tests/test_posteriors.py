@@ -12,6 +12,7 @@ import optax
 import pytest
 from scipy.stats import norm, poisson
 
+from benchmarks.agreement import measure
 from benchmarks.posteriors import problem, recommended
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 
@@ -56,6 +57,31 @@ def test_karate_club():
     model, args, _, expected, num_steps = problem("karate_club")
     for estimate, _ in fits(model, args, num_steps, "group"):
         assert np.abs(estimate - expected["group"]).max() < 0.02
+
+
+# A part of benchmarks/agreement.py: rate, α, annealing and κ of fits of four starts.
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["diabetes", "strongly_correlated_design", "change_points"])
+def test_right_fits_are_called_good(name):
+    one, four = measure(name, 0, 0.01, 0.5, 0.5, 0.3)
+    assert one["reading"] == "usable" and four["reading"] == "good"
+    assert float(four["error"]) < 0.02 and not four["wrong"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "setting",
+    [("diabetes", 2, 0.01, 0.1, 0.5, 1.0), ("diabetes", 10, 0.05, 1.0, 0.5, 0.3),
+     ("strongly_correlated_design", 5, 0.05, 0.5, 0.5, 0.3)],
+    ids=["couplings too fast", "rate too large, α = 1", "rate too large"],
+)  # fmt: skip
+def test_wrong_fits_are_not_called_good(setting):
+    """A single fit has an ESS of up to 99%, and is off by up to 14 nats."""
+    for row in measure(*setting):
+        assert row["wrong"] and row["reading"] != "good"
+        assert row["starts"] == 1 or row["off"] >= 3
 
 
 # Small models of other kinds.

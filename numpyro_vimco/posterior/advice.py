@@ -9,14 +9,14 @@ import numpy as np
 import xarray as xr
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
-from numpyro_vimco.posterior.agreement import differences
+from numpyro_vimco.posterior.agreement import differences, num_agreeing
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
 from numpyro_vimco.posterior.weighing import Weighed
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
 
-# Where "good" ends: weights of infinite variance, and an effective sample size relative to the draws.
+# Weights of infinite variance, and an effective sample size, relative to the draws, where "good" ends.
 HEAVY_TAIL, LOW_ESS = 0.5, 0.1
 # A correlation that the guide lacks is told from this size on: it lowers the ESS of a pair to √(1 - 0.3²) at most.
 CORRELATED = 0.3
@@ -41,9 +41,14 @@ def advise(
     """
     if reading == "good":
         assert agreement is not None
+        agreeing, num_starts = num_agreeing(agreement), agreement.sizes["start"]
+        disagreeing = ""
+        if agreeing < num_starts:
+            disagreeing = f" The others lost a part that these have: {differences(agreement)}."
         return (
-            f"{agreement.sizes['start']} starts agree, and the weights are good: importance-weighted estimates can be "
-            "trusted, unless all starts lost the same part of the posterior. Nothing here can show that."
+            f"{agreeing}{f' of {num_starts}' if disagreeing else ''} starts agree, and the weights are good: "
+            "importance-weighted estimates can be trusted, unless all starts lost the same part of the posterior. "
+            f"Nothing here can show that.{disagreeing}"
         )
     summary = weighed.summary
     parts = []

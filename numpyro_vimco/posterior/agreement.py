@@ -82,9 +82,9 @@ def is_evidence(agreement: xr.Dataset) -> np.ndarray:
     return np.array([name.startswith(EVIDENCE) for name in agreement["quantity"].values])
 
 
-def agree(agreement: xr.Dataset) -> bool:
-    """Whether there are two starts or more, and none differs from the pool."""
-    return agreement.sizes["start"] > 1 and not bool(agreement["differs"].any())
+def num_agreeing(agreement: xr.Dataset) -> int:
+    """The number of starts that do not differ from the pool in anything."""
+    return int((~agreement["differs"].any("quantity")).sum())
 
 
 def differences(agreement: xr.Dataset) -> str:
@@ -101,7 +101,8 @@ def differences(agreement: xr.Dataset) -> str:
             if of_kind.any():
                 found = agreement.isel(start=i, quantity=int(np.argmax(of_kind)))
                 by, error = float(found["difference"]), float(found["difference_std_error"])
-                parts.append(f"'{found['quantity'].item()}' by {by:.2f} ± {error:.2f} {unit}")
+                form = ".2f" if abs(by) < 1e4 else ".0e"  # a pool of nearly one value has next to no deviation
+                parts.append(f"'{found['quantity'].item()}' by {by:{form}} ± {error:{form}} {unit}")
         sentences.append(f"start {agreement['start'].values[i]} is off in {' and '.join(parts)}")
     if len(named) > NAMED:
         sentences.append(f"and {len(named) - NAMED} more")

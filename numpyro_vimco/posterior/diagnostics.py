@@ -13,8 +13,8 @@ from numpyro.infer import SVI
 import xarray as xr
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.posterior.advice import HEAVY_TAIL, LOW_ESS, advise
-from numpyro_vimco.posterior.agreement import agree, compare
+from numpyro_vimco.posterior.advice import LOW_ESS, advise
+from numpyro_vimco.posterior.agreement import compare, num_agreeing
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
 from numpyro_vimco.posterior.results import FitResult
@@ -39,14 +39,13 @@ class ImportanceDiagnostics:
         (``weights.smooth_tail``).
     :ivar reading: of the worst element.
 
-        - ``"good"``: two starts or more that agree, no proof of a loss from the past, k < 0.5 (finite variance) and an
-          ESS of a tenth of the draws or more.
         - ``"bad"``: a proof of a loss, an ESS below 100, or k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et
-          al. 2024).
-        - ``"usable"`` between: at best where there is one fit alone, and where starts disagree.
+          al. 2024). Where all starts agree and the ESS is half of the draws or more, k is no reason: see
+          :func:`~numpyro_vimco.importance_diagnostics`.
+        - ``"good"``, if not bad: two starts or more that agree with the pool, and an ESS of a tenth of the draws or
+          more. Each of these found all that any start has; what others lost, the pool has.
+        - ``"usable"`` else: at best where there is one fit alone, and where only one start has what the pool has.
 
-        Where starts agree and the ESS is half of the draws or more, k is no reason for less: see
-        :func:`~numpyro_vimco.importance_diagnostics`.
     :ivar advice: what to make of it, or what to do.
     :ivar num_samples: number of draws.
     :ivar heaviest: shares of the total weight that the heaviest draws hold, from the largest, of the element with the
@@ -93,8 +92,8 @@ class ImportanceDiagnostics:
         """How far the starts are from each other."""
         if self.agreement is None or self.agreement.sizes["start"] == 1:
             return "1"
-        off = int(self.agreement["differs"].any("quantity").sum())
         evidence = self.agreement["log_evidence"].values
+        off = len(evidence) - num_agreeing(self.agreement)
         apart = f"{off} off" if off else "which agree"
         return f"{len(evidence)}, {apart}; log evidence of each {evidence.min():.3f} to {evidence.max():.3f} nats"
 
@@ -119,11 +118,13 @@ def importance_diagnostics(
     posterior was lost, since no bound can be above it; that is looked for where the objective is known to be a bound
     and the model has no parameters.
 
-    **k above 0.7.** k tells from the largest weights of one set of draws whether *unseen* ones may be so large that
-    they would move its estimates. Starts that agree have seen that directly: as many estimates of evidence and means,
-    from guides of different tails and draws of their own, to within 0.1 and their errors. And an ESS of half of the
-    draws bounds the relative variance of the weights by 1. Both together are better evidence than a tail that is
-    extrapolated, so that k is no reason for "bad" then.
+    **k.** From 0.5 on the variance of the weights is infinite, but up to 0.7 smoothed estimates converge nearly as fast
+    (Vehtari et al. 2024), so that it is no reason for less than "good" where starts agree. Above, k tells from the
+    largest weights of one set of draws that *unseen* ones may be so large that they would move its estimates. Starts
+    that all agree have seen that directly: as many estimates of evidence and means, from guides of different tails and
+    draws of their own, to within 0.1 and their errors. And an ESS of half of the draws bounds the relative variance of
+    the weights by 1. Both together are better evidence than a tail that is extrapolated, so that k is no reason for
+    "bad" then.
 
     Draws are not kept: memory is that of ``3 √num_samples`` weights for each element of plates that are common to all
     sites, beside that of a few draws of the model; with several starts, that of a few sums for each element of each
@@ -160,7 +161,8 @@ def importance_diagnostics(
         )
         annealed = bool((svi_result.power < 1).any())
     k, ess = float(summary.pareto_k.max()), float(summary.ess.min())
-    reading = _reading(k, ess, num_samples, agreement is not None and agree(agreement), bool(past))
+    agreeing, num_starts = (0, 1) if agreement is None else (num_agreeing(agreement), agreement.sizes["start"])
+    reading = _reading(k, ess, num_samples, agreeing, num_starts, bool(past))
     if weighed.log_weight is None:
         heaviest = summary.heaviest
     else:
@@ -181,10 +183,9 @@ def importance_diagnostics(
     )
 
 
-def _reading(k: float, ess: float, num_samples: int, starts_agree: bool, loss_proven: bool) -> str:
-    # What starts that agree say of the tail counts more than k: see `importance_diagnostics`.
-    tail_seen = starts_agree and ess >= num_samples / 2
+def _reading(k: float, ess: float, num_samples: int, agreeing: int, num_starts: int, loss_proven: bool) -> str:
+    # What starts that all agree say of the tail counts more than k: see `importance_diagnostics`.
+    tail_seen = agreeing == num_starts >= 2 and ess >= num_samples / 2
     if loss_proven or ess < 100 or (k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen):
         return "bad"
-    good_weights = ess >= num_samples * LOW_ESS and (k < HEAVY_TAIL or tail_seen)
-    return "good" if good_weights and starts_agree else "usable"
+    return "good" if agreeing >= 2 and ess >= num_samples * LOW_ESS else "usable"
