@@ -15,6 +15,7 @@ from numpyro.infer.autoguide import AutoDelta
 import optax
 import pytest
 from scipy.stats import norm
+import xarray as xr
 
 from helpers import fit_result
 from numpyro_vimco import (
@@ -27,7 +28,7 @@ from numpyro_vimco import (
     plots,
     to_arviz,
 )
-from numpyro_vimco.posterior.agreement import compare, num_agreeing
+from numpyro_vimco.posterior.agreement import agrees, compare, is_confirmed
 from numpyro_vimco.posterior.diagnostics import _reading
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Moments
@@ -124,7 +125,7 @@ def test_small_differences_are_none():
     uncertain = [moments(shift, 100) for shift in (0.45, 0.55)]
     table = compare(fitted, [0, 1, 2, 3, 4], pool, certain + uncertain)
     assert list(table["differs"].sel(quantity="z").values) == [False, False, True, False, True]
-    assert num_agreeing(table) == 3
+    assert list(agrees(table)) == [True, True, False, True, False]
 
 
 def test_starts_that_agree_are_good(agreeing):
@@ -422,32 +423,56 @@ def test_largest_sum_of_a_stretch():
 
 
 @pytest.mark.parametrize(
-    "k, ess, agreeing, num_starts, proof, expected",
+    "k, ess, confirmed, all_agree, proof, expected",
     [
-        (0.3, 0.2, 3, 3, False, "good"),
-        (0.3, 0.2, 2, 4, False, "good"),  # two that found all that the pool has
-        (0.3, 0.2, 1, 4, False, "usable"),
-        (0.3, 0.2, 1, 1, False, "usable"),
-        (0.3, 0.2, 3, 3, True, "bad"),
-        (0.3, 0.05, 3, 3, False, "usable"),
-        (0.3, 0.005, 3, 3, False, "bad"),
+        (0.3, 0.2, True, True, False, "good"),
+        (0.3, 0.2, True, False, False, "good"),
+        (0.3, 0.2, False, False, False, "usable"),  # one start, or starts that differ
+        (0.3, 0.2, True, True, True, "bad"),
+        (0.3, 0.05, True, True, False, "usable"),
+        (0.3, 0.005, True, True, False, "bad"),
         # A tail that starts with an ESS of half the draws have seen, all of them.
-        (0.9, 0.5, 2, 2, False, "good"),
-        (0.9, 0.5, 2, 3, False, "bad"),
-        (0.9, 0.5, 1, 1, False, "bad"),
-        (0.9, 0.49, 2, 2, False, "bad"),
-        (0.69, 0.1, 2, 2, False, "good"),
-        (0.69, 0.1, 1, 1, False, "usable"),
+        (0.9, 0.5, True, True, False, "good"),
+        (0.9, 0.5, True, False, False, "bad"),
+        (0.9, 0.5, False, False, False, "bad"),
+        (0.9, 0.49, True, True, False, "bad"),
+        (0.69, 0.1, True, True, False, "good"),
+        (0.69, 0.1, False, False, False, "usable"),
     ],
 )
-def test_reading(k, ess, agreeing, num_starts, proof, expected):
-    assert _reading(k, ess * 10_000, 10_000, agreeing, num_starts, proof) == expected
+def test_reading(k, ess, confirmed, all_agree, proof, expected):
+    assert _reading(k, ess * 10_000, 10_000, confirmed, all_agree, proof) == expected
 
 
-def test_starts_that_others_repair_are_named():
-    found = importance_diagnostics(SVI_TWO_MODES, starts([-0.1, 0.2, -14.0]), num_samples=4000, **ARGUMENTS)
+@pytest.mark.parametrize(
+    "log_evidence, differing, expected",
+    [
+        ([0.0, 0.0, -4.7], [2], True),  # e^-4.7 = 0.009
+        ([0.0, 0.0, -4.5], [2], False),
+        ([0.0, 0.0, -0.7], [2], False),
+        ([0.0, -9.0, -9.0], [1, 2], False),  # one alone
+        ([0.0, 0.0, -np.inf], [2], True),
+        ([0.0, 0.0, 0.0], [], True),
+        ([0.0], [], False),
+    ],
+)
+def test_stuck_starts_do_not_matter(log_evidence, differing, expected):
+    names, starts = ["log evidence", "z"], len(log_evidence)
+    differs = np.zeros((starts, 2), bool)
+    differs[differing, 1] = True
+    table = xr.Dataset(
+        {"differs": (("start", "quantity"), differs), "pooled": ("quantity", [-3.0, 5.0]),
+         "log_evidence": ("start", np.array(log_evidence) - 3.0)}, coords={"quantity": names}
+    )  # fmt: skip
+    assert is_confirmed(table) == expected
+
+
+def test_stuck_starts_are_named():
+    """One is 18 nats too low: at z = 9, where x = 3 is six standard deviations off."""
+    result = fit_result({"logits": jnp.array([-0.1, 0.2, 30.0]), "loc": jnp.array([0.0, 0.0, 6.0])})
+    found = importance_diagnostics(SVI_TWO_MODES, result, num_samples=4000, **ARGUMENTS)
     assert found.reading == "good" and found.advice.startswith("2 of 3 starts agree")
-    assert "The others lost a part that these have: start 2 is off in 'log evidence' by -0." in found.advice
+    assert "stuck where next to nothing of the posterior is: start 2 is off in 'log evidence' by -" in found.advice
 
 
 def test_two_fits_that_agree_make_a_heavy_tail_good():

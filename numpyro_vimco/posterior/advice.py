@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
-from numpyro_vimco.posterior.agreement import differences, num_agreeing
+from numpyro_vimco.posterior.agreement import agrees, differences
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
@@ -41,14 +41,13 @@ def advise(
     """
     if reading == "good":
         assert agreement is not None
-        agreeing, num_starts = num_agreeing(agreement), agreement.sizes["start"]
-        disagreeing = ""
-        if agreeing < num_starts:
-            disagreeing = f" The others lost a part that these have: {differences(agreement)}."
+        agreeing, stuck = agrees(agreement), ""
+        if not agreeing.all():
+            stuck = f" The others are stuck where next to nothing of the posterior is: {differences(agreement)}."
         return (
-            f"{agreeing}{f' of {num_starts}' if disagreeing else ''} starts agree, and the weights are good: "
+            f"{agreeing.sum()}{f' of {len(agreeing)}' if stuck else ''} starts agree, and the weights are good: "
             "importance-weighted estimates can be trusted, unless all starts lost the same part of the posterior. "
-            f"Nothing here can show that.{disagreeing}"
+            f"Nothing here can show that.{stuck}"
         )
     summary = weighed.summary
     parts = []

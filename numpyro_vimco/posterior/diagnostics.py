@@ -14,7 +14,7 @@ import xarray as xr
 
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior.advice import LOW_ESS, advise
-from numpyro_vimco.posterior.agreement import compare, num_agreeing
+from numpyro_vimco.posterior.agreement import agrees, compare, is_confirmed
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
 from numpyro_vimco.posterior.results import FitResult
@@ -42,9 +42,10 @@ class ImportanceDiagnostics:
         - ``"bad"``: a proof of a loss, an ESS below 100, or k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et
           al. 2024). Where all starts agree and the ESS is half of the draws or more, k is no reason: see
           :func:`~numpyro_vimco.importance_diagnostics`.
-        - ``"good"``, if not bad: two starts or more that agree with the pool, and an ESS of a tenth of the draws or
-          more. Each of these found all that any start has; what others lost, the pool has.
-        - ``"usable"`` else: at best where there is one fit alone, and where only one start has what the pool has.
+        - ``"good"``, if not bad: two starts or more agree with the pool, others found less than 1% of its evidence,
+          and the ESS is a tenth of the draws or more. A start that is stuck in a place of next to no weight does no
+          harm to the pool; starts that miss this or that of what matters show that all may.
+        - ``"usable"`` else: at best where there is one fit alone, or where starts disagree.
 
     :ivar advice: what to make of it, or what to do.
     :ivar num_samples: number of draws.
@@ -93,7 +94,7 @@ class ImportanceDiagnostics:
         if self.agreement is None or self.agreement.sizes["start"] == 1:
             return "1"
         evidence = self.agreement["log_evidence"].values
-        off = len(evidence) - num_agreeing(self.agreement)
+        off = int((~agrees(self.agreement)).sum())
         apart = f"{off} off" if off else "which agree"
         return f"{len(evidence)}, {apart}; log evidence of each {evidence.min():.3f} to {evidence.max():.3f} nats"
 
@@ -161,8 +162,10 @@ def importance_diagnostics(
         )
         annealed = bool((svi_result.power < 1).any())
     k, ess = float(summary.pareto_k.max()), float(summary.ess.min())
-    agreeing, num_starts = (0, 1) if agreement is None else (num_agreeing(agreement), agreement.sizes["start"])
-    reading = _reading(k, ess, num_samples, agreeing, num_starts, bool(past))
+    confirmed = all_agree = False
+    if agreement is not None:
+        confirmed, all_agree = is_confirmed(agreement), len(starts) > 1 and bool(agrees(agreement).all())
+    reading = _reading(k, ess, num_samples, confirmed, all_agree, bool(past))
     if weighed.log_weight is None:
         heaviest = summary.heaviest
     else:
@@ -183,9 +186,9 @@ def importance_diagnostics(
     )
 
 
-def _reading(k: float, ess: float, num_samples: int, agreeing: int, num_starts: int, loss_proven: bool) -> str:
+def _reading(k: float, ess: float, num_samples: int, confirmed: bool, all_agree: bool, loss_proven: bool) -> str:
     # What starts that all agree say of the tail counts more than k: see `importance_diagnostics`.
-    tail_seen = agreeing == num_starts >= 2 and ess >= num_samples / 2
+    tail_seen = all_agree and ess >= num_samples / 2
     if loss_proven or ess < 100 or (k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen):
         return "bad"
-    return "good" if agreeing >= 2 and ess >= num_samples * LOW_ESS else "usable"
+    return "good" if confirmed and ess >= num_samples * LOW_ESS else "usable"
