@@ -16,8 +16,9 @@ from numpyro_vimco.posterior.proposals import can_have_particles
 from numpyro_vimco.posterior.weighing import Weighed
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
 
-# Weights of infinite variance, and an effective sample size, relative to the draws, where "good" ends.
-HEAVY_TAIL, LOW_ESS = 0.5, 0.1
+# Where "good" ends: an effective sample size relative to the draws, and the same for weights of infinite variance, of
+# a k of 0.5 or more. benchmarks/agreement.py sets the last two.
+HEAVY_TAIL, LOW_ESS, HEAVY_ESS = 0.5, 0.1, 0.25
 # A correlation that the guide lacks is told from this size on: it lowers the ESS of a pair to √(1 - 0.3²) at most.
 CORRELATED = 0.3
 SECOND_START = (
@@ -110,13 +111,14 @@ def advise(
 
 def _remedies(fit: Fitted, annealed: bool) -> str:
     """What helps starts to agree, as far as it is not there yet, in the order of docs/checking_a_fit.md."""
-    found = ["a smaller learning rate"]
-    if not annealed:
-        found.append("annealing (`anneal=0.5`)")
-    if not 0 < getattr(fit.svi.loss, "alpha", 0) < 1:
-        found.append("0 < α < 1 (`VIMCOStar(0.5)`)")
+    found = []
     if _has(fit, discrete=True) and _richer_guide(fit) != "one by hand":
         found.append('a structured guide (`AutoMixed(model, structure="autoregressive")`)')
+    found.append("a smaller learning rate")
+    if not 0 < getattr(fit.svi.loss, "alpha", 0) < 1:
+        found.append("0 < α < 1 (`VIMCOStar(0.5)`)")
+    if not annealed:
+        found.append("annealing (`anneal=0.5`)")
     return ", ".join([*found, "more steps"])
 
 

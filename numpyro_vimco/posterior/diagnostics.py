@@ -13,7 +13,7 @@ from numpyro.infer import SVI
 import xarray as xr
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.posterior.advice import LOW_ESS, advise
+from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LOW_ESS, advise
 from numpyro_vimco.posterior.agreement import agrees, compare, is_confirmed
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
@@ -43,8 +43,9 @@ class ImportanceDiagnostics:
           al. 2024). Where all starts agree and the ESS is half of the draws or more, k is no reason: see
           :func:`~numpyro_vimco.importance_diagnostics`.
         - ``"good"``, if not bad: two starts or more agree with the pool, others found less than 1% of its evidence,
-          and the ESS is a tenth of the draws or more. A start that is stuck in a place of next to no weight does no
-          harm to the pool; starts that miss this or that of what matters show that all may.
+          and the ESS is a tenth of the draws or more, or a quarter where k is 0.5 or more. A start that is stuck in a
+          place of next to no weight does no harm to the pool; starts that miss this or that of what matters show that
+          all may.
         - ``"usable"`` else: at best where there is one fit alone, or where starts disagree.
 
     :ivar advice: what to make of it, or what to do.
@@ -120,12 +121,12 @@ def importance_diagnostics(
     and the model has no parameters.
 
     **k.** From 0.5 on the variance of the weights is infinite, but up to 0.7 smoothed estimates converge nearly as fast
-    (Vehtari et al. 2024), so that it is no reason for less than "good" where starts agree. Above, k tells from the
-    largest weights of one set of draws that *unseen* ones may be so large that they would move its estimates. Starts
-    that all agree have seen that directly: as many estimates of evidence and means, from guides of different tails and
-    draws of their own, to within 0.1 and their errors. And an ESS of half of the draws bounds the relative variance of
-    the weights by 1. Both together are better evidence than a tail that is extrapolated, so that k is no reason for
-    "bad" then.
+    (Vehtari et al. 2024): where starts agree, it is no reason for less than "good" if the ESS is a quarter of the draws
+    (a limit found by ``benchmarks/agreement.py``). Above, k tells from the largest weights of one set of draws that
+    *unseen* ones may be so large that they would move its estimates. Starts that all agree have seen that directly: as
+    many estimates of evidence and means, from guides of different tails and draws of their own, to within 0.1 and
+    their errors. And an ESS of half of the draws bounds the relative variance of the weights by 1. Both together are
+    better evidence than a tail that is extrapolated, so that k is no reason for "bad" then.
 
     Draws are not kept: memory is that of ``3 √num_samples`` weights for each element of plates that are common to all
     sites, beside that of a few draws of the model; with several starts, that of a few sums for each element of each
@@ -187,8 +188,9 @@ def importance_diagnostics(
 
 
 def _reading(k: float, ess: float, num_samples: int, confirmed: bool, all_agree: bool, loss_proven: bool) -> str:
-    # What starts that all agree say of the tail counts more than k: see `importance_diagnostics`.
-    tail_seen = all_agree and ess >= num_samples / 2
+    # The heavier the tail, the more the seen draws must hold: see `importance_diagnostics`.
+    share = ess / num_samples
+    tail_seen = all_agree and share >= 0.5
     if loss_proven or ess < 100 or (k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen):
         return "bad"
-    return "good" if confirmed and ess >= num_samples * LOW_ESS else "usable"
+    return "good" if confirmed and share >= (LOW_ESS if k < HEAVY_TAIL else HEAVY_ESS) else "usable"
