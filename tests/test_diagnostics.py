@@ -246,7 +246,7 @@ def test_where_a_tail_begins_to_be_a_danger(excess, k):
 )
 def test_bound_of_bad_is_that_of_the_number_of_draws(k, num_samples, expected):
     """1 - 1 / log10(draws), at most 0.7: 0.667 for 1,000 draws."""
-    assert _reading(k, 0.4 * num_samples, num_samples, False, False, False) == expected
+    assert _reading(k, 0.4 * num_samples, num_samples, False, False) == expected
 
 
 def test_standard_error_adds_up_over_elements():

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
-from numpyro_vimco.posterior.agreement import agrees, differences
+from numpyro_vimco.posterior.agreement import differences
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
@@ -42,13 +42,9 @@ def advise(
     """
     if reading == "good":
         assert agreement is not None
-        agreeing, stuck = agrees(agreement), ""
-        if not agreeing.all():
-            stuck = f" The others are stuck where next to nothing of the posterior is: {differences(agreement)}."
         return (
-            f"{agreeing.sum()}{f' of {len(agreeing)}' if stuck else ''} starts agree, and the weights are good: "
-            "importance-weighted estimates can be trusted, unless all starts lost the same part of the posterior. "
-            f"Nothing here can show that.{stuck}"
+            f"{agreement.sizes['start']} starts agree, and the weights are good: importance-weighted estimates can be "
+            "trusted, unless all starts lost the same part of the posterior. Nothing here can show that."
         )
     summary = weighed.summary
     parts = []

@@ -22,9 +22,6 @@ from numpyro_vimco.sites import element_names
 # A start differs where it is off by more than this, in nats or posterior standard deviations, and four standard errors:
 # one quantity in 16,000 is off by four by chance alone, and the tolerance makes that rarer where errors are small.
 TOLERANCE, ERRORS = 0.1, 4.0
-# A start that found less than this of the evidence is stuck in a place that hardly matters: it is no sign that starts
-# lose what does.
-NEGLIGIBLE = 0.01
 # So many starts are named, with what differs most in each.
 NAMED = 3
 # The name of the quantity that is in nats.
@@ -85,16 +82,9 @@ def is_evidence(agreement: xr.Dataset) -> np.ndarray:
     return np.array([name.startswith(EVIDENCE) for name in agreement["quantity"].values])
 
 
-def agrees(agreement: xr.Dataset) -> np.ndarray:
-    """Of each start, whether it does not differ from the pool in anything."""
-    return ~agreement["differs"].any("quantity").values
-
-
-def is_confirmed(agreement: xr.Dataset) -> bool:
-    """Whether two starts or more agree with the pool, and all others found next to nothing of the posterior."""
-    pooled = agreement["pooled"].values[is_evidence(agreement)].sum()
-    found = np.exp(agreement["log_evidence"].values - pooled)
-    return agrees(agreement).sum() >= 2 and bool((found < NEGLIGIBLE)[~agrees(agreement)].all())
+def agree(agreement: xr.Dataset) -> bool:
+    """Whether there are two starts or more, and none differs from the pool."""
+    return agreement.sizes["start"] > 1 and not bool(agreement["differs"].any())
 
 
 def differences(agreement: xr.Dataset) -> str:

@@ -14,7 +14,7 @@ import xarray as xr
 
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LOW_ESS, advise
-from numpyro_vimco.posterior.agreement import agrees, compare, is_confirmed
+from numpyro_vimco.posterior.agreement import agree, compare
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
 from numpyro_vimco.posterior.results import FitResult
@@ -42,10 +42,8 @@ class ImportanceDiagnostics:
         - ``"bad"``: a proof of a loss, an ESS below 100, or k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et
           al. 2024). Where all starts agree and the ESS is half of the draws or more, k is no reason: see
           :func:`~numpyro_vimco.importance_diagnostics`.
-        - ``"good"``, if not bad: two starts or more agree with the pool, others found less than 1% of its evidence,
-          and the ESS is a tenth of the draws or more, or a quarter where k is 0.5 or more. A start that is stuck in a
-          place of next to no weight does no harm to the pool; starts that miss this or that of what matters show that
-          all may.
+        - ``"good"``, if not bad: there are two starts or more, all agree, and the ESS is a tenth of the draws or more,
+          or a quarter where k is 0.5 or more.
         - ``"usable"`` else: at best where there is one fit alone, or where starts disagree.
 
     :ivar advice: what to make of it, or what to do.
@@ -95,7 +93,7 @@ class ImportanceDiagnostics:
         if self.agreement is None or self.agreement.sizes["start"] == 1:
             return "1"
         evidence = self.agreement["log_evidence"].values
-        off = int((~agrees(self.agreement)).sum())
+        off = int(self.agreement["differs"].any("quantity").sum())
         apart = f"{off} off" if off else "which agree"
         return f"{len(evidence)}, {apart}; log evidence of each {evidence.min():.3f} to {evidence.max():.3f} nats"
 
@@ -163,10 +161,7 @@ def importance_diagnostics(
         )
         annealed = bool((svi_result.power < 1).any())
     k, ess = float(summary.pareto_k.max()), float(summary.ess.min())
-    confirmed = all_agree = False
-    if agreement is not None:
-        confirmed, all_agree = is_confirmed(agreement), len(starts) > 1 and bool(agrees(agreement).all())
-    reading = _reading(k, ess, num_samples, confirmed, all_agree, bool(past))
+    reading = _reading(k, ess, num_samples, agreement is not None and agree(agreement), bool(past))
     if weighed.log_weight is None:
         heaviest = summary.heaviest
     else:
@@ -187,10 +182,10 @@ def importance_diagnostics(
     )
 
 
-def _reading(k: float, ess: float, num_samples: int, confirmed: bool, all_agree: bool, loss_proven: bool) -> str:
+def _reading(k: float, ess: float, num_samples: int, starts_agree: bool, loss_proven: bool) -> str:
     # The heavier the tail, the more the seen draws must hold: see `importance_diagnostics`.
     share = ess / num_samples
-    tail_seen = all_agree and share >= 0.5
+    tail_seen = starts_agree and share >= 0.5
     if loss_proven or ess < 100 or (k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen):
         return "bad"
-    return "good" if confirmed and share >= (LOW_ESS if k < HEAVY_TAIL else HEAVY_ESS) else "usable"
+    return "good" if starts_agree and share >= (LOW_ESS if k < HEAVY_TAIL else HEAVY_ESS) else "usable"
