@@ -223,7 +223,8 @@ class Program:
             if given is not None and site["name"] in given:
                 return given[site["name"]]
             if self.by_score(site):
-                return stop_gradient(site["fn"](*site["args"], **site["kwargs"]))
+                # Of the parameters too, so that the sampler is not differentiated: JAX 0.10.1 fails at `while` loops.
+                return stop_gradient(stop_gradient(site["fn"])(*site["args"], **site["kwargs"]))
 
         guide = substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params)
         return trace(substitute(guide, substitute_fn=choose)).get_trace(*self.args, **self.kwargs)
