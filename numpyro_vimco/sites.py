@@ -149,6 +149,25 @@ def element_names(name: str, shape: tuple[int, ...]) -> list[str]:
     return [name + (f"[{','.join(map(str, index))}]" if index else "") for index in np.ndindex(*shape)]
 
 
+def with_fixed_parameters(fn: Any) -> Any:
+    """A distribution whose parameters have no gradient, so that its sampler is not differentiated.
+
+    It would be for nothing where the gradient of the draw is stopped, and JAX 0.10.1 fails at samplers with loops.
+    Attributes are copied one by one, as not all distributions of users declare theirs to JAX.
+
+    :param fn: a distribution, or what one has as an attribute.
+    """
+    if isinstance(fn, jax.Array):
+        return jax.lax.stop_gradient(fn)
+    if not isinstance(fn, dist.Distribution | dist.transforms.Transform):
+        return fn
+    result = copy(fn)
+    for name, part in vars(fn).items():
+        is_single = lambda x: not isinstance(x, dict | list | tuple)  # noqa: E731
+        vars(result)[name] = jax.tree.map(with_fixed_parameters, part, is_leaf=is_single)
+    return result
+
+
 def is_in_scan(site: dict) -> bool:
     """Whether a site is inside of `scan`. Its value then has a leading dimension for time."""
     return site.get("_control_flow_done", False)

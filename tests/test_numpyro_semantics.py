@@ -482,3 +482,62 @@ def test_automatic_guide_for_continuous_models():
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(num_particles=8))
     result = svi.run(random.key(0), 500, X, progress_bar=False)
     assert abs(guide.median(result.params)["loc"] - X.mean()) < 0.3
+
+
+# Draws of score-function sites.
+
+
+class Undeclared(dist.Distribution):
+    """As users write them: attributes that are not declared to JAX."""
+
+    support = constraints.boolean
+
+    def __init__(self, logits):
+        self.base = dist.BernoulliLogits(logits).mask(True)
+        super().__init__(batch_shape=jnp.shape(logits))
+
+    def sample(self, key, sample_shape=()):
+        return self.base.sample(key, sample_shape)
+
+    def log_prob(self, value):
+        return self.base.log_prob(value)
+
+
+def test_undeclared_attributes_of_a_distribution():
+    """The loss and gradient are those of the distribution that it stands for."""
+
+    def model():
+        numpyro.sample("x", dist.Normal(2.0 * numpyro.sample("z", dist.Bernoulli(0.3)), 1.0), obs=1.4)
+
+    def guide(family):
+        return lambda: numpyro.sample("z", family(numpyro.param("logits", 0.2)))
+
+    def loss(logits, family):
+        return VIMCOStar(num_particles=8).loss(random.key(0), {"logits": logits}, model, guide(family))
+
+    found, expected = (jax.value_and_grad(loss)(0.2, family) for family in (Undeclared, dist.BernoulliLogits))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found[1] != 0
+
+
+def test_samplers_of_score_function_sites_are_not_differentiated():
+    """Poisson's sampler has loops, at which JAX 0.10.1 fails where local particles are mapped over."""
+
+    def model(x):
+        rate = numpyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with numpyro.plate("data", len(x)):
+            number = numpyro.sample("number", dist.Poisson(rate))
+            numpyro.sample("x", dist.Normal(number, 1.0), obs=x)
+
+    def guide(x):
+        rate = numpyro.sample("rate", dist.LogNormal(numpyro.param("loc", 0.1), 0.5))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("number", dist.Poisson(rate * numpyro.param("own", jnp.ones(len(x)), constraint=positive)))
+
+    objective = VIMCOStar(num_particles=4, plate_particles={"data": 2})
+
+    def loss(params):
+        return objective.loss(random.key(0), params, model, guide, X)
+
+    gradient = jax.grad(loss)({"loc": 0.1, "own": jnp.ones(len(X))})
+    assert all(np.isfinite(leaf).all() and np.any(leaf != 0) for leaf in gradient.values())

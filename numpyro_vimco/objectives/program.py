@@ -18,7 +18,7 @@ from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensi
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
-from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_latent_site, mask_of, sample_sites
+from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_latent_site, mask_of, sample_sites, with_fixed_parameters
 
 Values = dict[str, Array]
 
@@ -223,8 +223,7 @@ class Program:
             if given is not None and site["name"] in given:
                 return given[site["name"]]
             if self.by_score(site):
-                # Of the parameters too, so that the sampler is not differentiated: JAX 0.10.1 fails at `while` loops.
-                return stop_gradient(stop_gradient(site["fn"])(*site["args"], **site["kwargs"]))
+                return stop_gradient(with_fixed_parameters(site["fn"])(*site["args"], **site["kwargs"]))
 
         guide = substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params)
         return trace(substitute(guide, substitute_fn=choose)).get_trace(*self.args, **self.kwargs)
