@@ -7,10 +7,12 @@ learning rates 0.002, 0.01, 0.05; α 0, 0.1, 0.5, 1, or reweighted wake-sleep; a
 0.3, 1. Each is a fit of four starts of 4,000 steps (8,000 for change points), the rate held for half of them, then
 a cosine, 64 particles; its first start stands for a single fit. Wrong is a probability that is off by more than 0.05,
 or a log evidence by more than 0.2 nats, of 40,000 draws. A line for each fit is printed, and written to a CSV.
-One at a time: the recommended setting with one thing changed.
+One at a time: the recommended setting with one thing changed. In the end, or of CSVs by ``--read``, how many fits are
+right and wrong, by what is said of them.
 """
 
 import argparse
+from collections import Counter
 import csv
 from pathlib import Path
 import sys
@@ -31,6 +33,7 @@ from numpyro_vimco import AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, import
 PROBLEMS = ("diabetes", "strongly_correlated_design", "change_points", "karate_club_either")
 RATES, ALPHAS, KAPPAS = (0.002, 0.01, 0.05), (0.0, 0.1, 0.5, 1.0, "wake-sleep"), (0.1, 0.3, 1.0)
 DRAWS = 40_000
+READINGS = ("good", "usable", "bad")
 
 
 def settings():
@@ -99,30 +102,51 @@ def measure(name, seed, rate, alpha, anneal, kappa, structure="autoregressive", 
         yield row
 
 
+def is_recommended(row):
+    """Whether a row of a CSV is of the recommended setting."""
+    setting = [row[what] for what in ("rate", "alpha", "annealed", "kappa", "structure")]
+    return setting == ["0.01", "0.5", "True", "0.3", "autoregressive"]
+
+
+def print_summary(rows):
+    """How many fits are right or wrong, by what is said of them.
+
+    :param rows: of CSVs.
+    """
+    line = "{:>22} {:>5} {:>12} {:>7} {:>4} {:>12} {:>7} {:>4}"
+    print(line.format("", "fits", "right: good", "usable", "bad", "wrong: good", "usable", "bad"))
+    for recommended_only, name in ((True, "recommended"), (False, "others")):
+        for starts in ("1", "4"):
+            of = [row for row in rows if row["starts"] == starts and is_recommended(row) == recommended_only]
+            counts = Counter((row["wrong"], row["reading"]) for row in of)
+            right, wrong = ([counts[w, reading] for reading in READINGS] for w in ("False", "True"))
+            print(line.format(f"{name}, {starts} start(s)", len(of), *right, *wrong))
+    right = [row for row in rows if row["starts"] == "4" and float(row["error"]) < 0.02 and row["wrong"] == "False"]
+    print(
+        f"of {len(right)} of four starts that are right to 0.02, {sum(r['reading'] == 'good' for r in right)} are good"
+    )
+
+
 def main(args):
-    """Print and write the rows of a part; return them."""
-    print_machine()
-    part, parts = map(int, args.part.split("/"))
+    """Print and write the rows of a part; then print the summary, of these or of what is read."""
+    if not args.read:
+        print_machine()
+        part, parts = map(int, args.part.split("/"))
+        with open(args.output, "w", newline="") as file:
+            writer = None
+            for setting in list(settings() if args.settings == "grid" else one_at_a_time())[part - 1 :: parts]:
+                for row in measure(*setting, num_steps=args.num_steps):
+                    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+                    if writer is None:
+                        writer = csv.DictWriter(file, row)
+                        writer.writeheader()
+                    writer.writerow(row)
+                    file.flush()
     rows = []
-    with open(args.output, "w", newline="") as file:
-        writer = None
-        for setting in list(settings() if args.settings == "grid" else one_at_a_time())[part - 1 :: parts]:
-            for row in measure(*setting, num_steps=args.num_steps):
-                print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-                if writer is None:
-                    writer = csv.DictWriter(file, row)
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                rows.append(row)
-    for starts in (1, 4):
-        of = [row for row in rows if row["starts"] == starts]
-        good = [row for row in of if row["reading"] == "good"]
-        right = [row for row in of if float(row["error"]) < 0.02 and not row["wrong"]]
-        print(f"{starts} start(s): {sum(row['wrong'] for row in of)} of {len(of)} wrong, "
-              f"{sum(row['wrong'] for row in good)} of {len(good)} good ones wrong, "
-              f"{sum(row['reading'] == 'good' for row in right)} of {len(right)} right to 0.02 are good")  # fmt: skip
-    return rows
+    for path in args.read or [args.output]:
+        with open(path, newline="") as file:
+            rows += csv.DictReader(file)
+    print_summary(rows)
 
 
 if __name__ == "__main__":
@@ -130,6 +154,7 @@ if __name__ == "__main__":
     parser.add_argument("--settings", choices=["grid", "one-at-a-time"], default="grid")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th setting, from the i-th on")
     parser.add_argument("--num-steps", type=int, help="in place of 4,000 and 8,000")
+    parser.add_argument("--read", nargs="+", type=Path, help="only the summary of these CSVs, of all parts, say")
     parser.add_argument("--output", type=Path, default=Path("agreement.csv"))
     warnings.simplefilter("ignore")
     main(parser.parse_args())

@@ -157,7 +157,10 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="*", default=["TraceGraph_ELBO"], help="beside VIMCOStar")
+    parser.add_argument(
+        "--objectives", nargs="*", default=["TraceGraph_ELBO"], choices=["TraceGraph_ELBO", "VIMCO", "plain pathwise"],
+        help="beside VIMCOStar",
+    )  # fmt: skip
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--num-particles", type=int, default=64)
     parser.add_argument("--num-proposals", type=int, default=40_000, help="draws of the guide to be weighted")
