@@ -32,9 +32,9 @@ __all__ = [
 
 if jaxlib.__version__ == "0.10.2" and "xla_cpu_experimental_ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
     warnings.warn(
-        "jaxlib 0.10.2 computes wrong sums on CPUs, without a word (https://github.com/jax-ml/jax/issues/39103), and "
-        "so wrong densities of 5,000 particles or more, of any NumPyro model. Install another version: `pip install "
-        "'jaxlib!=0.10.2' 'jax!=0.10.2'`; or set XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= before Python "
-        "starts.",
+        "jaxlib 0.10.2 computes wrong sums of large arrays on CPUs, without a word "
+        "(https://github.com/jax-ml/jax/issues/39103), and so wrong densities of many particles, of any NumPyro model. "
+        "Install another version: `pip install 'jaxlib!=0.10.2' 'jax!=0.10.2'`; or set "
+        "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= before Python starts.",
         stacklevel=2,
     )
