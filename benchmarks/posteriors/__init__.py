@@ -4,8 +4,8 @@ A module has
 
 - ``data()``: the arguments of the model, a tuple of arrays, from a package or simulated with a fixed seed;
 - ``model(*args)``: as a user of NumPyro writes it;
-- ``asked(draw, *args)``, where latents themselves are not what is asked: from one draw of all latents, a dict, to a dict
-  of named arrays whose posterior means are compared (order of components removed, functions of several latents);
+- ``asked(draw, *args)``, where latents themselves are not what is asked: from one draw of all latents, a dict, to a
+  dict of named arrays whose posterior means are compared (order of components removed, functions of several latents);
 - ``truth(*args)``: a `Truth`, exact or of two samplers that agree; stored in ``truths/`` by
   ``python benchmarks/posteriors --truth NAME``;
 - ``enumerated(*args)``, where its discrete latents can be summed out: the model with those marked
@@ -56,7 +56,7 @@ class Truth(NamedTuple):
 
     def save(self, path):
         """Write it as JSON."""
-        to_list = lambda x: np.asarray(x, float).round(6).tolist()  # noqa: E731
+        to_list = lambda x: np.asarray(x, float).round(10).tolist()  # noqa: E731
         fields = {**self._asdict(), **{n: jax.tree.map(to_list, getattr(self, n)) for n in ("means", "sds", "errors")}}
         path.write_text(json.dumps(fields, indent=1) + "\n")
 

@@ -1,0 +1,84 @@
+"""Who is measured: from a problem, a seed and a budget in seconds to rows of `results.COLUMNS`."""
+
+from functools import partial
+
+from jax import random
+import numpy as np
+from numpyro.infer import SVI
+import optax
+
+from benchmarks.posteriors import recommended as learning_rate
+from benchmarks.posteriors.grid import grid
+from benchmarks.posteriors.markov_chains import discrete_hmc_gibbs, enumerated_nuts, mixed_hmc
+from benchmarks.posteriors.measuring import Clock, Quantities, mean_asked
+from benchmarks.posteriors.pymc_steps import compound_step
+from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
+
+PARTICLES, PROPOSALS = 64, 40_000
+
+
+def recommended(about, seed, budget):
+    """The line that this library recommends: runs of 500 and 2,000 steps, and of as many as there is time for.
+
+    A run is what a user writes: `fit`, `importance_diagnostics` and `to_arviz`, each of which compiles. The longest is
+    planned, from the time of the shorter ones, to end within the budget with compilation counted.
+    """
+    quantities, proposals, runs = Quantities(about), PROPOSALS, []
+    for num_steps in (500, 2000):
+        if runs and predicted(runs, num_steps) > budget:
+            break
+        row, run = recommended_run(about, quantities, seed, num_steps, proposals)
+        yield row
+        runs.append(run)
+        if run[1] - run[2] > budget / 3:  # what does not grow with the steps
+            proposals = PROPOSALS // 4
+    num_steps = steps_within(runs, 0.9 * budget)
+    if num_steps > 0 and num_steps not in [run[0] for run in runs]:
+        yield recommended_run(about, quantities, seed, num_steps, proposals)[0]
+
+
+def recommended_run(about, quantities, seed, num_steps, proposals):
+    """A row; and the number of steps, the seconds as a whole, and those of the fit without compilation."""
+    svi = SVI(about.model, AutoMixed(about.model), optax.adam(learning_rate(num_steps)), VIMCOStar(0.5, PARTICLES))
+    fit_key, weight_key, draw_key = random.split(random.key(seed), 3)
+    after = {"model_args": about.args, "progress_bar": False}
+    clock, of_fit = Clock(), Clock()
+    with clock:
+        with of_fit:
+            result = fit(svi, fit_key, num_steps, *about.args, progress_bar=False)
+        found = importance_diagnostics(svi, result, rng_key=weight_key, num_samples=proposals, **after)
+        draws = to_arviz(
+            svi, result, rng_key=draw_key, num_samples=proposals // 4, num_proposals=proposals, groups=(), **after
+        )
+        estimate = mean_asked(quantities, {name: x.values[0] for name, x in draws["posterior"].data_vars.items()})
+    ess = float(np.min(found.ess))
+    row = {
+        "method": "recommended", "seed": seed, "size": num_steps, **clock.columns(), **quantities.error(estimate),
+        **quantities.of_evidence(found.log_evidence, found.bounds[1]), "relative_ess": ess / proposals,
+        "ess_per_second": ess / clock.seconds, "pareto_k": float(np.max(found.pareto_k)), "reading": found.reading,
+    }  # fmt: skip
+    return row, (num_steps, clock.total, of_fit.seconds)
+
+
+def predicted(runs, num_steps):
+    """Seconds of a run of so many steps, with compilation, from those of earlier ones."""
+    (steps, total, of_fit), earlier = runs[-1], runs[0]
+    each = (of_fit - earlier[2]) / (steps - earlier[0]) if len(runs) > 1 else of_fit / steps
+    return total - of_fit + max(each, 1e-6) * num_steps
+
+
+def steps_within(runs, seconds):
+    """The largest number of steps that is predicted to end within so many seconds, rounded down."""
+    each = predicted(runs, 1) - predicted(runs, 0)
+    num_steps = (seconds - predicted(runs, 0)) / each
+    return int(num_steps // 500 * 500 if num_steps > 2000 else num_steps // 100 * 100)
+
+
+METHODS = {
+    "recommended": recommended,
+    "grid": partial(grid, num_particles=PARTICLES),
+    "DiscreteHMCGibbs": discrete_hmc_gibbs,
+    "MixedHMC": mixed_hmc,
+    "NUTS": enumerated_nuts,
+    "PyMC": compound_step,
+}
