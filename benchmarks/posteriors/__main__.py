@@ -13,13 +13,12 @@ from importlib import import_module
 from pathlib import Path
 import sys
 import time
-import traceback
 import warnings
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.posteriors import PROBLEMS, TRUTHS, problem
 from benchmarks.posteriors.methods import METHODS
-from benchmarks.posteriors.results import Results
+from benchmarks.posteriors.results import Results, in_one_sentence
 
 FOLDER = Path(__file__).parent
 
@@ -39,14 +38,16 @@ def measure(name, method, args):
     results = Results(args.output, name)
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         start = time.perf_counter()
+        rows = []
         try:
-            rows = list(METHODS[method](problem(name), seed, args.seconds))
+            for row in METHODS[method](problem(name), seed, args.seconds):
+                rows.append(row)  # what there is before an error stays
         except Exception as error:  # whatever a library raises for a model that it cannot treat
             if args.debug:
                 raise
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            sentence = " ".join(str(error).split()) or f"in {where.name}"
-            rows = [{"method": method, "seed": seed, "note": f"{type(error).__name__}: {sentence[:300]}"}]
+            rows.append({"method": method, "seed": seed, "note": in_one_sentence(error)})
+        if not rows:
+            continue
         results.write(rows)
         last = ", ".join(f"{key} {value}" for key, value in rows[-1].items() if value != "")
         print(f"{name}, {time.perf_counter() - start:.0f} s in all: {last}", flush=True)

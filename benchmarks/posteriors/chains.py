@@ -44,7 +44,7 @@ class Chains:
         :return: by site, the draws that were kept, of shape ``(num_kept, chains, *shape)``.
         """
         self.state, kept = self._run(self.state, num_kept * self.every, self.every)
-        return jax.tree.map(lambda x: np.asarray(x[:num_kept]), kept)
+        return jax.tree.map(lambda x: np.asarray(x)[:num_kept], kept)
 
     def warm_up(self, num_steps):
         """Take so many steps, and keep none."""

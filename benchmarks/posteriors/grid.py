@@ -7,6 +7,7 @@ import optax
 
 from benchmarks.posteriors import recommended as learning_rate
 from benchmarks.posteriors.measuring import Clock, Quantities, mean_asked
+from benchmarks.posteriors.results import in_one_sentence
 from benchmarks.posteriors.summed_out import summed_out
 from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit
 from numpyro_vimco.posterior.fitted import Fitted
@@ -36,17 +37,12 @@ def grid(about, seed, budget, num_particles=64):
         try:
             yield from of_objective(about, name, objective)
         except Exception as error:  # one that cannot treat the model should not hide the others
-            yield failed(name, error)
+            yield {"method": name, "seed": 0, "note": in_one_sentence(error)}
     if about.enumerated is not None:
         try:
             yield from summed_out(about, STARTS, STEPS)
         except Exception as error:
-            yield failed("TraceEnum_ELBO", error)
-
-
-def failed(name, error):
-    """A row that says why there is none."""
-    return {"method": name, "seed": 0, "note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            yield {"method": "TraceEnum_ELBO", "seed": 0, "note": in_one_sentence(error)}
 
 
 def of_objective(about, name, objective):

@@ -73,11 +73,10 @@ def of_draws(quantities, draws, num_draws, seconds):
     :param draws: those kept, of shape (chains, draws, quantities).
     :param num_draws: of all chains, also those not kept.
     """
-    asked = [draws[..., i] for i in np.flatnonzero(quantities.known)]
+    # Of what is the same in all draws, and of less than four of them, ArviZ knows nothing.
+    asked = [draws[..., i] for i in np.flatnonzero(quantities.known) if draws.shape[1] >= 4 and draws[..., i].std() > 0]
     with np.errstate(all="ignore"):
-        ess = [az.ess(x, method="bulk") for x in asked if x.std() > 0]
-        rhat = [az.rhat(x) for x in asked if x.std() > 0]
-    # Of what is the same in all draws, ArviZ knows nothing.
+        ess, rhat = [az.ess(x, method="bulk") for x in asked], [az.rhat(x) for x in asked]
     ess, rhat = (
         float(worst(x)) if np.isfinite(x).any() else np.nan for worst, x in ((np.nanmin, ess), (np.nanmax, rhat))
     )

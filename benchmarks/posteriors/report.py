@@ -28,7 +28,7 @@ COMPARED = (
 OURS = ("recommended",)
 # A row may be so much later than its mark.
 LATE = 1.03
-CLOCKS = {"seconds": "not counted", "seconds_with_compilation": "counted"}
+CLOCKS = ("seconds_with_compilation", "seconds")
 
 
 class Runs:
@@ -104,14 +104,13 @@ def problem_tables(results, budget):
             if not runs.seeds:
                 rows.append([f"`{name}`", *["–"] * (len(header) - 2), runs.notes[0] if runs.notes else ""])
                 continue
-            clocks = list(CLOCKS)
             last = [row for row in runs.last("seconds", budget) if row]
             said = ", ".join(sorted({row["reading"] for row in last if row["reading"]}))
             right = {row["right"] for row in last if row["right"]}
             evidence = max(runs.column("evidence_error", budget=budget), key=abs, default=np.nan)
             rows.append([
-                f"`{name}`", *(number(runs.error(clock, budget), 3) for clock in reversed(clocks)),
-                *(number(runs.time_to_right(clock, budget), 1) for clock in reversed(clocks)),
+                f"`{name}`", *(number(runs.error(clock, budget), 3) for clock in CLOCKS),
+                *(number(runs.time_to_right(clock, budget), 1) for clock in CLOCKS),
                 number(evidence), number(np.median(runs.column("ess_per_second", budget=budget) or [np.nan]), 1),
                 said or "nothing", "" if not right else "no" if "False" in right else "yes",
             ])  # fmt: skip
@@ -126,9 +125,9 @@ def verdicts(results, budget):
         runs = {problem: methods[name] for problem, methods in results.items() if name in methods}
         applies = {problem: of for problem, of in runs.items() if of.seeds}
         cells = []
-        for clock in reversed(CLOCKS):
+        for clock in CLOCKS:
             cells.append(sum(of.error(clock, budget) <= RIGHT for of in applies.values()))
-        for clock in reversed(CLOCKS):
+        for clock in CLOCKS:
             cells.append(sum(_is_fastest(results[problem], of, clock, budget) for problem, of in applies.items()))
         last = [row for of in applies.values() for rows in of.seeds.values() for row in rows]
         good = [row for row in last if row["reading"] == "good"]

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import os
 from pathlib import Path
+import traceback
 
 import arviz
 import jax
@@ -83,3 +84,9 @@ class Results:
             row = {**row, "right": row["error"] <= RIGHT}
         numbers = {key: f"{value:.5g}" for key, value in row.items() if isinstance(value, float)}
         return {"problem": self.problem, **row, **numbers, **environment()}
+
+
+def in_one_sentence(error):
+    """An exception as a note."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or f'in {where.name}'}"
