@@ -1,6 +1,6 @@
 """What all methods are measured by: a clock that tells compilation apart, and the quantities that are asked."""
 
-from time import perf_counter
+from time import perf_counter, process_time
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,20 @@ import numpy as np
 
 # When JAX traced, lowered or compiled: (begin, end), by `perf_counter`.
 COMPILING: list[tuple[float, float]] = []
+# Times at which both were read: by `perf_counter`, and of the process's processors by `process_time`.
+READ: list[tuple[float, float]] = []
+
+
+def read_clocks():
+    """Seconds of the processors that this process has used."""
+    READ.append((perf_counter(), process_time()))
+    return READ[-1][1]
 
 
 def _note(event, seconds, **_):
     if event.startswith("/jax/core/compile/"):
-        end = perf_counter()
+        read_clocks()
+        end = READ[-1][0]
         COMPILING.append((end - seconds, end))
 
 
@@ -20,18 +29,23 @@ jax.monitoring.register_event_duration_secs_listener(_note)
 
 
 def compiling_between(begin, end):
-    """Seconds in which JAX was tracing, lowering or compiling; what is nested counts once."""
-    covered, reached = 0.0, begin
+    """Seconds of the processors in which JAX was tracing, lowering or compiling; what is nested counts once.
+
+    :param begin: by `perf_counter`, as ``end``.
+    """
+    covered, reached = [], begin
     for start, stop in sorted(pair for pair in COMPILING if pair[1] > begin):
         start, stop = max(start, reached), min(stop, end)
         if stop > start:
-            covered, reached = covered + stop - start, stop
-    return covered
+            covered, reached = [*covered, (start, stop)], stop
+    of_processors = np.interp(covered, *np.array(READ).T) if covered else np.zeros((0, 2))
+    return float((of_processors[:, 1] - of_processors[:, 0]).sum())
 
 
 class Clock:
-    """Time of the parts of a method that are run inside of ``with clock:``.
+    """Time of the parts of a method that are run inside of ``with clock:``, in seconds of the processors.
 
+    On a processor of its own, these are the seconds that pass; on one that is shared, they do not count others' work.
     JAX reports each tracing, lowering and compilation with its duration, so that one run shows both its time as a whole
     and without them. Other work of Python before and after is counted in both.
 
@@ -43,13 +57,13 @@ class Clock:
         self.total = self.compiling = 0.0
 
     def __enter__(self):
-        self._began = perf_counter()
+        self._read = read_clocks()
+        self._began = READ[-1][0]
         return self
 
     def __exit__(self, *_):
-        end = perf_counter()
-        self.total += end - self._began
-        self.compiling += compiling_between(self._began, end)
+        self.total += read_clocks() - self._read
+        self.compiling += compiling_between(self._began, READ[-1][0])
 
     @property
     def seconds(self):

@@ -30,7 +30,7 @@ def recommended(about, seed, budget):
         row, run = recommended_run(about, quantities, seed, num_steps, proposals)
         yield row
         runs.append(run)
-        if run[1] - run[2] > budget / 3:  # what does not grow with the steps
+        if row["seconds"] - run[2] > budget / 4:  # what comes after the fit
             proposals = PROPOSALS // 4
     num_steps = steps_within(runs, 0.9 * budget)
     if num_steps > 0 and num_steps not in [run[0] for run in runs]:

@@ -1,6 +1,6 @@
 """PyMC's compound step: NUTS for continuous latents, and its own steps for discrete ones."""
 
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 
@@ -64,22 +64,20 @@ class Chain:
 
     def __init__(self, pymc, model, seed, num_warmup, budget):
         self.times = []
-        began = perf_counter()
+        began = process_time()
 
         def note(trace, draw):
-            self.times.append(perf_counter())
+            self.times.append(process_time())
             if self.times[-1] - self.times[0] > budget:
                 raise KeyboardInterrupt  # PyMC then returns the draws that there are
 
         with model:
             found = pymc.sample(
                 MOST_DRAWS, tune=num_warmup, chains=1, cores=1, random_seed=seed, callback=note, progressbar=False,
-                compute_convergence_checks=False,
+                compute_convergence_checks=False, discard_tuned_samples=False, return_inferencedata=False,
             )  # fmt: skip
         self.compiling = self.times[0] - began
         self.times = np.array(self.times) - self.times[0]
-        posterior = found["posterior"]
-        self.draws = {name: x.values[0] for name, x in posterior.data_vars.items()} if posterior.sizes else {}
-        number = min([len(x) for x in self.draws.values()], default=0)
-        self.draw_times = self.times[num_warmup : num_warmup + number]
-        self.draws = {name: x[: len(self.draw_times)] for name, x in self.draws.items()}
+        self.draw_times = self.times[num_warmup:]
+        names = [variable.name for variable in model.unobserved_RVs]
+        self.draws = {name: found.get_values(name)[num_warmup : len(self.times)] for name in names}
