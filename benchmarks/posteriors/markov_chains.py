@@ -36,27 +36,25 @@ def enumerated_nuts(about, seed, budget):
     if about.enumerated is None:
         yield {"method": "NUTS", "seed": seed, "note": "no form of the model whose discrete latents NumPyro sums out"}
         return
-    complete = discrete_given_others(about, CHUNK)
+    complete = discrete_given_others(about, CHUNK, seed)
     yield from of_kernel("NUTS", lambda: NUTS(about.enumerated), about, seed, budget, complete)
 
 
-def of_kernel(name, kernel, about, seed, budget, complete=lambda rng_key, draws: draws):
+def of_kernel(name, kernel, about, seed, budget, complete=lambda draws: draws):
     """Rows of a kernel at `MARKS` of the budget, which counts its time without compilation.
 
     :param kernel: makes it.
-    :param complete: from a key and draws to draws with further latents.
+    :param complete: from draws to draws with further latents.
     """
     quantities = Quantities(about)
-    chain_key, rng_key = random.split(random.key(seed))
-    chains, clock = warmed_up(kernel, about, chain_key, budget)
+    chains, clock = warmed_up(kernel, about, random.key(seed), budget)
     asked = Mapped(quantities.of, CHUNK)
     marks, kept, size = list(MARKS * budget), [], 1
     while marks:
         before = clock.seconds
         with clock:
             draws = {site: x.reshape(-1, *x.shape[2:]) for site, x in chains.advance(size).items()}
-            draws = complete(random.fold_in(rng_key, len(kept)), draws)
-            kept.append(asked(draws).reshape(size, CHAINS, -1))
+            kept.append(asked(complete(draws)).reshape(size, CHAINS, -1))
         if clock.seconds >= marks[0]:
             marks = [mark for mark in marks if mark > clock.seconds]
             num_draws = sum(map(len, kept)) * CHAINS * chains.every

@@ -1,6 +1,8 @@
 """Models whose discrete latents NumPyro sums out: `TraceEnum_ELBO`, and the discrete latents given the others."""
 
+import jax
 from jax import random
+import numpy as np
 from numpyro.handlers import block
 from numpyro.infer import SVI, Predictive, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoNormal
@@ -11,22 +13,25 @@ from benchmarks.posteriors.measuring import Clock, Mapped, Quantities, mean_aske
 from numpyro_vimco import fit
 
 
-def discrete_given_others(about, chunk):
-    """A function from a key and draws to these with the latents that were summed out, drawn given the others.
+def discrete_given_others(about, chunk, seed):
+    """A function from draws to these with the latents that were summed out, drawn given the others.
 
-    :param chunk: for so many draws at a time it is compiled. Arrays have a leading axis for the draws.
+    Arrays have a leading axis for the draws.
+
+    :param chunk: for so many draws at a time it is compiled.
     """
+    rng = np.random.default_rng(seed)
 
-    def discrete(rng_key, draw):
+    def discrete(seed, draw):
         single = {name: value[None] for name, value in draw.items()}
-        found = Predictive(about.enumerated, single, infer_discrete=True, parallel=True)(rng_key, *about.args)
-        return {name: value[0] for name, value in found.items()}
+        predictive = Predictive(about.enumerated, single, infer_discrete=True, parallel=True)
+        return {name: value[0] for name, value in predictive(random.key(seed), *about.args).items()}
 
     mapped = Mapped(discrete, chunk)
 
-    def complete(rng_key, draws):
-        keys = random.split(rng_key, len(next(iter(draws.values()))))
-        return {**mapped(keys, draws), **draws}
+    def complete(draws):
+        length = len(next(iter(draws.values())))
+        return {**mapped(rng.integers(2**31, size=length, dtype=np.uint32), draws), **draws}
 
     return complete
 
@@ -44,11 +49,10 @@ def summed_out(about, num_starts, num_steps, num_draws=10_000):
     quantities, clock, estimates = Quantities(about), Clock(), []
     with clock:
         result = fit(svi, fit_key, num_steps, *about.args, num_starts=num_starts, progress_bar=False)
-        complete = discrete_given_others(about, 200)
+        complete = discrete_given_others(about, 200, seed=0)
         for start, key in enumerate(keys):
-            guide_key, discrete_key = random.split(key)
-            draws = guide.sample_posterior(guide_key, result.start(start).params, sample_shape=(num_draws,))
-            estimates.append(mean_asked(quantities, complete(discrete_key, draws)))
+            draws = guide.sample_posterior(key, result.start(start).params, sample_shape=(num_draws,))
+            estimates.append(mean_asked(quantities, complete(jax.device_get(draws))))
     for start, estimate in enumerate(estimates):
         elbo = -result.losses[start, -num_steps // 20 :].mean()
         yield {
