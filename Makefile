@@ -55,7 +55,7 @@ benchmark: $(INSTALLED)
 
 # One core for all methods, as some would use two and others could not.
 posteriors: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[benchmarks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[pymc]'
 	taskset -c 0 $(BIN)/python benchmarks/posteriors
 	$(BIN)/python benchmarks/posteriors --report
 

@@ -19,7 +19,7 @@ def compound_step(about, seed, budget):
     try:
         import pymc
     except ImportError:
-        yield {"method": "PyMC", "seed": seed, "note": "PyMC is not installed: pip install '.[benchmarks]'"}
+        yield {"method": "PyMC", "seed": seed, "note": "PyMC is not installed: pip install '.[pymc]'"}
         return
     if about.pymc_model is None:
         yield {"method": "PyMC", "seed": seed, "note": "no form of the model for PyMC"}
