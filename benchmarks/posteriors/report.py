@@ -93,52 +93,50 @@ def number(x, digits=2):
     return "–" if x is None or not np.isfinite(x) else f"{x:.{digits}f}" if x < 100 else f"{x:,.0f}"
 
 
+def both(value):
+    """A number with compilation counted, and not."""
+    return " / ".join(value(clock) for clock in CLOCKS)
+
+
 def problem_tables(results, budget):
     """For each problem, a row for each method."""
-    header = ["", "error", "compiled", "seconds to 0.1", "compiled", "evidence", "ESS / s", "says", "right"]
+    header = ["", "error", "seconds to 0.1", "evidence", "ESS / s", "says", "right"]
     lines = []
     for problem, methods in results.items():
         rows = []
         for name in [name for name in COMPARED if name in methods]:
             runs = methods[name]
             if not runs.seeds:
-                rows.append([f"`{name}`", *["–"] * (len(header) - 2), runs.notes[0] if runs.notes else ""])
+                rows.append([f"`{name}`", *["–"] * 4, runs.notes[0] if runs.notes else "", ""])
                 continue
             last = [row for row in runs.last("seconds", budget) if row]
-            said = ", ".join(sorted({row["reading"] for row in last if row["reading"]}))
             right = {row["right"] for row in last if row["right"]}
             evidence = max(runs.column("evidence_error", budget=budget), key=abs, default=np.nan)
             rows.append([
-                f"`{name}`", *(number(runs.error(clock, budget), 3) for clock in CLOCKS),
-                *(number(runs.time_to_right(clock, budget), 1) for clock in CLOCKS),
+                f"`{name}`", both(lambda clock, runs=runs: number(runs.error(clock, budget), 3)),
+                both(lambda clock, runs=runs: number(runs.time_to_right(clock, budget), 1)),
                 number(evidence), number(np.median(runs.column("ess_per_second", budget=budget) or [np.nan]), 1),
-                said or "nothing", "" if not right else "no" if "False" in right else "yes",
+                ", ".join(sorted({row["reading"] for row in last if row["reading"]})) or "nothing",
+                "" if not right else "no" if "False" in right else "yes",
             ])  # fmt: skip
         lines += [f"### {problem}", "", table(header, rows), ""]
     return "\n".join(lines).strip()
 
 
 def verdicts(results, budget):
-    """How often each method is within 0.1, and among the fastest."""
+    """How often each method is within 0.1, and among the fastest; how often it says good in the end, and is wrong."""
     rows = []
     for name in COMPARED:
-        runs = {problem: methods[name] for problem, methods in results.items() if name in methods}
-        applies = {problem: of for problem, of in runs.items() if of.seeds}
-        cells = []
-        for clock in CLOCKS:
-            cells.append(sum(of.error(clock, budget) <= RIGHT for of in applies.values()))
-        for clock in CLOCKS:
-            cells.append(sum(_is_fastest(results[problem], of, clock, budget) for problem, of in applies.items()))
-        last = [row for of in applies.values() for rows in of.seeds.values() for row in rows]
+        applies = {problem: of[name] for problem, of in results.items() if name in of and of[name].seeds}
+        fast = lambda clock: sum(_is_fastest(results[p], of, clock, budget) for p, of in applies.items())  # noqa: B023, E731
+        within = lambda clock: sum(of.error(clock, budget) <= RIGHT for of in applies.values())  # noqa: B023, E731
+        last = [row for of in applies.values() for row in of.last("seconds", budget) if row]
         good = [row for row in last if row["reading"] == "good"]
         wrong = sum(row["right"] == "False" for row in good)
-        rows.append(
-            [f"`{name}`", f"{len(applies)} of {len(results)}", *cells, len(good) or "–", wrong if good else "–"]
-        )
-    header = [
-        "", "applies", "within 0.1", "compiled", "among the fastest", "compiled", "says good", "of these wrong",
-    ]  # fmt: skip
-    return table(header, rows)
+        said = [f"{len(good)} of {len(last)}", wrong] if any(row["reading"] for row in last) else ["–", "–"]
+        counts = [both(lambda clock, of=of: str(of(clock))) for of in (within, fast)]
+        rows.append([f"`{name}`", f"{len(applies)} of {len(results)}", *counts, *said])
+    return table(["", "applies", "within 0.1", "among the fastest", "runs called good", "of these wrong"], rows)
 
 
 def _is_fastest(methods, runs, clock, budget, factor=1.5):
