@@ -1,6 +1,7 @@
 """Who is measured: from a problem, a seed and a budget in seconds to rows of `results.COLUMNS`."""
 
 from functools import partial
+from typing import NamedTuple
 
 from jax import random
 import numpy as np
@@ -17,28 +18,48 @@ from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_
 PARTICLES, PROPOSALS = 64, 40_000
 
 
+class Run(NamedTuple):
+    """What a run of so many steps took, in seconds.
+
+    :ivar of_fit: of `fit`, without compilation.
+    :ivar after: of what comes after it, without compilation.
+    :ivar compiling: of all compilation.
+    """
+
+    num_steps: int
+    of_fit: float
+    after: float
+    compiling: float
+
+
 def recommended(about, seed, budget):
     """The line that this library recommends: runs of 500 and 2,000 steps, and of as many as there is time for.
 
-    A run is what a user writes: `fit`, `importance_diagnostics` and `to_arviz`, each of which compiles. The longest is
-    planned, from the time of the shorter ones, to end within the budget with compilation counted.
+    A run is what a user writes: `fit`, `importance_diagnostics` and `to_arviz`, each of which compiles. The third run
+    is planned, from the time of the shorter ones, to end within the budget with compilation counted; if that leaves
+    more than half of the budget where it is not counted, a fourth one is planned for that clock.
     """
     quantities, proposals, runs = Quantities(about), PROPOSALS, []
     for num_steps in (500, 2000):
-        if runs and predicted(runs, num_steps) > budget:
+        if runs and num_steps > steps_within(runs, budget):
             break
         row, run = recommended_run(about, quantities, seed, num_steps, proposals)
         yield row
         runs.append(run)
-        if row["seconds"] - run[2] > budget / 4:  # what comes after the fit
+        if run.after > budget / 4:
             proposals = PROPOSALS // 4
-    num_steps = steps_within(runs, 0.9 * budget)
-    if num_steps > 0 and num_steps not in [run[0] for run in runs]:
+    num_steps = steps_within(runs, 0.9 * budget - runs[-1].compiling)
+    if num_steps > runs[-1].num_steps:
+        row, run = recommended_run(about, quantities, seed, num_steps, proposals)
+        yield row
+        runs.append(run)
+    if runs[-1].of_fit + runs[-1].after < budget / 2:
+        num_steps = steps_within(runs, 0.9 * budget)
         yield recommended_run(about, quantities, seed, num_steps, proposals)[0]
 
 
 def recommended_run(about, quantities, seed, num_steps, proposals):
-    """A row; and the number of steps, the seconds as a whole, and those of the fit without compilation."""
+    """A row and a `Run`."""
     svi = SVI(about.model, AutoMixed(about.model), optax.adam(learning_rate(num_steps)), VIMCOStar(0.5, PARTICLES))
     fit_key, weight_key, draw_key = random.split(random.key(seed), 3)
     after = {"model_args": about.args, "progress_bar": False}
@@ -57,20 +78,15 @@ def recommended_run(about, quantities, seed, num_steps, proposals):
         **quantities.of_evidence(found.log_evidence, found.bounds[1]), "relative_ess": ess / proposals,
         "ess_per_second": ess / clock.seconds, "pareto_k": float(np.max(found.pareto_k)), "reading": found.reading,
     }  # fmt: skip
-    return row, (num_steps, clock.total, of_fit.seconds)
-
-
-def predicted(runs, num_steps):
-    """Seconds of a run of so many steps, with compilation, from those of earlier ones."""
-    (steps, total, of_fit), earlier = runs[-1], runs[0]
-    each = (of_fit - earlier[2]) / (steps - earlier[0]) if len(runs) > 1 else of_fit / steps
-    return total - of_fit + max(each, 1e-6) * num_steps
+    return row, Run(num_steps, of_fit.seconds, clock.seconds - of_fit.seconds, clock.compiling)
 
 
 def steps_within(runs, seconds):
-    """The largest number of steps that is predicted to end within so many seconds, rounded down."""
-    each = predicted(runs, 1) - predicted(runs, 0)
-    num_steps = (seconds - predicted(runs, 0)) / each
+    """The largest number of steps that is expected to end within so many seconds, without compilation; rounded down."""
+    last = runs[-1]
+    each = (last.of_fit - runs[0].of_fit) / (last.num_steps - runs[0].num_steps) if len(runs) > 1 else 0
+    each = each if each > 0 else last.of_fit / last.num_steps
+    num_steps = last.num_steps + (seconds - last.of_fit - last.after) / each
     return int(num_steps // 500 * 500 if num_steps > 2000 else num_steps // 100 * 100)
 
 
