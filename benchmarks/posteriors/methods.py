@@ -35,9 +35,9 @@ class Run(NamedTuple):
 def recommended(about, seed, budget):
     """The line that this library recommends: runs of 500 and 2,000 steps, and of as many as there is time for.
 
-    A run is what a user writes: `fit`, `importance_diagnostics` and `to_arviz`, each of which compiles. The third run
-    is planned, from the time of the shorter ones, to end within the budget with compilation counted; if that leaves
-    more than half of the budget where it is not counted, a fourth one is planned for that clock.
+    A run is what a user writes: `fit`, `importance_diagnostics` and `to_arviz`, each of which compiles. The third is
+    planned, from the time of the shorter ones, to fill the budget with compilation counted, and the fourth to fill it
+    without; not where the one before did so to more than 60 %.
     """
     quantities, proposals, runs = Quantities(about), PROPOSALS, []
     for num_steps in (500, 2000):
@@ -48,14 +48,13 @@ def recommended(about, seed, budget):
         runs.append(run)
         if run.after > budget / 4:
             proposals = PROPOSALS // 4
-    num_steps = steps_within(runs, 0.9 * budget - runs[-1].compiling)
-    if num_steps > runs[-1].num_steps:
-        row, run = recommended_run(about, quantities, seed, num_steps, proposals)
-        yield row
-        runs.append(run)
-    if runs[-1].of_fit + runs[-1].after < budget / 2:
-        num_steps = steps_within(runs, 0.9 * budget)
-        yield recommended_run(about, quantities, seed, num_steps, proposals)[0]
+    for compiling in (runs[-1].compiling, 0):
+        spent = runs[-1].of_fit + runs[-1].after + compiling
+        num_steps = steps_within(runs, 0.9 * budget - compiling)
+        if num_steps > 0 and not 0.6 * budget < spent <= budget:
+            row, run = recommended_run(about, quantities, seed, num_steps, proposals)
+            yield row
+            runs.append(run)
 
 
 def recommended_run(about, quantities, seed, num_steps, proposals):
@@ -84,8 +83,9 @@ def recommended_run(about, quantities, seed, num_steps, proposals):
 def steps_within(runs, seconds):
     """The largest number of steps that is expected to end within so many seconds, without compilation; rounded down."""
     last = runs[-1]
-    each = (last.of_fit - runs[0].of_fit) / (last.num_steps - runs[0].num_steps) if len(runs) > 1 else 0
-    each = each if each > 0 else last.of_fit / last.num_steps
+    each = last.of_fit / last.num_steps
+    if last.num_steps > runs[0].num_steps and last.of_fit > runs[0].of_fit:
+        each = (last.of_fit - runs[0].of_fit) / (last.num_steps - runs[0].num_steps)
     num_steps = last.num_steps + (seconds - last.of_fit - last.after) / each
     return int(num_steps // 500 * 500 if num_steps > 2000 else num_steps // 100 * 100)
 
