@@ -15,7 +15,7 @@ from benchmarks.posteriors.measuring import Clock, Quantities, mean_asked
 from benchmarks.posteriors.pymc_steps import compound_step
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 
-PARTICLES, PROPOSALS = 64, 40_000
+PARTICLES, PROPOSALS, MOST_STEPS = 64, 40_000, 50_000
 
 
 class Run(NamedTuple):
@@ -51,7 +51,7 @@ def recommended(about, seed, budget):
     for compiling in (runs[-1].compiling, 0):
         spent = runs[-1].of_fit + runs[-1].after + compiling
         num_steps = steps_within(runs, 0.9 * budget - compiling)
-        if num_steps > 0 and not 0.6 * budget < spent <= budget:
+        if num_steps > 0 and num_steps != runs[-1].num_steps and not 0.6 * budget < spent <= budget:
             row, run = recommended_run(about, quantities, seed, num_steps, proposals)
             yield row
             runs.append(run)
@@ -87,7 +87,7 @@ def steps_within(runs, seconds):
     if last.num_steps > runs[0].num_steps and last.of_fit > runs[0].of_fit:
         each = (last.of_fit - runs[0].of_fit) / (last.num_steps - runs[0].num_steps)
     num_steps = last.num_steps + (seconds - last.of_fit - last.after) / each
-    return int(num_steps // 500 * 500 if num_steps > 2000 else num_steps // 100 * 100)
+    return int(min(num_steps // 500 * 500 if num_steps > 2000 else num_steps // 100 * 100, MOST_STEPS))
 
 
 METHODS = {
