@@ -17,6 +17,8 @@ from numpyro_vimco.sites import is_discrete, is_latent_site
 # Those whose sums take less than a second.
 RECOMPUTED = ("diabetes", "change_points")
 
+# NumPyro says so where the prior draws what the data rule out, a population below what was counted.
+prior_may_be_impossible = pytest.mark.filterwarnings("ignore:Out-of-support values")
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
 
 
@@ -48,13 +50,16 @@ def test_truth_is_known_well_enough(name):
     assert truth.log_evidence is None or truth.log_evidence_error < 0.1
 
 
+@prior_may_be_impossible
 @every_problem
-def test_density_is_finite(name):
+def test_density_is_a_number(name):
+    """At a draw of the prior, which the data may rule out."""
     about = problem(name)
     values = {name: site["value"] for name, site in prior_draw(about).items()}
-    assert np.isfinite(log_density(about.model, about.args, {}, values)[0])
+    assert log_density(about.model, about.args, {}, values)[0] < np.inf
 
 
+@prior_may_be_impossible
 @every_problem
 def test_enumerated_is_the_same_model(name):
     """Its density is that of the model, summed over discrete latents: no less than one term, with equal names."""
@@ -67,11 +72,14 @@ def test_enumerated_is_the_same_model(name):
     summed = {name for name in sites if marked[name]["infer"].get("enumerate") == "parallel"}
     assert summed and all(is_discrete(sites[name]) for name in summed)
     assert draw.keys() == {name for name, site in marked.items() if is_latent_site(site)}
+    for site in summed:  # NumPyro 0.22 sums over 0, 1, …, whatever the support is
+        values = marked[site]["fn"].enumerate_support(expand=False).ravel()
+        np.testing.assert_array_equal(values, np.arange(len(values)))
     rest = {name: value for name, value in draw.items() if name not in summed}
     model = enum(config_enumerate(seed(about.enumerated, random.key(1))), first_available_dim=-5)
     total, _ = enumerated_log_density(model, about.args, {}, rest)
     term, _ = log_density(about.model, about.args, {}, draw)
-    assert np.isfinite(total) and total >= term - 1e-3 * abs(term)
+    assert np.isneginf(term) or np.inf > total >= term - 1e-3 * abs(term)
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
