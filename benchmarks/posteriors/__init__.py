@@ -31,6 +31,7 @@ PROBLEMS = (
     "correlated_design",
     "strongly_correlated_design",
     "change_points",
+    "coal_mining",
     "karate_club",
     "karate_club_either",
 )
