@@ -32,6 +32,7 @@ PROBLEMS = (
     "strongly_correlated_design",
     "change_points",
     "coal_mining",
+    "nile",
     "karate_club",
     "karate_club_either",
 )
