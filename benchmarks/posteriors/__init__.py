@@ -33,6 +33,7 @@ PROBLEMS = (
     "change_points",
     "coal_mining",
     "nile",
+    "publications",
     "karate_club",
     "karate_club_either",
 )
