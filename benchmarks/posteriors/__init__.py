@@ -34,6 +34,7 @@ PROBLEMS = (
     "coal_mining",
     "nile",
     "publications",
+    "turtles",
     "karate_club",
     "karate_club_either",
 )
