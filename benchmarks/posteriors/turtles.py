@@ -1,4 +1,4 @@
-"""Two ways of turtles: a mixture of two von Mises distributions on the circle, with the group of each turtle as a latent.
+"""Two ways of turtles: a mixture of two von Mises distributions on the circle, with each turtle's group as a latent.
 
 Data: directions of 76 turtles, as in `examples/turtles.py`. Which group is called first is open, so that the posterior
 has two modes; what is asked does not depend on it: the larger group and the smaller one. Truth: exact, by quadrature
