@@ -35,6 +35,7 @@ PROBLEMS = (
     "nile",
     "publications",
     "turtles",
+    "breast_cancer",
     "karate_club",
     "karate_club_either",
 )
