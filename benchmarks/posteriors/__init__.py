@@ -36,6 +36,7 @@ PROBLEMS = (
     "publications",
     "turtles",
     "breast_cancer",
+    "regimes",
     "karate_club",
     "karate_club_either",
 )
