@@ -21,6 +21,7 @@ from benchmarks.posteriors.diabetes import standardized
 INCLUSION, RATE_SCALE, ZERO_SCALE = 0.3, 0.5, 1.0
 INTERCEPT_SCALES = (1.0, 1.5)  # of the log rate and of the logit of a structural zero
 UNCERTAIN = 4  # predictors; the last, articles by the mentor, is in both parts with a probability above 0.99999
+SUBSETS = np.array(list(itertools.product([0, 1], repeat=10))).reshape(-1, 2, 5)  # of rate and zeros, all 1,024
 
 
 def data():
@@ -41,6 +42,24 @@ def model(predictors, articles):
         zero_slope = numpyro.sample("zero_slope", dist.Normal(0, ZERO_SCALE))
     log_rate = rate_intercept + predictors @ (in_rate * rate_slope)
     zero_logits = zero_intercept + predictors @ (in_zero * zero_slope)
+    with numpyro.plate("biochemist", len(articles)):
+        counts = dist.ZeroInflatedDistribution(dist.Poisson(jnp.exp(log_rate)), gate_logits=zero_logits)
+        numpyro.sample("articles", counts, obs=articles)
+
+
+def enumerated(predictors, articles):
+    """The indicators of all predictors are one site: NumPyro cannot sum out those of a plate that the data couple."""
+    rate_intercept = numpyro.sample("rate_intercept", dist.Normal(0, INTERCEPT_SCALES[0]))
+    zero_intercept = numpyro.sample("zero_intercept", dist.Normal(0, INTERCEPT_SCALES[1]))
+    probability = np.where(SUBSETS, INCLUSION, 1 - INCLUSION).prod((1, 2))
+    subset = numpyro.sample("subset", dist.Categorical(jnp.asarray(probability)), infer={"enumerate": "parallel"})
+    in_rate = numpyro.deterministic("in_rate", jnp.asarray(SUBSETS[:, 0])[subset])
+    in_zero = numpyro.deterministic("in_zero", jnp.asarray(SUBSETS[:, 1])[subset])
+    with numpyro.plate("predictor", predictors.shape[1]):
+        rate_slope = numpyro.sample("rate_slope", dist.Normal(0, RATE_SCALE))
+        zero_slope = numpyro.sample("zero_slope", dist.Normal(0, ZERO_SCALE))
+    log_rate = rate_intercept + (in_rate * rate_slope * predictors).sum(-1)
+    zero_logits = zero_intercept + (in_zero * zero_slope * predictors).sum(-1)
     with numpyro.plate("biochemist", len(articles)):
         counts = dist.ZeroInflatedDistribution(dist.Poisson(jnp.exp(log_rate)), gate_logits=zero_logits)
         numpyro.sample("articles", counts, obs=articles)
@@ -137,10 +156,9 @@ def importance_sample(regressions, mode, hessian, included, num_draws, rng):
 
 def truth(predictors, articles, num_draws=400_000):
     regressions, rng = Regressions(predictors, articles), np.random.default_rng(0)
-    subsets = np.array(list(itertools.product([False, True], repeat=10))).reshape(-1, 2, 5)
-    included = np.concatenate([np.ones((len(subsets), 2, 1), bool), subsets], 2)
+    included = np.concatenate([np.ones((len(SUBSETS), 2, 1), bool), SUBSETS > 0], 2)
     mode, hessian = regressions.modes(included)
-    log_prior = np.where(subsets, np.log(INCLUSION), np.log1p(-INCLUSION)).sum((1, 2))
+    log_prior = np.where(SUBSETS, np.log(INCLUSION), np.log1p(-INCLUSION)).sum((1, 2))
     log_laplace = log_prior + regressions.log_joint(mode, included) - 0.5 * np.linalg.slogdet(hessian)[1]
     log_laplace += 0.5 * included.sum((1, 2)) * np.log(2 * np.pi)
     share = np.exp(log_laplace - logsumexp(log_laplace))
@@ -150,7 +168,7 @@ def truth(predictors, articles, num_draws=400_000):
     relative = [np.exp(log_w + p - logsumexp(log_laplace)) / n for (_, log_w), p, n in zip(sampled, log_prior, number)]
     quantities = [
         np.concatenate([np.tile(subset.ravel(), (len(drawn), 1)), drawn.reshape(len(drawn), -1)], 1)
-        for subset, (drawn, _) in zip(subsets, sampled)
+        for subset, (drawn, _) in zip(SUBSETS, sampled)
     ]
     total = sum(w.sum() for w in relative)
     mean = sum(w @ x for w, x in zip(relative, quantities)) / total

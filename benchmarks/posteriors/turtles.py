@@ -20,7 +20,7 @@ def data():
     return (jnp.asarray(np.radians((DEGREES + 180) % 360 - 180), jnp.float32),)  # in [-π, π)
 
 
-def mixture(angles, infer=None):
+def mixture(angles, **infer):
     share = numpyro.sample("share", dist.Uniform(0, 1))  # of group 1
     concentration = numpyro.sample("concentration", dist.LogNormal(0, 1))
     with numpyro.plate("way", 2):
@@ -35,7 +35,7 @@ def model(angles):
 
 
 def enumerated(angles):
-    mixture(angles, {"enumerate": "parallel"})
+    mixture(angles, enumerate="parallel")
 
 
 def asked(draw, angles):
