@@ -31,6 +31,12 @@ PROBLEMS = (
     "correlated_design",
     "strongly_correlated_design",
     "change_points",
+    "coal_mining",
+    "nile",
+    "publications",
+    "turtles",
+    "breast_cancer",
+    "regimes",
     "karate_club",
     "karate_club_either",
 )
