@@ -33,6 +33,9 @@ PROBLEMS = (
     "change_points",
     "karate_club",
     "karate_club_either",
+    "n_mixture",
+    "occupancy",
+    "capture_recapture",
 )
 
 
