@@ -36,6 +36,7 @@ PROBLEMS = (
     "n_mixture",
     "occupancy",
     "capture_recapture",
+    "hares",
 )
 
 
