@@ -33,6 +33,8 @@ PROBLEMS = (
     "change_points",
     "karate_club",
     "karate_club_either",
+    "lsat6",
+    "dawid_skene",
     "n_mixture",
     "occupancy",
     "capture_recapture",
