@@ -43,7 +43,7 @@ def test_quadrature_sums_the_model(name):
         np.testing.assert_allclose(log_joint.item(), enumerated(module, args, ON_A_GRID[name]), rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["lsat6", "dawid_skene"])
+@pytest.mark.parametrize("name", ["lsat6", "dawid_skene", "old_faithful"])
 def test_terms_of_elements_are_those_of_the_model(name):
     module = import_module(f"benchmarks.posteriors.{name}")
     with jax.enable_x64(True):

@@ -2,7 +2,7 @@
 
 Both sample a *summed* model: its latents are continuous, and its discrete latents are summed out by hand in a
 `numpyro.factor`. Both run in double precision. They share no code but the model; the first starts near the mode and
-stays there, the second comes down from the prior and gives the evidence.
+stays there, the second comes down from the prior. Both give the log evidence.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS, init_to_median
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
@@ -45,7 +45,16 @@ def two_samplers(summed, draw_latents, asked, args, num_draws=2000, num_particle
     if abs(tempered[0] - bridged[0]) > 4.5 * np.hypot(tempered[1], bridged[1]) + 0.01:
         raise ValueError(f"log evidence {bridged} by bridge sampling, and {tempered} by sequential Monte Carlo")
     one = of_chains(chains, f"NUTS and bridge sampling, 8 chains of {num_draws}", *bridged)
-    return agreed(one, of_runs(found, f"sequential Monte Carlo, {num_runs} runs of {num_particles}", *tempered))
+    other = of_runs(found, f"sequential Monte Carlo, {num_runs} runs of {num_particles}", *tempered)
+    return precise(agreed(one, other))
+
+
+def precise(truth, most=0.03):
+    """A truth, or an error if a standard error is large: then samplers agree on nothing, or are stuck in modes."""
+    for name, error in truth.errors.items():
+        if (error > most * truth.sds[name]).any():
+            raise ValueError(f"standard errors of {name} are {error / truth.sds[name]} posterior standard deviations")
+    return truth
 
 
 def nuts(model, args, num_draws, seed=0):
@@ -53,11 +62,11 @@ def nuts(model, args, num_draws, seed=0):
     return chains_of_nuts(model, num_draws)(args, seed)
 
 
-def chains_of_nuts(model, num_draws, num_chains=8):
+def chains_of_nuts(model, num_draws, num_warmup=1000, num_chains=8):
     """What `nuts` does, as a function of arguments (and a seed), compiled once for arguments of the same shapes."""
-    kernel = NUTS(model, dense_mass=True, target_accept_prob=0.9)
+    kernel = NUTS(model, dense_mass=True, target_accept_prob=0.9, init_strategy=init_to_median)
     mcmc = MCMC(
-        kernel, num_warmup=1000, num_samples=num_draws, num_chains=num_chains, chain_method="vectorized",
+        kernel, num_warmup=num_warmup, num_samples=num_draws, num_chains=num_chains, chain_method="vectorized",
         progress_bar=False, jit_model_args=True,
     )  # fmt: skip
 
