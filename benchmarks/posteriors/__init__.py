@@ -39,6 +39,12 @@ PROBLEMS = (
     "regimes",
     "karate_club",
     "karate_club_either",
+    "lsat6",
+    "dawid_skene",
+    "n_mixture",
+    "occupancy",
+    "capture_recapture",
+    "hares",
 )
 
 
