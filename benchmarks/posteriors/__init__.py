@@ -31,8 +31,20 @@ PROBLEMS = (
     "correlated_design",
     "strongly_correlated_design",
     "change_points",
+    "coal_mining",
+    "nile",
+    "publications",
+    "turtles",
+    "breast_cancer",
+    "regimes",
     "karate_club",
     "karate_club_either",
+    "lsat6",
+    "dawid_skene",
+    "n_mixture",
+    "occupancy",
+    "capture_recapture",
+    "hares",
 )
 
 
