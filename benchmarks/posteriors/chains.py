@@ -27,7 +27,7 @@ class Chains:
 
     def _advance(self, state, num_steps, every):
         sample = jax.vmap(lambda state: self.kernel.sample(state, self.args, {}))
-        constrain = jax.vmap(lambda z: self.kernel.postprocess_fn(self.args, {})(z))
+        constrain = jax.vmap(self._latents)
         kept = jax.tree.map(lambda x: jnp.zeros((KEPT, *x.shape), x.dtype), jax.eval_shape(constrain, state.z))
 
         def step(i, carry):
@@ -37,6 +37,11 @@ class Chains:
             return state, lax.cond((i + 1) % every == 0, keep, lambda kept: kept, kept)
 
         return lax.fori_loop(0, num_steps, step, (state, kept))
+
+    def _latents(self, z):
+        """Without deterministic sites, which may depend on latents that are summed out."""
+        found = self.kernel.postprocess_fn(self.args, {})(z)
+        return {name: found[name] for name in z}
 
     def advance(self, num_kept):
         """Take ``num_kept`` times ``every`` steps.

@@ -31,7 +31,7 @@ def discrete_given_others(about, chunk, seed):
 
     def complete(draws):
         length = len(next(iter(draws.values())))
-        return {**mapped(rng.integers(2**31, size=length, dtype=np.uint32), draws), **draws}
+        return {**draws, **mapped(rng.integers(2**31, size=length, dtype=np.uint32), draws)}
 
     return complete
 
