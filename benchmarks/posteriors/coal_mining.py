@@ -24,7 +24,9 @@ def asked(draw, disasters):
 
 
 def enumerated(disasters):
-    change = numpyro.sample("change", dist.DiscreteUniform(1, len(disasters) - 1), infer={"enumerate": "parallel"})
+    # NumPyro 0.22 sums over 0, 1, …, whatever the support of the site is.
+    last = numpyro.sample("last_early", dist.DiscreteUniform(0, len(disasters) - 2), infer={"enumerate": "parallel"})
+    change = numpyro.deterministic("change", last + 1)
     early = numpyro.sample("early", dist.Exponential(1.0))
     late = numpyro.sample("late", dist.Exponential(1.0))
     with numpyro.plate("year", len(disasters)):

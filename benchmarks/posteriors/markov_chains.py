@@ -36,7 +36,7 @@ def enumerated_nuts(about, seed, budget):
     if about.enumerated is None:
         yield {"method": "NUTS", "seed": seed, "note": "no form of the model whose discrete latents NumPyro sums out"}
         return
-    complete = discrete_given_others(about, CHUNK, seed)
+    complete = discrete_given_others(about, CHUNK, np.random.default_rng(seed))
     yield from of_kernel("NUTS", lambda: NUTS(about.enumerated), about, seed, budget, complete)
 
 

@@ -3,7 +3,7 @@
 import jax
 from jax import random
 import numpy as np
-from numpyro.handlers import block
+from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import SVI, Predictive, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoNormal
 import optax
@@ -13,19 +13,23 @@ from benchmarks.posteriors.measuring import Clock, Mapped, Quantities, mean_aske
 from numpyro_vimco import fit
 
 
-def discrete_given_others(about, chunk, seed):
+def discrete_given_others(about, chunk, rng):
     """A function from draws to these with the latents that were summed out, drawn given the others.
 
     Arrays have a leading axis for the draws.
 
     :param chunk: for so many draws at a time it is compiled.
+    :param rng: of NumPy.
     """
-    rng = np.random.default_rng(seed)
 
-    def discrete(seed, draw):
+    def discrete(bits, draw):
         single = {name: value[None] for name, value in draw.items()}
         predictive = Predictive(about.enumerated, single, infer_discrete=True, parallel=True)
-        return {name: value[0] for name, value in predictive(random.key(seed), *about.args).items()}
+        found = {name: value[0] for name, value in predictive(random.key(bits), *about.args).items()}
+        # Deterministic sites, which `Predictive` leaves out here.
+        again = trace(substitute(seed(about.enumerated, 0), data={**draw, **found}))
+        sites = again.get_trace(*about.args)
+        return found | {name: site["value"] for name, site in sites.items() if site["type"] == "deterministic"}
 
     mapped = Mapped(discrete, chunk)
 
@@ -49,7 +53,7 @@ def summed_out(about, num_starts, num_steps, num_draws=10_000):
     quantities, clock, estimates = Quantities(about), Clock(), []
     with clock:
         result = fit(svi, fit_key, num_steps, *about.args, num_starts=num_starts, progress_bar=False)
-        complete = discrete_given_others(about, 200, seed=0)
+        complete = discrete_given_others(about, 200, np.random.default_rng(0))
         for start, key in enumerate(keys):
             draws = guide.sample_posterior(key, result.start(start).params, sample_shape=(num_draws,))
             estimates.append(mean_asked(quantities, complete(jax.device_get(draws))))
