@@ -93,34 +93,32 @@ def number(x, digits=2):
     return "–" if x is None or not np.isfinite(x) else f"{x:.{digits}f}" if x < 100 else f"{x:,.0f}"
 
 
-def both(value):
-    """A number with compilation counted, and not."""
-    return " / ".join(value(clock) for clock in CLOCKS)
-
-
 def problem_tables(results, budget):
     """For each problem, a row for each method."""
     header = ["", "error", "seconds to 0.1", "evidence", "ESS / s", "says", "right"]
     lines = []
     for problem, methods in results.items():
-        rows = []
-        for name in [name for name in COMPARED if name in methods]:
-            runs = methods[name]
-            if not runs.seeds:
-                rows.append([f"`{name}`", *["–"] * 4, runs.notes[0] if runs.notes else "", ""])
-                continue
-            last = [row for row in runs.last("seconds", budget) if row]
-            right = {row["right"] for row in last if row["right"]}
-            evidence = max(runs.column("evidence_error", budget=budget), key=abs, default=np.nan)
-            rows.append([
-                f"`{name}`", both(lambda clock, runs=runs: number(runs.error(clock, budget), 3)),
-                both(lambda clock, runs=runs: number(runs.time_to_right(clock, budget), 1)),
-                number(evidence), number(np.median(runs.column("ess_per_second", budget=budget) or [np.nan]), 1),
-                ", ".join(sorted({row["reading"] for row in last if row["reading"]})) or "nothing",
-                "" if not right else "no" if "False" in right else "yes",
-            ])  # fmt: skip
+        rows = [problem_row(name, methods[name], budget) for name in COMPARED if name in methods]
         lines += [f"### {problem}", "", table(header, rows), ""]
     return "\n".join(lines).strip()
+
+
+def problem_row(name, runs, budget):
+    """The cells of one method on one problem."""
+    if not runs.seeds:
+        return [f"`{name}`", *["–"] * 4, runs.notes[0] if runs.notes else "", ""]
+    last = [row for row in runs.last("seconds", budget) if row]
+    right = {row["right"] for row in last if row["right"]}
+    evidence = max(runs.column("evidence_error", budget=budget), key=abs, default=np.nan)
+    return [
+        f"`{name}`",
+        " / ".join(number(runs.error(clock, budget), 3) for clock in CLOCKS),
+        " / ".join(number(runs.time_to_right(clock, budget), 1) for clock in CLOCKS),
+        number(evidence),
+        number(np.median(runs.column("ess_per_second", budget=budget) or [np.nan]), 1),
+        ", ".join(sorted({row["reading"] for row in last if row["reading"]})) or "nothing",
+        "" if not right else "no" if "False" in right else "yes",
+    ]
 
 
 def verdicts(results, budget):
@@ -128,13 +126,13 @@ def verdicts(results, budget):
     rows = []
     for name in COMPARED:
         applies = {problem: of[name] for problem, of in results.items() if name in of and of[name].seeds}
-        fast = lambda clock: sum(_is_fastest(results[p], of, clock, budget) for p, of in applies.items())  # noqa: B023, E731
-        within = lambda clock: sum(of.error(clock, budget) <= RIGHT for of in applies.values())  # noqa: B023, E731
+        within = [sum(of.error(clock, budget) <= RIGHT for of in applies.values()) for clock in CLOCKS]
+        fast = [sum(_is_fastest(results[p], of, clock, budget) for p, of in applies.items()) for clock in CLOCKS]
         last = [row for of in applies.values() for row in of.last("seconds", budget) if row]
         good = [row for row in last if row["reading"] == "good"]
         wrong = sum(row["right"] == "False" for row in good)
         said = [f"{len(good)} of {len(last)}", wrong] if any(row["reading"] for row in last) else ["–", "–"]
-        counts = [both(lambda clock, of=of: str(of(clock))) for of in (within, fast)]
+        counts = [" / ".join(map(str, of)) for of in (within, fast)]
         rows.append([f"`{name}`", f"{len(applies)} of {len(results)}", *counts, *said])
     return table(["", "applies", "within 0.1", "among the fastest", "runs called good", "of these wrong"], rows)
 

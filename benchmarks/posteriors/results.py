@@ -69,8 +69,9 @@ class Results:
         """Write rows in place of older ones of the same methods and seeds."""
         rows = [self._completed(row) for row in rows]
         new = {(row["method"], str(row["seed"])) for row in rows}
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             old = [row for row in read(self.path) if (row["method"], row["seed"]) not in new]
             whole = self.path.with_suffix(".new")
             with open(whole, "w", newline="") as file:
@@ -78,6 +79,8 @@ class Results:
                 writer.writeheader()
                 writer.writerows([*old, *rows])
             whole.replace(self.path)
+        finally:
+            os.close(folder)  # which also unlocks it
 
     def _completed(self, row):
         if row.get("reading") == "good":
