@@ -2,7 +2,9 @@
 
 from importlib import import_module
 
+import jax
 from jax import random
+import jax.numpy as jnp
 import numpy as np
 from numpyro.contrib.funsor import config_enumerate, enum
 from numpyro.contrib.funsor import log_density as enumerated_log_density
@@ -11,6 +13,8 @@ from numpyro.infer.util import log_density
 import pytest
 
 from benchmarks.posteriors import PROBLEMS, problem
+from benchmarks.posteriors.measuring import Clock
+from benchmarks.posteriors.report import Runs
 from benchmarks.posteriors.results import Results, read
 from numpyro_vimco.sites import is_latent_site
 
@@ -98,3 +102,26 @@ def test_rows_replace_older_ones(tmp_path):
         ("b", "0.3", ""),
         ("a", "0.05", "True"),
     ]
+
+
+def test_clock_tells_compilation_apart():
+    @jax.jit
+    def function(x):
+        return jnp.sin(x) @ jnp.cos(x).T
+
+    clocks = [Clock(), Clock()]
+    for clock in clocks:
+        with clock:
+            function(jnp.ones((3, 3))).block_until_ready()
+    first, second = clocks
+    assert first.compiling > 0.5 * first.total > 0
+    assert second.compiling == 0
+
+
+def test_time_until_the_error_stays_small():
+    times_and_errors = [(1, 0.3), (2, 0.05), (3, 0.2), (4, 0.1), (5, 0.02), (70, 0.5)]
+    rows = [{"seed": "0", "note": "", "error": str(e), "seconds": str(t)} for t, e in times_and_errors]
+    runs = Runs(rows)
+    assert runs.time_to_right("seconds", 60) == 4
+    assert runs.error("seconds", 60) == 0.02
+    assert runs.time_to_right("seconds", 100) == np.inf
