@@ -39,6 +39,7 @@ PROBLEMS = (
     "occupancy",
     "capture_recapture",
     "hares",
+    "old_faithful",
 )
 
 
