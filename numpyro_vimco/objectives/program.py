@@ -10,11 +10,26 @@ from typing import Any, NamedTuple
 import jax
 from jax.lax import stop_gradient
 from jaxtyping import Array
-from numpyro.handlers import replay, substitute, trace
+from numpyro.handlers import block, replay, substitute, trace
 
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
-from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
+from numpyro_vimco.objectives.densities import (
+    Densities,
+    Draw,
+    Draws,
+    SiteDensities,
+    guide_log_prob,
+    latent_masks,
+    log_prob_of,
+)
+from numpyro_vimco.objectives.enumeration import Unmarked, enumerated_trace, summed_sites
+from numpyro_vimco.objectives.enumeration_checks import (
+    check_enumerated,
+    check_summed,
+    num_batch_dims,
+    unexplained_dims,
+)
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
@@ -103,19 +118,21 @@ class Program:
         """
         keys = particle_keys(rng_key, self.plate_particles)
 
+        def local_keys(local) -> ParticleKeys:
+            return keys._replace(local={name: key for name, (key, _) in local.items()})
+
         def traces(local) -> tuple[Trace, Trace, Trace]:
-            local_keys = keys._replace(local={name: key for name, (key, _) in local.items()})
             given = dict(values.shared)
             for _, plate_values in local.values():
                 given.update(plate_values)
-            frozen = live = self._trace_guide(stop_gradient(params), local_keys, given)
+            frozen = live = self._trace_guide(stop_gradient(params), local_keys(local), given)
             if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
-                live = self._trace_guide(params, local_keys, given)
-            return self._trace_model(params, local_keys, live), frozen, live
+                live = self._trace_guide(params, local_keys(local), given)
+            return self._trace_model(params, local_keys(local), live), frozen, live
 
         def log_weights(local):
             model_trace, frozen, live = traces(local)
-            sites = SiteDensities(model_trace, frozen, self._structure(model_trace, frozen))
+            sites = self._sites(params, local_keys(local), model_trace, frozen)
             rest = sites.of_guide_rest(is_drawn, live)
             log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), rest)
             return log_weight, sites.structure
@@ -129,15 +146,17 @@ class Program:
         """Evaluate one particle at given values, as :meth:`evaluate` does at values of its own."""
         keys = particle_keys(rng_key, self.plate_particles)
 
+        def local_keys(local) -> ParticleKeys:
+            return keys._replace(local={name: key for name, (key, _) in local.items()})
+
         def traces(local) -> tuple[Trace, Trace]:
-            local_keys = keys._replace(local={name: key for name, (key, _) in local.items()})
             given = dict(values.shared)
             for _, plate_values in local.values():
                 given.update(plate_values)
-            return self._traces(params, local_keys, given)
+            return self._traces(params, local_keys(local), given)
 
         def densities(local):
-            sites = SiteDensities(*(found := traces(local)), self._structure(*found))
+            sites = self._sites(params, local_keys(local), *traces(local))
             return self._densities(sites), sites.structure
 
         local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
@@ -148,11 +167,13 @@ class Program:
         found: list[Kinds] = []
 
         def look(params, rng_key):
-            model_trace, guide_trace = self._traces(params, self._first(rng_key))
+            keys = self._first(rng_key)
+            model_trace, guide_trace = self._traces(params, keys)
             latents = [site for site in sample_sites(guide_trace) if is_latent_site(site)]
             path = any(is_drawn(site) and not self.by_score(site) for site in latents)
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
             structure = self._structure(model_trace, guide_trace)
+            self._check_summed(params, keys, model_trace, guide_trace)
             found.append(Kinds(path, masks, any(structure.kept(level) for level in (None, *self.plate_particles))))
 
         jax.eval_shape(look, params, rng_key)
@@ -203,9 +224,8 @@ class Program:
             return self._traces(params, keys._replace(local=local))
 
         def run(local):
-            model_trace, guide_trace = traces(local)
-            structure = self._structure(model_trace, guide_trace)
-            return combine(SiteDensities(model_trace, guide_trace, structure)), structure
+            sites = self._sites(params, keys._replace(local=local), *traces(local))
+            return combine(sites), sites.structure
 
         return map_local(run, lambda local: self._by_site(traces(local)), keys.local)
 
@@ -236,6 +256,43 @@ class Program:
         check_plate_particles(self.plate_particles, model_trace, guide_trace)
         check_joint_plates(self.joint_plates, self.plate_particles, model_trace, guide_trace)
         return model_trace
+
+    def _sites(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SiteDensities:
+        """Densities of sites; where the model has sites to sum out, it is traced once more, with all their values."""
+        structure = self._structure(model_trace, guide_trace)
+        summed = summed_sites(model_trace, guide_trace)
+        if not summed:
+            return SiteDensities(model_trace, guide_trace, structure)
+        # Sites of such dimensions do not depend on summed ones, and NumPyro would take the dimensions for values.
+        own = [site["name"] for site in sample_sites(model_trace) if unexplained_dims(site)]
+        model = block(self._at_values(params, keys, model_trace, guide_trace), hide=own)
+        enumerated = enumerated_trace(model, self.args, self.kwargs, num_batch_dims(model_trace))
+        check_enumerated(enumerated, summed)
+        return SiteDensities(model_trace, guide_trace, structure, enumerated)
+
+    def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> Callable:
+        """The model at the values of a guide, and the subsamples of a trace of the model.
+
+        By substitution: `replay` does not reach into a `scan` that is enumerated.
+        """
+        values = {site["name"]: site["value"] for site in sample_sites(guide_trace) if is_latent_site(site)}
+        plates = {name: site for name, site in model_trace.items() if site["type"] == "plate"}
+        model = Unmarked(substitute(replay(self.model, plates), data={**params, **values}), values)
+        return SeedLevels(model, keys.model, {})
+
+    def _check_summed(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> None:
+        """Raise for sites that cannot be summed out."""
+        summed = summed_sites(model_trace, guide_trace)
+        if not summed:
+            return
+        model = self._at_values(params, keys, model_trace, guide_trace)
+
+        def densities(values):
+            found = trace(substitute(model, data=values)).get_trace(*self.args, **self.kwargs)
+            return {site["name"]: log_prob_of(site) for site in sample_sites(found)}
+
+        parents = dependence(densities, {name: model_trace[name]["value"] for name in summed})
+        check_summed(model_trace, summed, parents)
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
         return plate_structure(model_trace, guide_trace, self.plate_particles, self.joint_plates, self.linear)

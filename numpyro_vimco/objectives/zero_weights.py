@@ -39,6 +39,20 @@ def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset
     return jnp.where(impossible, stop_gradient(value), log_prob(again))
 
 
+def safe_table(log_prob: Callable[[dict], Array], site: dict) -> Array:
+    """``log_prob(site)`` at all values of summed sites, without a derivative where it is -inf.
+
+    Another value of a summed site may be possible, so that each entry is alone.
+    """
+    fn = unwrapped(site["fn"])
+    if isinstance(fn, dist.CategoricalProbs):  # its density at a probability of 0 is finite, with a derivative of NaN
+        fn = _map_base(lambda fn: _with(fn, probs=_stop(fn.probs == 0, fn.probs, 0)), site["fn"])
+        return log_prob({**site, "fn": fn})
+    if isinstance(fn, dist.BernoulliProbs):  # its probabilities are clamped
+        return log_prob(site)
+    return safe_log_prob(log_prob, site, frozenset(range(-32, 0)))
+
+
 def _may_be_impossible(fn: dist.Distribution) -> bool:
     """Whether a log-density may be -inf with an infinite derivative; in terms of logits all derivatives are finite."""
     fn = unwrapped(fn)
@@ -57,6 +71,19 @@ def _stopped(fn: dist.Distribution, impossible: Bool[Array, "..."]) -> dist.Dist
     for name, constraint in fn.arg_constraints.items():
         if name in vars(fn):
             vars(fn)[name] = _stop(impossible, vars(fn)[name], constraint.event_dim)
+    return fn
+
+
+def _map_base(change: Callable[[dist.Distribution], dist.Distribution], fn: dist.Distribution) -> dist.Distribution:
+    """A distribution with the one inside of its wrappers changed."""
+    if not isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        return change(fn)
+    return _with(fn, base_dist=_map_base(change, fn.base_dist))
+
+
+def _with(fn: dist.Distribution, **attributes: Any) -> dist.Distribution:
+    fn = copy(fn)
+    vars(fn).update(attributes)
     return fn
 
 

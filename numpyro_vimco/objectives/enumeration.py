@@ -1,0 +1,215 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Sites of the model that are summed out: from an enumerated trace to log-densities without them.
+
+A latent of the model that is marked ``infer={"enumerate": "parallel"}`` and that the guide does not sample is a *summed
+site* e. The log-density of a particle is then log Σ_e p(x, z, e). NumPyro's enumeration gives a summed site all values
+of its support, along a dimension of its own to the left of all plates. The log-density of each site that depends on it
+is a *table* with that dimension, and funsor eliminates the dimensions of connected tables, inside of plates and along
+chains. Tables are connected if a summed site is in both: these are a *group*.
+
+What `scan` with history makes of a site ``x`` is NumPyro's convention: ``_PREV_x`` at the first time (with history 2
+also ``_PREV__PREV_x``, …) and ``x``, with a dimension for time, at all others. These are *parts* of the site ``x``.
+
+funsor is imported where there are summed sites only. Private parts of NumPyro that are used: the names ``_PREV_…`` and
+``_time_…``; the entry ``dim_to_name`` of a site's ``infer``; ``compute_markov_factors`` of
+`numpyro.contrib.funsor.infer_util`. They were seen in NumPyro 0.19, the oldest that is admitted, and in 0.22.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+import re
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+from numpyro.primitives import Messenger
+
+from numpyro_vimco.sites import Trace, is_marked, sample_sites
+
+# Instead of -inf: in sums of tables that have no other finite entry, derivatives of -inf would be NaN.
+FLOOR = -1e30
+
+Group = list[dict]
+
+
+def import_funsor() -> ModuleType:
+    """The package funsor, with JAX as its backend.
+
+    :raises ImportError: if it is not installed.
+    """
+    try:
+        import funsor
+        import funsor.optimizer
+        import numpyro.contrib.funsor  # noqa: F401  (sets the backend)
+    except ImportError:
+        raise ImportError(
+            "The model has sites that are marked to be summed out, infer={'enumerate': 'parallel'}, which needs the "
+            "package funsor: `pip install funsor`. Or remove the marks, and let the guide sample these sites."
+        ) from None
+    return funsor
+
+
+def summed_sites(model_trace: Trace, guide_trace: Trace) -> list[str]:
+    """The names of the sites that are summed out: marked in the model, and not sampled by the guide."""
+    return [name for name, site in model_trace.items() if is_marked(site) and name not in guide_trace]
+
+
+def root(name: str) -> str:
+    """The name of the site that a site of an enumerated trace is a part of."""
+    return re.sub(r"^(_PREV_)*", "", name)
+
+
+class Unmarked(Messenger):
+    """Removes the marks of sites, inside of control flow too, where NumPyro marks all that are finite.
+
+    :param names: of the sites.
+    """
+
+    def __init__(self, fn: Callable, names: Collection[str]):
+        super().__init__(fn)
+        self.names = names
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "sample" and msg["name"] in self.names:
+            msg["infer"] = {**msg["infer"], "enumerate": None}
+        elif msg["type"] == "control_flow":
+            msg["args"] = tuple(Unmarked(arg, self.names) if callable(arg) else arg for arg in msg["args"])
+
+
+def enumerated_trace(model: Callable, args: tuple, kwargs: dict, num_plate_dims: int) -> Trace:
+    """The sample sites of a model, with marked ones at all values of their support, and names of all dimensions.
+
+    :param num_plate_dims: number of dimensions that plates may take.
+    """
+    import_funsor()
+    from numpyro.contrib.funsor import enum, plate_to_enum_plate, trace
+
+    with plate_to_enum_plate(), enum(first_available_dim=-num_plate_dims - 1):
+        found = trace(model).get_trace(*args, **kwargs)
+    return {site["name"]: site for site in sample_sites(found)}
+
+
+def groups(tr: Trace, summed: Collection[str]) -> list[Group]:
+    """The sites of an enumerated trace whose log-density depends on summed sites, in connected groups."""
+    found: dict[str, set[str]] = defaultdict(set)  # of each site, its summed sites
+    for name, site in tr.items():
+        found[root(name)] |= {root(dim) for dim in _names(site).values()} & set(summed)
+    connected: list[tuple[set[str], set[str]]] = []  # sites and summed sites of each group
+    for name, parents in found.items():
+        if parents:
+            touched = [group for group in connected if group[1] & parents]
+            rest = [group for group in connected if not group[1] & parents]
+            merged = {name}.union(*(group[0] for group in touched)), parents.union(*(group[1] for group in touched))
+            connected = [*rest, merged]
+    return [[site for name, site in tr.items() if root(name) in names] for names, _ in connected]
+
+
+def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], kept: Mapping[str, int]) -> Array:
+    """The log-density of a group of sites, without its summed sites; in nats.
+
+    :param tables: the log-density of each site of the group at all values of summed sites, by name.
+    :param kept: dimension of each plate that is not summed over.
+    :return: of shape (…, *plates), of size 1 where a plate is summed over.
+    """
+    funsor = import_funsor()
+    ops, sum_product = funsor.ops, funsor.sum_product.sum_product
+    names = frozenset(name for site in group for name in _names(site).values())
+    sums = frozenset(name for name in names if root(name) in summed)
+    factors, in_time = [], []
+    for site in group:
+        table = tables[site["name"]]
+        # funsor drops a dimension of size 1 that has no name, but not the only one.
+        table = jnp.squeeze(table) if not _names(site) else table
+        table = jnp.where(table < FLOOR, FLOOR, table)  # NaN stays
+        factor = funsor.to_funsor(table, output=funsor.Real, dim_to_name=site["infer"]["dim_to_name"])
+        (in_time if _time(site) else factors).append((site, factor))
+    plates = names - sums - frozenset(kept)
+    factors = [factor for _, factor in factors] + _without_time(in_time, group, sums, plates)
+    with funsor.interpretations.lazy:
+        result = sum_product(ops.logaddexp, ops.add, factors, eliminate=sums | plates, plates=plates)
+    result = funsor.optimizer.apply_optimizer(result)
+    left_to_right = sorted((name for name in kept if name in result.inputs), key=lambda name: kept[name])
+    value = result.align(tuple(left_to_right)).data if left_to_right else jnp.asarray(result.data)
+    shape = [1] * -min(kept.values(), default=0)
+    for name in left_to_right:
+        shape[kept[name]] = result.inputs[name].size
+    value = value.reshape(shape)
+    return jnp.where(value < FLOOR / 2, -jnp.inf, value)
+
+
+# What is added to the log-density of each summed site: of shape (*batch, values), in nats. It is 0, or FLOOR to
+# exclude a value.
+Potentials = Mapping[str, Array]
+
+
+def with_potentials(group: Group, tables: Mapping[str, Array], potentials: Potentials) -> dict[str, Array]:
+    """Tables of the summed sites of a group, with what is added to them at each value."""
+    found = {}
+    for site in group:
+        name = site["name"]
+        if root(name) in potentials:
+            potential = potentials[root(name)]
+            prefix = len(name) - len(root(name))
+            if prefix or _time(site):  # in `scan`: the first times, which are sites of their own, or the others
+                num_first = sum(root(other["name"]) == root(name) and other is not site for other in group)
+                first = num_first + 0
+                potential = potential[first - prefix // len("_PREV_")] if prefix else potential[first:]
+            table = tables[name]
+            # Values lead, beside time; the dimension that they have in the table is left of all plates.
+            time = 1 if _time(site) else 0
+            dim = next(dim for dim, other in _names(site).items() if other == name)
+            potential = jnp.moveaxis(potential, -1, time)
+            plates = potential.shape[time + 1 :]
+            shape = potential.shape[: time + 1] + (1,) * (-dim - 1 - len(plates)) + plates
+            if time:
+                lead = table.ndim - (-dim) - 1
+                shape = shape[:1] + (1,) * lead + shape[1:]
+            found[name] = table + potential.reshape(shape)
+    return found
+
+
+def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset, plates: frozenset) -> list:
+    """Factors of sites in `scan`, as :func:`numpyro.contrib.funsor.infer_util.log_density` eliminates time.
+
+    :param in_time: sites with a dimension for time, and their factors.
+    :param plates: all that are summed over.
+    """
+    if not in_time:
+        return []
+    from numpyro.contrib.funsor.infer_util import compute_markov_factors
+
+    funsor = import_funsor()
+    names_of = {site["name"]: frozenset(_names(site).values()) for site in group}
+    by_time: dict[Any, list] = defaultdict(list)
+    previous: dict[Any, frozenset] = defaultdict(frozenset)
+    for site, factor in in_time:
+        time = funsor.Variable(_time(site), factor.inputs[_time(site)])
+        by_time[time].append(factor)
+        previous[time] |= {name for name in names_of[site["name"]] if name.startswith("_PREV_")}
+    found = []
+    for time, factors in by_time.items():
+        before = previous[time]
+        # What the chain is of: the states before, the present ones, and the plates that these are in. The rest is
+        # eliminated at each time. If nothing is from before, time is a plate.
+        chain = frozenset().union(before, *({root(name), *names_of[root(name)]} for name in before))
+        history = max((len(name) - len(root(name))) // len("_PREV_") for name in before) if before else 0
+        if history == 0:
+            found += factors
+            continue
+        found += compute_markov_factors(
+            {time: factors}, {time: before}, {time: chain}, sums, plates, history, funsor.ops.logaddexp, funsor.ops.add
+        )
+    return found
+
+
+def _names(site: dict) -> dict[int, str]:
+    """The name of each named dimension of a site of an enumerated trace."""
+    return dict(site["infer"]["dim_to_name"])
+
+
+def _time(site: dict) -> str | None:
+    """The name of the dimension for time of a site in `scan`."""
+    return next((name for name in _names(site).values() if name.startswith("_time_")), None)
