@@ -65,6 +65,8 @@ def root(name: str) -> str:
 class Unmarked(Messenger):
     """Removes the marks of sites, inside of control flow too, where NumPyro marks all that are finite.
 
+    All sites get a dict ``infer`` of their own: NumPyro writes into it, and sites may share one.
+
     :param names: of the sites.
     """
 
@@ -73,8 +75,10 @@ class Unmarked(Messenger):
         self.names = names
 
     def process_message(self, msg: dict) -> None:
-        if msg["type"] == "sample" and msg["name"] in self.names:
-            msg["infer"] = {**msg["infer"], "enumerate": None}
+        if msg["type"] == "sample":
+            msg["infer"] = dict(msg["infer"])
+            if msg["name"] in self.names:
+                msg["infer"]["enumerate"] = None
         elif msg["type"] == "control_flow":
             msg["args"] = tuple(Unmarked(arg, self.names) if callable(arg) else arg for arg in msg["args"])
 
