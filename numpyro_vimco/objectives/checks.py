@@ -133,13 +133,15 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
     sites = sample_sites(model_trace) + sample_sites(guide_trace)
     stacks = {site["name"]: [frame.name for frame in site["cond_indep_stack"]] for site in sites}
     latent = [name for name, site in guide_trace.items() if is_latent_site(site)]
-    for plate in plate_particles:
+    for plate, number in plate_particles.items():
         if not any(plate in stack for stack in stacks.values()):
             known = sorted({name for stack in stacks.values() for name in stack})
             raise ValueError(
                 f"`plate_particles` names the plate '{plate}', which no site is in. Name one of these instead: "
                 f"{', '.join(map(repr, known)) or 'there are none'}."
             )
+        if number == 1:  # not by a user: a plate whose latents are summed out has nothing to draw
+            continue
         if not any(plate in stacks[name] for name in latent):
             raise ValueError(
                 f"`plate_particles` names the plate '{plate}', which has no latents of its own: there is nothing to "

@@ -7,7 +7,7 @@ Where the model masks an element of a latent, neither its density in the model n
 do to densities is in :mod:`numpyro_vimco.objectives.plates`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 import math
@@ -21,12 +21,10 @@ import numpyro.distributions as dist
 from numpyro_vimco.objectives.checks import check_shape, event_mask_error
 from numpyro_vimco.objectives.enumeration import (
     Group,
-    Potentials,
     groups,
     log_sum,
     root,
     summed_sites,
-    with_potentials,
 )
 from numpyro_vimco.objectives.enumeration_checks import check_group
 from numpyro_vimco.objectives.levels import Levels, level_of
@@ -109,18 +107,16 @@ class SiteDensities:
                 total.local[level] = total.local[level] + log_prob
         return total
 
-    def of_group(self, group: Group, potentials: Potentials | None = None) -> tuple[str | None, Density]:
+    def of_group(self, group: Group, added: Mapping[str, Array] | None = None) -> tuple[str | None, Density]:
         """The level of sites that are connected by summed sites, and their log-density without these.
 
-        :param potentials: what is added to the log-density of each summed site: see
-            :func:`numpyro_vimco.objectives.enumeration.with_potentials`.
+        :param added: what is added to the log-density of summed sites, by name; broadcasts to their tables.
         """
         level, scale = check_group(group, self.summed, self._level, self._scale)
         kept = {frame.name: frame.dim for site in group for frame in site["cond_indep_stack"]}
         kept = {name: dim for name, dim in kept.items() if dim in self.structure.kept(level)}
         tables = {site["name"]: self._table(site) for site in group}
-        if potentials is not None:
-            tables |= with_potentials(group, tables, potentials)
+        tables |= {name: tables[name] + more for name, more in (added or {}).items()}
         log_prob = self.structure.sum_to_level(log_sum(group, tables, self.summed, kept), level)
         return level, log_prob if scale is None else scale * log_prob
 

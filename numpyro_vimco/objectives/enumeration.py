@@ -21,16 +21,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.primitives import Messenger
 
+from numpyro_vimco.objectives.zero_weights import FLOOR
 from numpyro_vimco.sites import Trace, is_marked, sample_sites
-
-# Instead of -inf: in sums of tables that have no other finite entry, derivatives of -inf would be NaN.
-FLOOR = -1e30
 
 Group = list[dict]
 
@@ -100,7 +98,7 @@ def groups(tr: Trace, summed: Collection[str]) -> list[Group]:
     """The sites of an enumerated trace whose log-density depends on summed sites, in connected groups."""
     found: dict[str, set[str]] = defaultdict(set)  # of each site, its summed sites
     for name, site in tr.items():
-        found[root(name)] |= {root(dim) for dim in _names(site).values()} & set(summed)
+        found[root(name)] |= parents_of(site, summed)
     connected: list[tuple[set[str], set[str]]] = []  # sites and summed sites of each group
     for name, parents in found.items():
         if parents:
@@ -109,6 +107,11 @@ def groups(tr: Trace, summed: Collection[str]) -> list[Group]:
             merged = {name}.union(*(group[0] for group in touched)), parents.union(*(group[1] for group in touched))
             connected = [*rest, merged]
     return [[site for name, site in tr.items() if root(name) in names] for names, _ in connected]
+
+
+def parents_of(site: dict, summed: Collection[str]) -> set[str]:
+    """The summed sites that the log-density of a site of an enumerated trace depends on, itself included."""
+    return {root(name) for name in _names(site).values()} & set(summed)
 
 
 def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], kept: Mapping[str, int]) -> Array:
@@ -127,7 +130,8 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
         table = tables[site["name"]]
         # funsor drops a dimension of size 1 that has no name, but not the only one.
         table = jnp.squeeze(table) if not _names(site) else table
-        table = jnp.where(table < FLOOR, FLOOR, table)  # NaN stays
+        # Where all entries are -inf, derivatives of their sum would be NaN. A NaN entry stays.
+        table = jnp.where(table < FLOOR, FLOOR, table)
         factor = funsor.to_funsor(table, output=funsor.Real, dim_to_name=site["infer"]["dim_to_name"])
         (in_time if _time(site) else factors).append((site, factor))
     plates = names - sums - frozenset(kept)
@@ -144,35 +148,28 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
     return jnp.where(value < FLOOR / 2, -jnp.inf, value)
 
 
-# What is added to the log-density of each summed site: of shape (*batch, values), in nats. It is 0, or FLOOR to
-# exclude a value.
-Potentials = Mapping[str, Array]
+class Axes(NamedTuple):
+    """Where the values of a summed site of an enumerated trace are.
+
+    :ivar shape: of its log-density, with size 1 along the values of other sites.
+    :ivar values: the dimension of its own values, negative.
+    :ivar times: number of times that it is at; None for a site outside of `scan`, and for the first times in it.
+    """
+
+    shape: tuple[int, ...]
+    values: int
+    times: int | None
 
 
-def with_potentials(group: Group, tables: Mapping[str, Array], potentials: Potentials) -> dict[str, Array]:
-    """Tables of the summed sites of a group, with what is added to them at each value."""
-    found = {}
-    for site in group:
-        name = site["name"]
-        if root(name) in potentials:
-            potential = potentials[root(name)]
-            prefix = len(name) - len(root(name))
-            if prefix or _time(site):  # in `scan`: the first times, which are sites of their own, or the others
-                num_first = sum(root(other["name"]) == root(name) and other is not site for other in group)
-                first = num_first + 0
-                potential = potential[first - prefix // len("_PREV_")] if prefix else potential[first:]
-            table = tables[name]
-            # Values lead, beside time; the dimension that they have in the table is left of all plates.
-            time = 1 if _time(site) else 0
-            dim = next(dim for dim, other in _names(site).items() if other == name)
-            potential = jnp.moveaxis(potential, -1, time)
-            plates = potential.shape[time + 1 :]
-            shape = potential.shape[: time + 1] + (1,) * (-dim - 1 - len(plates)) + plates
-            if time:
-                lead = table.ndim - (-dim) - 1
-                shape = shape[:1] + (1,) * lead + shape[1:]
-            found[name] = table + potential.reshape(shape)
-    return found
+def axes_of(site: dict) -> Axes:
+    """The axes of a summed site of an enumerated trace."""
+    dims, value = _names(site), jnp.shape(site["value"])
+    shape = jnp.broadcast_shapes(site["fn"].batch_shape, value[: len(value) - site["fn"].event_dim])
+    values = next(dim for dim, name in dims.items() if name == site["name"])
+    time = next((dim for dim, name in dims.items() if name.startswith("_time_")), None)
+    own = {values, time, *(frame.dim for frame in site["cond_indep_stack"])}
+    kept = tuple(size if dim in own else 1 for dim, size in zip(range(-len(shape), 0), shape))
+    return Axes(kept, values, None if time is None else shape[time])
 
 
 def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset, plates: frozenset) -> list:

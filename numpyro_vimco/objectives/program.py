@@ -204,6 +204,11 @@ class Program:
         model_trace, guide_trace = self._traces(params, self._first(rng_key), given)
         return SiteDensities(model_trace, guide_trace, self._structure(model_trace, guide_trace))
 
+    def at(self, params: dict[str, Any], rng_key: Array, values: Values) -> SiteDensities:
+        """:meth:`sites` at values of all latents of the guide, for sites that are summed out."""
+        keys = self._first(rng_key)
+        return self._sites(params, keys, *self._traces(params, keys, values))
+
     def by_level(self, guide_trace: Trace, values: dict[str, Any]) -> Levels[dict[str, Any]]:
         """Sort values, given by the names of guide sites, into the levels of these sites."""
         levels: Levels[dict[str, Any]] = Levels({}, {name: {} for name in self.plate_particles})

@@ -23,6 +23,9 @@ import numpyro.distributions as dist
 
 from numpyro_vimco.sites import is_real, support_of, unwrapped
 
+# Where no difference is made between a tiny density and none; NumPyro has the smallest number for log 0 at times.
+FLOOR = -1e30
+
 
 def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset[int]) -> Array:
     """``log_prob(site)``, without a derivative for particles that have the weight zero because of this site.
@@ -45,12 +48,21 @@ def safe_table(log_prob: Callable[[dict], Array], site: dict) -> Array:
     Another value of a summed site may be possible, so that each entry is alone.
     """
     fn = unwrapped(site["fn"])
-    if isinstance(fn, dist.CategoricalProbs):  # its density at a probability of 0 is finite, with a derivative of NaN
-        fn = _map_base(lambda fn: _with(fn, probs=_stop(fn.probs == 0, fn.probs, 0)), site["fn"])
-        return log_prob({**site, "fn": fn})
     if isinstance(fn, dist.BernoulliProbs):  # its probabilities are clamped
         return log_prob(site)
+    # These have a finite density of derivative NaN, at a probability of 0, and at a count of 0 whose rate is 0.
+    for kind, name in ((dist.CategoricalProbs, "probs"), (dist.Poisson, "rate")):
+        if isinstance(fn, kind):
+            safe = {**site, "fn": _map_base(partial(_positive, name=name), site["fn"])}
+            value = stop_gradient(log_prob(site))
+            return jnp.where(value < FLOOR, value, log_prob(safe))
     return safe_log_prob(log_prob, site, frozenset(range(-32, 0)))
+
+
+def _positive(fn: dist.Distribution, name: str) -> dist.Distribution:
+    """A distribution with a parameter that is tiny, and takes no derivative, where it was 0."""
+    parameter = getattr(fn, name)
+    return _with(fn, **{name: jnp.where(parameter == 0, jnp.finfo(jnp.result_type(float)).tiny, parameter)})
 
 
 def _may_be_impossible(fn: dist.Distribution) -> bool:
