@@ -1,10 +1,11 @@
 """Sites that are summed out: values and gradients are those of the same model summed out by hand, key by key."""
 
 from functools import partial
+import sys
 
 import jax
 from jax import random
-from jax.nn import log_sigmoid, logsumexp
+from jax.nn import logsumexp
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -15,12 +16,14 @@ from numpyro.handlers import mask, scale
 from numpyro.infer import TraceEnum_ELBO
 import pytest
 
+from helpers import UNBIASED, Program, exact_bound, expected_estimate, of_two_lengths, product_of
 from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar
 
 MARK = {"enumerate": "parallel"}
 X = np.array([0.3, 2.1, -0.7, -0.2, 1.4])
 PAIRS = np.array([[0.3, 2.1], [-0.7, -0.2], [1.4, 0.6]])
 SEQUENCES = np.array([[0.3, 2.1, 1.7, 0.4], [-0.7, -0.2, 0.1, 1.9], [1.4, 0.6, 0.2, -0.3]])  # by sequence and time
+LENGTHS = np.array([4, 2, 3])
 COUNTS = np.array([0, 2, 1])
 
 
@@ -328,8 +331,6 @@ def hmm_in_scan():
 
 def hmm_of_sequences(arguments=None, in_plate=False):
     """Sequences of different lengths, as in NumPyro's examples; ``in_plate`` has a latent of each sequence."""
-    lengths = np.array([4, 2, 3])
-
     def shifts():
         if not in_plate:
             return level()
@@ -341,7 +342,7 @@ def hmm_of_sequences(arguments=None, in_plate=False):
 
         def move(carry, x):
             state, t = carry
-            with numpyro.plate("sequence", 3), mask(mask=t < lengths):
+            with numpyro.plate("sequence", 3), mask(mask=t < LENGTHS):
                 probs = jnp.where(t == 0, jnp.asarray(INITIAL), step[state])
                 state = numpyro.sample("state", dist.Categorical(probs), infer=MARK)
                 numpyro.sample("x", dist.Normal(a * state, 1.0), obs=x)
@@ -353,7 +354,7 @@ def hmm_of_sequences(arguments=None, in_plate=False):
         a, step = jnp.broadcast_to(shifts(), 3), transition()
         found = [
             forward(INITIAL, step, normal(jnp.asarray(SEQUENCES[i, :length, None]), a[i] * jnp.arange(3)))
-            for i, length in enumerate(lengths)
+            for i, length in enumerate(LENGTHS)
         ]
         with numpyro.plate("sequence", 3):
             numpyro.factor("x", jnp.stack(found))
@@ -437,7 +438,8 @@ def initial(*programs):
 
 
 def value_and_grad(objective, model, guide, params, key=1):
-    return jax.value_and_grad(lambda params: objective.loss(random.key(key), params, model, guide))(params)
+    fn = jax.value_and_grad(lambda params: objective.loss(random.key(key), params, model, guide))
+    return jax.jit(fn)(params)
 
 
 def assert_close(found, expected, tolerance):
@@ -452,13 +454,204 @@ def check(name, objective, tolerance):
     assert_close(found, expected, tolerance)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("alpha", of_two_lengths([0.0, 0.3, 1.0], [0.3]))
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("x64")
 def test_sums_by_hand(name, alpha):
     check(name, partial(VIMCOStar, alpha, 4), 1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_sums_by_hand_in_single_precision(name):
     check(name, partial(VIMCOStar, 0.3, 4), 1e-5)
+
+
+@pytest.mark.parametrize("make", [VIMCO, REINFORCE, ReweightedWakeSleep, partial(VIMCOStar, chunk_size=2)])
+def test_every_objective(make):
+    if make is not ReweightedWakeSleep:
+        make = partial(make, 0.3)
+    check("beside a global latent", partial(make, num_particles=4), 1e-5)
+
+
+# TraceEnum_ELBO has no `scan`, and takes the log-density of no joint sample of a scaled site.
+@pytest.mark.parametrize("name", ["mixture", "global switch", "factorial", "nested plates", "masked", "hmm in a loop"])
+@pytest.mark.usefixtures("x64")
+def test_value_is_that_of_trace_enum_elbo(name):
+    model, _, guide, _ = CASES[name]()
+    params = initial(model, guide)
+    keys = random.split(random.key(3), 4)
+
+    def same_keys(fn, _):
+        return jax.vmap(fn)(keys)
+
+    ours = VIMCOStar(1.0, 4, same_keys, doubly_reparameterized=False).loss(random.key(0), params, model, guide)
+    theirs = TraceEnum_ELBO(4, vectorize_particles=same_keys).loss(random.key(0), params, model, guide)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+def switches():
+    def model():
+        on = numpyro.sample("on", dist.Bernoulli(logits=numpyro.param("prior", 0.3)))
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", dist.Bernoulli(numpyro.param("weight", 0.4)), infer=MARK)
+            numpyro.sample("x", dist.Normal(numpyro.param("effect", 1.5) * on * z, 1.0), obs=X[:2])
+
+    def by_hand():
+        on = numpyro.sample("on", dist.Bernoulli(logits=numpyro.param("prior", 0.3)))
+        with numpyro.plate("data", 2):
+            loc = numpyro.param("effect", 1.5) * on * jnp.arange(2)[:, None]
+            table = bernoulli(numpyro.param("weight", 0.4))[:, None] + normal(X[:2], loc)
+            numpyro.factor("x", logsumexp(table, 0))
+
+    def guide():
+        numpyro.sample("on", dist.Bernoulli(logits=numpyro.param("logits", -0.4)))
+
+    return Program(model, guide, product_of(on=[0, 1])), by_hand
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("estimator", UNBIASED)
+@pytest.mark.usefixtures("x64")
+def test_unbiased_beside_a_sampled_site(estimator, alpha):
+    program, by_hand = switches()
+    params = initial(program.model, program.guide)
+    bound, gradient = expected_estimate(lambda vectorize: UNBIASED[estimator](alpha, 3, vectorize), program, params, 3)
+    exact = jax.value_and_grad(lambda params: exact_bound(program._replace(model=by_hand), params, alpha, 3))(params)
+    assert_close((bound, gradient), exact, 1e-10)
+
+
+def test_all_sites_summed_out():
+    """Without a sampled site the bound is the evidence, whatever the number of particles."""
+
+    def model():
+        with numpyro.plate("data", 5):
+            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=MARK)
+            numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=X)
+
+    def guide():
+        numpyro.param("unused", 0.0)
+
+    loss = VIMCOStar(0.0, 3).loss(random.key(0), {"weight": 0.3}, model, guide)
+    exact = logsumexp(bernoulli(0.3)[:, None] + normal(X, 2.0 * jnp.arange(2)[:, None]), 0).sum()
+    np.testing.assert_allclose(loss, -exact, rtol=1e-5)
+
+
+def test_nothing_is_imported_without_marks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "funsor", None)
+    monkeypatch.setitem(sys.modules, "numpyro.contrib.funsor", None)
+    program, by_hand = switches()
+    params = initial(program.model, program.guide)
+    assert np.isfinite(VIMCOStar(0.0, 3).loss(random.key(0), params, by_hand, program.guide))
+    with pytest.raises(ImportError, match="pip install funsor"):
+        VIMCOStar(0.0, 3).loss(random.key(0), params, program.model, program.guide)
+
+
+# Errors.
+
+
+def outside_of_plate():
+    with numpyro.plate("data", 5):
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+    numpyro.sample("x", dist.Normal(jnp.sum(z), 1.0), obs=1.0)
+
+
+def indexed():
+    with numpyro.plate("group", 2):
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+    with numpyro.plate("data", 5):
+        numpyro.sample("x", dist.Normal(1.0 * z[np.array([0, 1, 1, 0, 1])], 1.0), obs=X)
+
+
+def outside_of_scan():
+    def move(state, x):
+        return numpyro.sample("z", dist.Bernoulli(0.3 + 0.4 * state), infer=MARK), None
+
+    last, _ = scan(move, 0, jnp.arange(4.0))
+    numpyro.sample("x", dist.Normal(1.0 * last, 1.0), obs=1.0)
+
+
+def neighbours():
+    with numpyro.plate("data", 5):
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+        numpyro.sample("x", dist.Normal(1.0 * jnp.cumsum(z, -1), 1.0), obs=X)
+
+
+def no_plate():
+    z = numpyro.sample("z", dist.Bernoulli(0.3 * jnp.ones(5)), infer=MARK)
+    numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=X)
+
+
+def data_without_plate():
+    z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+    numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=X)
+
+
+def not_from_zero():
+    z = numpyro.sample("z", dist.DiscreteUniform(2, 4), infer=MARK)
+    numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=1.0)
+
+
+def too_large():
+    zs = [numpyro.sample(f"z_{i}", dist.Categorical(jnp.ones(100) / 100), infer=MARK) for i in range(5)]
+    numpyro.sample("x", dist.Normal(1.0 * sum(zs), 1.0), obs=1.0)
+
+
+def two_scales():
+    z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+    with numpyro.plate("data", 5, subsample_size=2) as index:
+        numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=jnp.asarray(X)[index])
+
+
+def array_scale():
+    with numpyro.plate("data", 5), scale(scale=jnp.arange(1.0, 6.0)):
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+        numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=X)
+
+
+def two_levels():
+    z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+    with numpyro.plate("data", 5):
+        u = numpyro.sample("u", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(1.0 * z + u, 1.0), obs=X)
+
+
+def no_history():
+    def move(carry, x):
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+        numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=x)
+        return carry, None
+
+    scan(move, 0, jnp.asarray(X), history=0)
+
+
+ERRORS = {
+    "outside of a plate": (outside_of_plate, {}, "'x' depends on 'z', which is summed out, .* the plate 'data'"),
+    "indexed": (indexed, {}, "'x' depends on 'z', which is summed out, .* the plate 'group'"),
+    "outside of scan": (outside_of_scan, {}, "'x' depends on 'z', which is summed out, .* outside of `scan`"),
+    "neighbours": (neighbours, {}, "'x' has another density where 'z' is summed out"),
+    "no plate": (no_plate, {}, r"'z' is marked .* batch dimensions of sizes \[5\]"),
+    "data without a plate": (data_without_plate, {}, r"'x' has batch dimensions of sizes \[5\] .* depends on 'z'"),
+    "not from zero": (not_from_zero, {}, "'z' is marked .* not known to be 0, 1"),
+    "too large": (too_large, {}, "'x' at all values .* a table of 10,000,000,000 numbers"),
+    "two scales": (two_scales, {"alpha": 1.0}, r"different scales \(1 of 'z', 2.5 of 'x'\)"),
+    "array of scales": (array_scale, {}, r"summed ones \('z'\) have a scale that is an array"),
+    "two levels": (two_levels, {"plate_particles": {"data": 2}}, "inside and outside of the plate 'data'"),
+    "no history": (no_history, {}, "'z' is marked .* NumPyro cannot enumerate it"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    model, arguments, message = ERRORS[name]
+
+    def guide():
+        loc = numpyro.param("loc", 0.0)
+        if model is two_levels:
+            with numpyro.plate("data", 5):
+                numpyro.sample("u", dist.Normal(loc, 1.0))
+        if model is two_scales:
+            numpyro.plate("data", 5, subsample_size=2)
+
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        VIMCOStar(num_particles=2, **arguments).loss(random.key(0), {"loc": 0.0}, model, guide)

@@ -21,6 +21,7 @@ import numpyro.distributions as dist
 from numpyro_vimco.objectives.checks import check_shape, event_mask_error
 from numpyro_vimco.objectives.enumeration import (
     Group,
+    at_values,
     groups,
     log_sum,
     root,
@@ -119,6 +120,25 @@ class SiteDensities:
         tables |= {name: tables[name] + more for name, more in (added or {}).items()}
         log_prob = self.structure.sum_to_level(log_sum(group, tables, self.summed, kept), level)
         return level, log_prob if scale is None else scale * log_prob
+
+    def drawn_and_tabled(self) -> dict[str, tuple[Array, Array]]:
+        """Of each site that depends on summed ones, its log-density at their values in ``model_trace``.
+
+        :return: by name, the one of ``model_trace``, and the one of the enumerated trace, which must be the same.
+        """
+        found = {}
+        values = {name: self.model_trace[name]["value"] for name in self.summed}
+        for group in self.groups:
+            names = [site["name"] for site in group]
+            for name in dict.fromkeys(map(root, names)):
+                site = self.model_trace[name]
+                if name in self.summed:
+                    site = {**site, "fn": unmasked(site["fn"])}
+                drawn = log_prob_of(site)
+                parts = [s for s in group if root(s["name"]) == name]
+                tabled = [jnp.ravel(at_values(self._table(part), part, names, values)) for part in parts]
+                found[name] = jnp.ravel(drawn), jnp.concatenate(tabled)
+        return found
 
     def _table(self, site: dict) -> Array:
         """The log-density of a site of the enumerated trace, never scaled.

@@ -19,7 +19,7 @@ from numpyro_vimco.objectives import control_variates, gradients
 from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding, delta_error
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.densities import Densities
-from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
+from numpyro_vimco.objectives.elements import check_elements, check_tables, may_be_dependent
 from numpyro_vimco.objectives.gradients import Weights
 from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.randomness import SeedPlates, split
@@ -171,11 +171,14 @@ class ImportanceWeightedELBO(ELBO):
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
         concrete = not _has_tracers((args, kwargs))
-        if concrete and may_be_dependent(program, kinds, param_map, rng_key):
-            # In a fit parameters are traced: the check is then at those that the program itself begins with.
+        checks = [check_elements] if concrete and may_be_dependent(program, kinds, param_map, rng_key) else []
+        checks += [check_tables] if concrete and kinds.mixed_sums else []
+        if checks:
+            # In a fit parameters are traced: the checks are then at those that the program itself begins with.
             with jax.ensure_compile_time_eval():
                 untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
-                check_elements(untraced, {} if _has_tracers(param_map) else param_map)
+                for check in checks:
+                    check(untraced, {} if _has_tracers(param_map) else param_map)
         self._check(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)

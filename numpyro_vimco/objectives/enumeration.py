@@ -148,6 +148,28 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
     return jnp.where(value < FLOOR / 2, -jnp.inf, value)
 
 
+def at_values(table: Array, site: dict, parts: Collection[str], values: Mapping[str, Array]) -> Array:
+    """A table at one value of each of its summed sites, for each element of plates and, in `scan`, each of its times.
+
+    :param table: the log-density of ``site``, of an enumerated trace.
+    :param parts: names of all sites of the trace.
+    :param values: of the summed sites, of their shapes in the model.
+    """
+    num_times = next((table.shape[dim] for dim, name in _names(site).items() if name.startswith("_time_")), None)
+    for dim, name in _names(site).items():
+        value = values.get(root(name))
+        if value is None:
+            continue
+        if name != root(name) or f"_PREV_{name}" in parts:  # in `scan`: so many times are sites of their own
+            first = sum(root(part) == root(name) for part in parts) - (root(name) in parts)
+            time = first - (len(name) - len(root(name))) // len("_PREV_")
+            value = value[time] if num_times is None else value[time : time + num_times]
+        lead = 0 if num_times is None else 1
+        shape = value.shape[:lead] + (1,) * (table.ndim - value.ndim) + value.shape[lead:]
+        table = jnp.take_along_axis(table, value.reshape(shape), axis=dim)
+    return table
+
+
 class Axes(NamedTuple):
     """Where the values of a summed site of an enumerated trace are.
 

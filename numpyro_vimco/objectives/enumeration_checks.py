@@ -44,9 +44,9 @@ def check_summed(model_trace: Trace, summed: Collection[str], parents: Mapping[s
         for other in depends:
             missing = {frame.name for frame in model_trace[other]["cond_indep_stack"]} - stack
             if missing:
-                raise outside_error(name, other, f"the plate '{min(missing)}'")
+                raise outside_error(name, other, min(missing))
             if is_in_scan(model_trace[other]) and not is_in_scan(site):
-                raise outside_error(name, other, "`scan`")
+                raise outside_error(name, other, None)
         batch = math.prod(frame.size for frame in site["cond_indep_stack"])
         entries = batch * math.prod(sizes[other] for other in depends)
         if entries > MAX_ENTRIES:
@@ -58,8 +58,9 @@ def check_summed(model_trace: Trace, summed: Collection[str], parents: Mapping[s
             )
 
 
-def outside_error(site: str, summed: str, where: str) -> ValueError:
-    """A site that combines elements of a site that is summed out for each element."""
+def outside_error(site: str, summed: str, plate: str | None) -> ValueError:
+    """A site that combines elements of a site that is summed out for each element; ``plate`` is None for `scan`."""
+    where = "`scan`" if plate is None else f"the plate '{plate}'"
     return ValueError(
         f"Site '{site}' depends on '{summed}', which is summed out, but is outside of {where} that '{summed}' is in: a "
         "sum over all values of all its elements at once is what it would take. Move the site inside, or remove the "
@@ -67,15 +68,14 @@ def outside_error(site: str, summed: str, where: str) -> ValueError:
     )
 
 
-def check_elementwise(name: str, summed: Collection[str], is_same: bool) -> None:
-    """Raise for a site whose density at one element of a plate depends on other elements of a summed site."""
-    if not is_same:
-        raise ValueError(
-            f"Site '{name}' has another density where {', '.join(map(repr, sorted(summed)))} is summed out than at the "
-            "same values drawn: the model combines or indexes elements of a plate (a sum, a shift, `z[index]`), which "
-            "takes values of each element, not all values along a dimension of their own. Remove the mark "
-            "infer={'enumerate': 'parallel'}, and let the guide sample these sites."
-        )
+def table_error(site: str, summed: Iterable[str]) -> ValueError:
+    """A site whose density where others are summed out is not that at the same values drawn."""
+    return ValueError(
+        f"Site '{site}' has another density where {' and '.join(map(repr, sorted(summed)))} is summed out "
+        "than where it is drawn: the model combines or indexes elements of a plate (a sum, a shift, `z[index]`), but a "
+        "summed site has its values along a dimension of its own, and size 1 along its plates. Remove the mark "
+        "infer={'enumerate': 'parallel'}, and let the guide sample these sites."
+    )
 
 
 def check_enumerated(enumerated: Trace, summed: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array
 from numpyro.handlers import block, replay, substitute, trace
 
-from numpyro_vimco.dependence import dependence
+from numpyro_vimco.dependence import dependence, may_mix
 from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
 from numpyro_vimco.objectives.densities import (
     Densities,
@@ -33,7 +33,7 @@ from numpyro_vimco.objectives.enumeration_checks import (
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
-from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_latent_site, mask_of, sample_sites, with_fixed_parameters
+from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_in_scan, is_latent_site, mask_of, sample_sites, with_fixed_parameters
 
 Values = dict[str, Array]
 
@@ -45,11 +45,13 @@ class Kinds(NamedTuple):
         doubly reparameterised gradients differ from plain ones.
     :ivar masks: whether the model masks any element of a latent.
     :ivar elements: whether any element of a plate has a weight of its own.
+    :ivar mixed_sums: whether a density may combine elements of sites that are summed out.
     """
 
     path_sites: bool
     masks: bool
     elements: bool
+    mixed_sums: bool
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,9 @@ class Program:
             path = any(is_drawn(site) and not self.by_score(site) for site in latents)
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
             structure = self._structure(model_trace, guide_trace)
-            self._check_summed(params, keys, model_trace, guide_trace)
-            found.append(Kinds(path, masks, any(structure.kept(level) for level in (None, *self.plate_particles))))
+            elements = any(structure.kept(level) for level in (None, *self.plate_particles))
+            mixed_sums = self._check_summed(params, keys, model_trace, guide_trace)
+            found.append(Kinds(path, masks, elements, mixed_sums))
 
         jax.eval_shape(look, params, rng_key)
         return found[0]
@@ -285,19 +288,24 @@ class Program:
         model = Unmarked(substitute(replay(self.model, plates), data={**params, **values}), values)
         return SeedLevels(model, keys.model, {})
 
-    def _check_summed(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> None:
-        """Raise for sites that cannot be summed out."""
+    def _check_summed(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> bool:
+        """Raise for sites that cannot be summed out.
+
+        :return: whether a density may combine elements of those that can.
+        """
         summed = summed_sites(model_trace, guide_trace)
         if not summed:
-            return
+            return False
         model = self._at_values(params, keys, model_trace, guide_trace)
 
         def densities(values):
             found = trace(substitute(model, data=values)).get_trace(*self.args, **self.kwargs)
             return {site["name"]: log_prob_of(site) for site in sample_sites(found)}
 
-        parents = dependence(densities, {name: model_trace[name]["value"] for name in summed})
-        check_summed(model_trace, summed, parents)
+        values = {name: model_trace[name]["value"] for name in summed}
+        check_summed(model_trace, summed, dependence(densities, values))
+        sizes = {frame.size for name in summed for frame in model_trace[name]["cond_indep_stack"]}
+        return any(is_in_scan(model_trace[name]) for name in summed) or may_mix(densities, values, sizes - {1})
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
         return plate_structure(model_trace, guide_trace, self.plate_particles, self.joint_plates, self.linear)
