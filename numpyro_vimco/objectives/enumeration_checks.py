@@ -138,16 +138,18 @@ def _check_support(site: dict) -> int:
             "no plate explains, so that its elements would be summed out together. Put it into a plate of each such "
             "size."
         )
-    with jax.ensure_compile_time_eval():
-        support = site["fn"].enumerate_support(expand=False)
-    values = None if isinstance(support, jax.core.Tracer) or site["fn"].event_dim else np.asarray(support).reshape(-1)
-    if values is None or not np.array_equal(values, np.arange(len(values))):
+    try:
+        with jax.ensure_compile_time_eval():
+            values = np.asarray(site["fn"].enumerate_support(expand=False))
+    except (NotImplementedError, jax.errors.JAXTypeError):  # bounds that are traced, or differ between elements
+        values = np.empty(0)
+    if site["fn"].event_dim or not np.array_equal(values.reshape(-1), np.arange(max(values.size, 1))):
         raise ValueError(
             f"Site '{name}' is marked infer={{'enumerate': 'parallel'}}, but its values are not known to be 0, 1, …, "
             "as NumPyro's enumeration takes them to be. Write it as dist.Categorical, and compute the value that it "
             f"stands for: value = values[numpyro.sample('{name}', …)]."
         )
-    return len(values)
+    return values.size
 
 
 def unexplained_dims(site: dict) -> list[int]:
