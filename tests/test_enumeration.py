@@ -56,7 +56,7 @@ def mixture():
     def model():
         means = draw_means()
         with numpyro.plate("data", 5):
-            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=MARK)
+            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=dict(MARK))
             numpyro.sample("x", dist.Normal(means[z], 1.0), obs=X)
 
     def by_hand():
@@ -98,10 +98,10 @@ def global_switch():
 
     def model():
         means = draw_means()
-        k = numpyro.sample("k", dist.Categorical(jnp.array([0.2, 0.5, 0.3])), infer=MARK)
+        k = numpyro.sample("k", dist.Categorical(jnp.array([0.2, 0.5, 0.3])), infer=dict(MARK))
         numpyro.factor("f", 0.3 * k * means[0])
         with numpyro.plate("data", 5):
-            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=MARK)
+            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=dict(MARK))
             numpyro.sample("x", dist.Normal(means[z] + 0.5 * k, 1.0), obs=X)
 
     def by_hand():
@@ -120,8 +120,8 @@ def factorial():
     def model():
         means = draw_means()
         with numpyro.plate("data", 5):
-            a = numpyro.sample("a", dist.Bernoulli(weight()), infer=MARK)
-            b = numpyro.sample("b", dist.Categorical(probs=jnp.array([0.2, 0.3, 0.5])), infer=MARK)
+            a = numpyro.sample("a", dist.Bernoulli(weight()), infer=dict(MARK))
+            b = numpyro.sample("b", dist.Categorical(probs=jnp.array([0.2, 0.3, 0.5])), infer=dict(MARK))
             numpyro.sample("x", dist.Normal(means[0] * a + means[1] * b, 1.0), obs=X)
 
     def by_hand():
@@ -140,9 +140,9 @@ def nested_plates():
     def model():
         means = draw_means()
         with numpyro.plate("group", 3, dim=-2):
-            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=MARK)
+            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=dict(MARK))
             with numpyro.plate("member", 2):
-                outlier = numpyro.sample("outlier", dist.Bernoulli(0.1), infer=MARK)
+                outlier = numpyro.sample("outlier", dist.Bernoulli(0.1), infer=dict(MARK))
                 numpyro.sample("x", dist.Normal(means[z], 1.0 + 4 * outlier), obs=PAIRS)
 
     def by_hand():
@@ -178,7 +178,7 @@ def local(shared, **arguments):
         g = location()
         with numpyro.plate("data", 5):
             loc = local_sites() + g
-            z = numpyro.sample("z", dist.Categorical(probs=jnp.array([0.2, 0.3, 0.5])), infer=MARK)
+            z = numpyro.sample("z", dist.Categorical(probs=jnp.array([0.2, 0.3, 0.5])), infer=dict(MARK))
             numpyro.sample("x", dist.Normal(loc + z, 1.0), obs=X)
 
     def by_hand():
@@ -210,7 +210,7 @@ def subsampled():
 
     @plated
     def model(u, x):
-        z = numpyro.sample("z", dist.Bernoulli(weight()), infer=MARK)
+        z = numpyro.sample("z", dist.Bernoulli(weight()), infer=dict(MARK))
         numpyro.sample("x", dist.Normal(u + z, 1.0), obs=x)
 
     @plated
@@ -231,7 +231,7 @@ def masked():
     def model():
         means = draw_means()
         with numpyro.plate("data", 5), mask(mask=both):
-            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=MARK)
+            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=dict(MARK))
             with mask(mask=there):
                 numpyro.sample("x", dist.Normal(means[z], 1.0), obs=X)
 
@@ -252,7 +252,7 @@ def impossible():
     def model():
         r = rate()
         with numpyro.plate("data", 3):
-            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=MARK)
+            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=dict(MARK))
             numpyro.sample("x", dist.Poisson(r * z), obs=COUNTS)
 
     def by_hand():
@@ -301,7 +301,7 @@ def hmm_in_loop():
         state = None
         for t in markov(range(4)):
             probs = jnp.asarray(INITIAL) if state is None else step[state]
-            state = numpyro.sample(f"state_{t}", dist.Categorical(probs), infer=MARK)
+            state = numpyro.sample(f"state_{t}", dist.Categorical(probs), infer=dict(MARK))
             numpyro.sample(f"x_{t}", dist.Normal(a * state, 1.0), obs=X[t])
 
     def by_hand():
@@ -317,7 +317,7 @@ def hmm_in_scan():
         def move(carry, x):
             state, t = carry
             probs = jnp.where(t == 0, jnp.asarray(INITIAL), step[state])
-            state = numpyro.sample("state", dist.Categorical(probs), infer=MARK)
+            state = numpyro.sample("state", dist.Categorical(probs), infer=dict(MARK))
             numpyro.sample("x", dist.Normal(a * state, 1.0), obs=x)
             return (state, t + 1), None
 
@@ -344,7 +344,7 @@ def hmm_of_sequences(arguments=None, in_plate=False):
             state, t = carry
             with numpyro.plate("sequence", 3), mask(mask=t < LENGTHS):
                 probs = jnp.where(t == 0, jnp.asarray(INITIAL), step[state])
-                state = numpyro.sample("state", dist.Categorical(probs), infer=MARK)
+                state = numpyro.sample("state", dist.Categorical(probs), infer=dict(MARK))
                 numpyro.sample("x", dist.Normal(a * state, 1.0), obs=x)
             return (state, t + 1), None
 
@@ -385,7 +385,7 @@ def switching():
 
     @scanned
     def model(a, step, jump, state, x):
-        present = numpyro.sample("state", dist.Categorical(step[state]), infer=MARK)
+        present = numpyro.sample("state", dist.Categorical(step[state]), infer=dict(MARK))
         numpyro.sample("x", dist.Normal(a * state + jump, 1.0), obs=x)
         return present
 
@@ -494,7 +494,7 @@ def switches():
     def model():
         on = numpyro.sample("on", dist.Bernoulli(logits=numpyro.param("prior", 0.3)))
         with numpyro.plate("data", 2):
-            z = numpyro.sample("z", dist.Bernoulli(numpyro.param("weight", 0.4)), infer=MARK)
+            z = numpyro.sample("z", dist.Bernoulli(numpyro.param("weight", 0.4)), infer=dict(MARK))
             numpyro.sample("x", dist.Normal(numpyro.param("effect", 1.5) * on * z, 1.0), obs=X[:2])
 
     def by_hand():
@@ -526,7 +526,7 @@ def test_all_sites_summed_out():
 
     def model():
         with numpyro.plate("data", 5):
-            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=MARK)
+            z = numpyro.sample("z", dist.Bernoulli(weight()), infer=dict(MARK))
             numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=X)
 
     def guide():
@@ -545,6 +545,22 @@ def test_nothing_is_imported_without_marks(monkeypatch):
     assert np.isfinite(VIMCOStar(0.0, 3).loss(random.key(0), params, by_hand, program.guide))
     with pytest.raises(ImportError, match="pip install funsor"):
         VIMCOStar(0.0, 3).loss(random.key(0), params, program.model, program.guide)
+
+
+def test_sites_may_share_a_dict():
+    """NumPyro writes into the dict `infer` of a site, and its own objectives fail where sites share one."""
+
+    def model():
+        with numpyro.plate("data", 5):
+            a = numpyro.sample("a", dist.Bernoulli(0.4), infer=MARK)
+            b = numpyro.sample("b", dist.Bernoulli(0.2), infer=MARK)
+            numpyro.sample("x", dist.Normal(2.0 * a + b, 1.0), obs=X)
+
+    loss = VIMCOStar(0.0, 2).loss(random.key(0), {}, model, lambda: numpyro.param("unused", 0.0))
+    table = bernoulli(0.4)[:, None] + bernoulli(0.2)
+    locs = 2.0 * jnp.arange(2)[:, None] + jnp.arange(2)
+    exact = logsumexp(table[..., None] + normal(X, locs[..., None]), (0, 1)).sum()
+    np.testing.assert_allclose(loss, -exact, rtol=1e-5)
 
 
 # Errors.
@@ -616,6 +632,14 @@ def two_levels():
         numpyro.sample("x", dist.Normal(1.0 * z + u, 1.0), obs=X)
 
 
+def second_order():
+    states = [0, 0]
+    for t in markov(range(4)):
+        probs = jax.nn.softmax(jnp.stack([0.3 + states[-1], 0.8 * states[-2] + 0.0 * states[-1]], -1))
+        states.append(numpyro.sample(f"z_{t}", dist.Categorical(probs), infer=dict(MARK)))
+        numpyro.sample(f"x_{t}", dist.Normal(1.0 * states[-1], 1.0), obs=X[t])
+
+
 def no_history():
     def move(carry, x):
         z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
@@ -637,6 +661,7 @@ ERRORS = {
     "two scales": (two_scales, {"alpha": 1.0}, r"different scales \(1 of 'z', 2.5 of 'x'\)"),
     "array of scales": (array_scale, {}, r"summed ones \('z'\) have a scale that is an array"),
     "two levels": (two_levels, {"plate_particles": {"data": 2}}, "inside and outside of the plate 'data'"),
+    "second order": (second_order, {}, "'z_2' has another density where 'z_0' is summed out"),
     "no history": (no_history, {}, "'z' is marked .* NumPyro cannot enumerate it"),
 }
 

@@ -65,20 +65,34 @@ class Unmarked(Messenger):
 
     All sites get a dict ``infer`` of their own: NumPyro writes into it, and sites may share one.
 
-    :param names: of the sites.
+    :param names: of the sites; None for all.
     """
 
-    def __init__(self, fn: Callable, names: Collection[str]):
+    def __init__(self, fn: Callable, names: Collection[str] | None):
         super().__init__(fn)
         self.names = names
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "sample":
             msg["infer"] = dict(msg["infer"])
-            if msg["name"] in self.names:
+            if self.names is None or msg["name"] in self.names:
                 msg["infer"]["enumerate"] = None
         elif msg["type"] == "control_flow":
-            msg["args"] = tuple(Unmarked(arg, self.names) if callable(arg) else arg for arg in msg["args"])
+            names = self.names if _is_enumerated(msg) else None
+            msg["args"] = tuple(Unmarked(arg, names) if callable(arg) else arg for arg in msg["args"])
+
+
+class _AsItIs(Messenger):
+    """Control flow that NumPyro does not enumerate, as it is without enumeration; around `enum`, which says otherwise."""
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "control_flow" and not _is_enumerated(msg):
+            msg["kwargs"]["enum"] = False
+
+
+def _is_enumerated(msg: dict) -> bool:
+    """Whether NumPyro enumerates sites inside of control flow: of a `scan` with history."""
+    return msg["kwargs"].get("history", 0) > 0
 
 
 def enumerated_trace(model: Callable, args: tuple, kwargs: dict, num_plate_dims: int) -> Trace:
@@ -89,7 +103,7 @@ def enumerated_trace(model: Callable, args: tuple, kwargs: dict, num_plate_dims:
     import_funsor()
     from numpyro.contrib.funsor import enum, plate_to_enum_plate, trace
 
-    with plate_to_enum_plate(), enum(first_available_dim=-num_plate_dims - 1):
+    with _AsItIs(), plate_to_enum_plate(), enum(first_available_dim=-num_plate_dims - 1):
         found = trace(model).get_trace(*args, **kwargs)
     return {site["name"]: site for site in sample_sites(found)}
 

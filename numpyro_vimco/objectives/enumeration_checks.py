@@ -73,9 +73,22 @@ def table_error(site: str, summed: Iterable[str]) -> ValueError:
     return ValueError(
         f"Site '{site}' has another density where {' and '.join(map(repr, sorted(summed)))} is summed out "
         "than where it is drawn: the model combines or indexes elements of a plate (a sum, a shift, `z[index]`), but a "
-        "summed site has its values along a dimension of its own, and size 1 along its plates. Remove the mark "
-        "infer={'enumerate': 'parallel'}, and let the guide sample these sites."
+        "summed site has its values along a dimension of its own, and size 1 along its plates; or it goes back further "
+        "in a chain than `history` says. Remove the mark infer={'enumerate': 'parallel'}, and let the guide sample "
+        "these sites."
     )
+
+
+def check_parents(parents: Mapping[str, Collection[str]], found: Mapping[str, Collection[str]]) -> None:
+    """Raise unless each site's table has a dimension for each summed site that its density depends on.
+
+    :param parents: for each site, the summed sites that its density depends on.
+    :param found: those whose values are along dimensions of its table.
+    :raises ValueError: naming the site.
+    """
+    for name, depends in parents.items():
+        if not set(depends) <= set(found[name]):
+            raise table_error(name, set(depends) - set(found[name]))
 
 
 def check_enumerated(enumerated: Trace, summed: Iterable[str]) -> None:

@@ -23,9 +23,10 @@ from numpyro_vimco.objectives.densities import (
     latent_masks,
     log_prob_of,
 )
-from numpyro_vimco.objectives.enumeration import Unmarked, enumerated_trace, summed_sites
+from numpyro_vimco.objectives.enumeration import Unmarked, enumerated_trace, parents_of, root, summed_sites
 from numpyro_vimco.objectives.enumeration_checks import (
     check_enumerated,
+    check_parents,
     check_summed,
     num_batch_dims,
     unexplained_dims,
@@ -271,12 +272,13 @@ class Program:
         summed = summed_sites(model_trace, guide_trace)
         if not summed:
             return SiteDensities(model_trace, guide_trace, structure)
+        model = self._at_values(params, keys, model_trace, guide_trace)
+        return SiteDensities(model_trace, guide_trace, structure, self._enumerated(model, model_trace))
+
+    def _enumerated(self, model: Callable, model_trace: Trace) -> Trace:
         # Sites of such dimensions do not depend on summed ones, and NumPyro would take the dimensions for values.
         own = [site["name"] for site in sample_sites(model_trace) if unexplained_dims(site)]
-        model = block(self._at_values(params, keys, model_trace, guide_trace), hide=own)
-        enumerated = enumerated_trace(model, self.args, self.kwargs, num_batch_dims(model_trace))
-        check_enumerated(enumerated, summed)
-        return SiteDensities(model_trace, guide_trace, structure, enumerated)
+        return enumerated_trace(block(model, hide=own), self.args, self.kwargs, num_batch_dims(model_trace))
 
     def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> Callable:
         """The model at the values of a guide, and the subsamples of a trace of the model.
@@ -303,7 +305,14 @@ class Program:
             return {site["name"]: log_prob_of(site) for site in sample_sites(found)}
 
         values = {name: model_trace[name]["value"] for name in summed}
-        check_summed(model_trace, summed, dependence(densities, values))
+        parents = dependence(densities, values)
+        check_summed(model_trace, summed, parents)
+        enumerated = self._enumerated(model, model_trace)
+        check_enumerated(enumerated, summed)
+        found = {name: set() for name in parents}
+        for site in enumerated.values():
+            found[root(site["name"])] |= parents_of(site, summed)
+        check_parents(parents, found)
         sizes = {frame.size for name in summed for frame in model_trace[name]["cond_indep_stack"]}
         return any(is_in_scan(model_trace[name]) for name in summed) or may_mix(densities, values, sizes - {1})
 
