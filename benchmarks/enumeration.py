@@ -2,12 +2,12 @@
 
     python benchmarks/enumeration.py
 
-Steps with 64 particles, timed interleaved; a ratio is the median over rounds of a step's time over that of TraceEnum_ELBO
-in the same round. Then the time to trace and compile a step, without caches.
+Steps with 64 particles, timed interleaved; a ratio is the median over rounds of a step's time over that of
+TraceEnum_ELBO in the same round. Then the time to trace and compile a step, without caches.
 
 1. A mixture of 1,000 points with 5 clusters: assignments are summed out, means sampled.
-2. A hidden Markov model of 100 steps and 8 states: states are summed out, levels sampled. In a loop over `markov`, which
-   is all that TraceEnum_ELBO knows, and in `scan`.
+2. A hidden Markov model of 100 steps and 8 states: states are summed out, levels sampled. In a loop over `markov`,
+   which is all that TraceEnum_ELBO knows, and in `scan`.
 """
 
 import argparse

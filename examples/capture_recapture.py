@@ -5,12 +5,13 @@
 
 Animals are marked when they are first caught, and looked for in the years after (the Cormack-Jolly-Seber model). An
 animal that is not seen may be dead, or overlooked: its state in each year is a chain that NumPyro's enumeration sums
-out inside of each particle's weight. Left to the guide are the probabilities of survival and of recapture, and a switch:
-did floods, in the intervals between years that `--flood` names, change survival? The exact posterior is a sum over the
-switch, and over a grid of the three probabilities. `--nuts` adds NUTS with enumeration; it has no switch, so that it is
-given the model with floods.
+out inside of each particle's weight. Left to the guide are the probabilities of survival and of recapture, and a
+switch: did floods, in the intervals between years that `--flood` names, change survival? The exact posterior is a sum
+over the switch, and over a grid of the three probabilities. `--nuts` adds NUTS with enumeration; it has no switch, so
+that it is given the model with floods.
 
-A file of `--data` has a line for each animal: its number, then 1 or 0 for each year. Without one, animals are simulated.
+A file of `--data` has a line for each animal: its number, then 1 or 0 for each year. Without one, animals are
+simulated.
 """
 
 import argparse
@@ -134,7 +135,9 @@ def main(args):
     data = caught, jnp.asarray(floods, int)
     log_evidence, exact, exact_matter = exact_posterior(caught, floods, args.grid)
 
-    svi = SVI(model, AutoMixed(model), optax.adam(optax.cosine_decay_schedule(0.02, args.num_steps)), VIMCOStar(0.5, 32))
+    svi = SVI(
+        model, AutoMixed(model), optax.adam(optax.cosine_decay_schedule(0.02, args.num_steps)), VIMCOStar(0.5, 32)
+    )
     result = fit(svi, random.key(1), args.num_steps, *data, num_starts=2, progress_bar=False)
     found = partial(importance_diagnostics, svi, result, model_args=data, progress_bar=False)
     diagnostics = found(rng_key=random.key(2), num_samples=args.num_draws)
@@ -152,7 +155,9 @@ def main(args):
         print(f"{name:>20} {here:7.4f} {truth:7.4f}")
     alive = posterior["alive"].values[..., -1, :].mean((0, 1))
     never = np.asarray(caught[:, -1]) == 0
-    print(f"\nexpected number of animals alive in the last year, of {never.sum()} not seen then: {alive[never].sum():.1f}")
+    print(
+        f"\nexpected number of animals alive in the last year, of {never.sum()} not seen then: {alive[never].sum():.1f}"
+    )
 
     draws = {"VIMCOStar, weighted": {name: posterior[name].values for name in PARAMETERS}}
     if args.nuts:

@@ -77,14 +77,18 @@ def plot(inclusion, exact_inclusion, group, exact_group, path):
     left.legend(ncols=2, fontsize="small")
     right.plot([0, 1], [0, 1], "k--", lw=1)
     right.plot(exact_group, group, "C0.")
-    right.set(xlabel="exact", ylabel="from exact draws given each weighted draw", title="probability of the second group")
+    right.set(
+        xlabel="exact", ylabel="from exact draws given each weighted draw", title="probability of the second group"
+    )
     figure.savefig(path, dpi=100)
 
 
 def main(args):
     x = simulate(random.key(args.seed))
     log_evidence, exact_inclusion, exact_group = exact_posterior(x, args.grid)
-    svi = SVI(model, AutoMixed(model), optax.adam(optax.cosine_decay_schedule(0.02, args.num_steps)), VIMCOStar(0.5, 32))
+    svi = SVI(
+        model, AutoMixed(model), optax.adam(optax.cosine_decay_schedule(0.02, args.num_steps)), VIMCOStar(0.5, 32)
+    )
     result = fit(svi, random.key(1), args.num_steps, x, num_starts=2, progress_bar=False)
     arguments = {"model_args": (x,), "progress_bar": False}
     diagnostics = importance_diagnostics(svi, result, rng_key=random.key(2), num_samples=args.num_draws, **arguments)

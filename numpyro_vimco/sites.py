@@ -35,7 +35,7 @@ def is_latent_site(site: dict) -> bool:
 
 
 def is_marked(site: dict) -> bool:
-    """Whether ``site`` is latent, and marked to be summed out: ``infer={"enumerate": "parallel"}`` and a finite support.
+    """Whether ``site`` is latent and finite, and marked to be summed out: ``infer={"enumerate": "parallel"}``.
 
     A site that is marked and sampled by the guide is sampled.
     """

@@ -331,6 +331,7 @@ def hmm_in_scan():
 
 def hmm_of_sequences(arguments=None, in_plate=False):
     """Sequences of different lengths, as in NumPyro's examples; ``in_plate`` has a latent of each sequence."""
+
     def shifts():
         if not in_plate:
             return level()
@@ -635,8 +636,8 @@ def two_levels():
 def second_order():
     states = [0, 0]
     for t in markov(range(4)):
-        probs = jax.nn.softmax(jnp.stack([0.3 + states[-1], 0.8 * states[-2] + 0.0 * states[-1]], -1))
-        states.append(numpyro.sample(f"z_{t}", dist.Categorical(probs), infer=dict(MARK)))
+        logits = 0.8 * states[-2] - 0.3 * states[-1]
+        states.append(numpyro.sample(f"z_{t}", dist.Bernoulli(logits=logits), infer=dict(MARK)))
         numpyro.sample(f"x_{t}", dist.Normal(1.0 * states[-1], 1.0), obs=X[t])
 
 

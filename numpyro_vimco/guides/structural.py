@@ -149,7 +149,11 @@ class StructuralGuide(PrototypeGuide):
         sites = self.prototype_trace.values()
         names = [site["name"] for site in sites if site["type"] == "deterministic"]
         # Deterministic sites may depend on sites that are summed out, of which there is no draw here.
-        if not names or self.model.hidden or any(is_latent_site(site) and site["name"] not in samples for site in sites):
+        if (
+            not names
+            or self.model.hidden
+            or any(is_latent_site(site) and site["name"] not in samples for site in sites)
+        ):
             return samples
         if not args and not kwargs:
             args, kwargs = self._prototype_arguments

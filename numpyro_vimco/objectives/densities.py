@@ -146,7 +146,7 @@ class SiteDensities:
         A masked summed site takes its own density, which sums to one.
         """
         name = root(site["name"])
-        if name in self.summed or name in self.guide_trace and is_latent_site(site) and name not in self.masks:
+        if name in self.summed or (name in self.guide_trace and is_latent_site(site) and name not in self.masks):
             site = {**site, "fn": unmasked(site["fn"])}
         return safe_table(partial(log_prob_of, is_table=True), site)
 

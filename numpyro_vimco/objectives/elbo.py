@@ -51,6 +51,12 @@ class ImportanceWeightedELBO(ELBO):
     independent, as a plate says. Where the data are not traced, this is checked when a fit begins (and at its end by
     diagnostics); plates whose elements depend on each other belong into ``joint_plates``.
 
+    **Sums.** Finite latents of the model that are marked ``infer={"enumerate": "parallel"}``, and that the guide does
+    not sample, are summed out inside of each particle's weight: :math:`p(x, z) = \sum_e p(x, z, e)`. NumPyro's
+    enumeration and the package funsor, which has to be installed, do so exactly, in plates and along chains (`scan`
+    with history, or a loop over `markov`). A scale multiplies the logarithm of the sum, and must be one number for all
+    sites that summed ones connect.
+
     **Scale and mask.** `handlers.scale` multiplies a site's log-density in the weight; the gradient is that of
     this scaled objective, with the score of the density that the sample was drawn from. `handlers.mask`
     takes elements of a site out of the program: they have neither a density nor a score, and

@@ -83,7 +83,7 @@ class Unmarked(Messenger):
 
 
 class _AsItIs(Messenger):
-    """Control flow that NumPyro does not enumerate, as it is without enumeration; around `enum`, which says otherwise."""
+    """Leaves control flow that NumPyro cannot enumerate as it is; goes around `enum`, which says otherwise."""
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "control_flow" and not _is_enumerated(msg):

@@ -34,7 +34,16 @@ from numpyro_vimco.objectives.enumeration_checks import (
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
-from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_in_scan, is_latent_site, mask_of, sample_sites, with_fixed_parameters
+from numpyro_vimco.sites import (
+    Trace,
+    is_delta,
+    is_drawn,
+    is_in_scan,
+    is_latent_site,
+    mask_of,
+    sample_sites,
+    with_fixed_parameters,
+)
 
 Values = dict[str, Array]
 

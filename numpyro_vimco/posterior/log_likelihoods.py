@@ -88,9 +88,10 @@ def find_elements(fit: Fitted, structure: Structure) -> tuple[list[Elements], se
             names = ", ".join(f"'{fit.observed[name].name}'" for name in sorted(sites))
             warnings.warn(
                 f"Plate '{plate}' has latents of its own, which cannot be averaged out of the log-likelihood of its "
-                f"elements ({names}): its elements are not independent, the guide does not draw these latents "
-                "inside of the plate, or a summed site outside of it connects them. Values given the latents do not tell what leaving an element out does; the group "
-                "'log_likelihood' is without them, and 'log_likelihood_given_latents' has them.",
+                f"elements ({names}): its elements are not independent, the guide does not draw these latents inside "
+                "of the plate, or a summed site outside of it connects them. Values given the latents do not tell what "
+                "leaving an element out does; the group 'log_likelihood' is without them, and "
+                "'log_likelihood_given_latents' has them.",
                 stacklevel=3,
             )
     alone = {name for name in _with_summed_latents_of_their_own(fit) if name not in inside}

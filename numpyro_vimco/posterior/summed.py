@@ -65,9 +65,9 @@ def _draw_group(sites: SiteDensities, group: Group, rng_key: Array) -> Values:
         return jnp.sum(sites.of_group(group, added)[1])
 
     def draw_next(added: Values, turn_and_key) -> tuple[Values, None]:
-        turn, key = turn_and_key
+        turn, turn_key = turn_and_key
         probabilities = jax.grad(total)(added)
-        for name, key in split_by_name(key, axes).items():
+        for name, key in split_by_name(turn_key, axes).items():
             dim = axes[name].values
             drawn = random.categorical(key, jnp.log(probabilities[name]), axis=dim)
             excluded = jnp.where(jax.nn.one_hot(drawn, axes[name].shape[dim], axis=dim) > 0, 0.0, FLOOR)
@@ -88,13 +88,11 @@ def _turns(axes: dict[str, Axes]) -> tuple[dict[str, np.ndarray], int]:
     turns: dict[str, np.ndarray] = {}
     turn = 0
     for times, names in groupby(axes, key=lambda name: axes[name].times):
-        names = list(names)
-        for i, name in enumerate(names):
-            if times is None:
-                turns[name] = np.array(turn + i)
-            else:
-                turns[name] = (turn + len(names) * np.arange(times) + i).reshape(-1, *(1,) * (len(axes[name].shape) - 1))
-        turn += len(names) * (times or 1)
+        together = list(names)
+        for i, name in enumerate(together):
+            own = turn + i if times is None else turn + i + len(together) * np.arange(times)
+            turns[name] = np.reshape(own, (-1, *(1,) * (len(axes[name].shape) - 1)))
+        turn += len(together) * (times or 1)
     return turns, turn
 
 
