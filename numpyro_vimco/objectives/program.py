@@ -10,27 +10,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.lax import stop_gradient
 from jaxtyping import Array
-from numpyro.handlers import block, replay, substitute, trace
+from numpyro.handlers import replay, substitute, trace
 
-from numpyro_vimco.dependence import dependence, may_mix
+from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
-from numpyro_vimco.objectives.densities import (
-    Densities,
-    Draw,
-    Draws,
-    SiteDensities,
-    guide_log_prob,
-    latent_masks,
-    log_prob_of,
-)
-from numpyro_vimco.objectives.enumeration import Unmarked, enumerated_trace, parents_of, root, summed_sites
-from numpyro_vimco.objectives.enumeration_checks import (
-    check_enumerated,
-    check_parents,
-    check_summed,
-    num_batch_dims,
-    unexplained_dims,
-)
+from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
+from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, enumerate_model
+from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
@@ -38,7 +24,6 @@ from numpyro_vimco.sites import (
     Trace,
     is_delta,
     is_drawn,
-    is_in_scan,
     is_latent_site,
     mask_of,
     sample_sites,
@@ -186,7 +171,7 @@ class Program:
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
             structure = self._structure(model_trace, guide_trace)
             elements = any(structure.kept(level) for level in (None, *self.plate_particles))
-            mixed_sums = self._check_summed(params, keys, model_trace, guide_trace)
+            mixed_sums = self._check_sums(params, keys, model_trace, guide_trace)
             found.append(Kinds(path, masks, elements, mixed_sums))
 
         jax.eval_shape(look, params, rng_key)
@@ -278,52 +263,19 @@ class Program:
     def _sites(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SiteDensities:
         """Densities of sites; where the model has sites to sum out, it is traced once more, with all their values."""
         structure = self._structure(model_trace, guide_trace)
-        summed = summed_sites(model_trace, guide_trace)
-        if not summed:
+        if not summed_sites(model_trace, guide_trace):
             return SiteDensities(model_trace, guide_trace, structure)
-        model = self._at_values(params, keys, model_trace, guide_trace)
-        return SiteDensities(model_trace, guide_trace, structure, self._enumerated(model, model_trace))
+        model = SeedLevels(at_values(self.model, params, model_trace, guide_trace), keys.model, {})
+        enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
+        return SiteDensities(model_trace, guide_trace, structure, enumerated)
 
-    def _enumerated(self, model: Callable, model_trace: Trace) -> Trace:
-        # Sites of such dimensions do not depend on summed ones, and NumPyro would take the dimensions for values.
-        own = [site["name"] for site in sample_sites(model_trace) if unexplained_dims(site)]
-        return enumerated_trace(block(model, hide=own), self.args, self.kwargs, num_batch_dims(model_trace))
-
-    def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> Callable:
-        """The model at the values of a guide, and the subsamples of a trace of the model.
-
-        By substitution: `replay` does not reach into a `scan` that is enumerated.
-        """
-        values = {site["name"]: site["value"] for site in sample_sites(guide_trace) if is_latent_site(site)}
-        plates = {name: site for name, site in model_trace.items() if site["type"] == "plate"}
-        model = Unmarked(substitute(replay(self.model, plates), data={**params, **values}), values)
-        return SeedLevels(model, keys.model, {})
-
-    def _check_summed(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> bool:
-        """Raise for sites that cannot be summed out.
-
-        :return: whether a density may combine elements of those that can.
-        """
+    def _check_sums(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> bool:
+        """Raise for sites that cannot be summed out; whether a density may combine elements of those that can."""
         summed = summed_sites(model_trace, guide_trace)
         if not summed:
             return False
-        model = self._at_values(params, keys, model_trace, guide_trace)
-
-        def densities(values):
-            found = trace(substitute(model, data=values)).get_trace(*self.args, **self.kwargs)
-            return {site["name"]: log_prob_of(site) for site in sample_sites(found)}
-
-        values = {name: model_trace[name]["value"] for name in summed}
-        parents = dependence(densities, values)
-        check_summed(model_trace, summed, parents)
-        enumerated = self._enumerated(model, model_trace)
-        check_enumerated(enumerated, summed)
-        found = {name: set() for name in parents}
-        for site in enumerated.values():
-            found[root(site["name"])] |= parents_of(site, summed)
-        check_parents(parents, found)
-        sizes = {frame.size for name in summed for frame in model_trace[name]["cond_indep_stack"]}
-        return any(is_in_scan(model_trace[name]) for name in summed) or may_mix(densities, values, sizes - {1})
+        model = SeedLevels(at_values(self.model, params, model_trace, guide_trace), keys.model, {})
+        return check_sums(model, model_trace, summed, self.args, self.kwargs)
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
         return plate_structure(model_trace, guide_trace, self.plate_particles, self.joint_plates, self.linear)
