@@ -564,6 +564,21 @@ def test_sites_may_share_a_dict():
     np.testing.assert_allclose(loss, -exact, rtol=1e-5)
 
 
+def test_observations_that_contradict_each_other():
+    """Each favours another value by more than 100 nats; a product of exponentials would be 0, and the loss infinite."""
+
+    def model():
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", dist.Bernoulli(0.5), infer=dict(MARK))
+            numpyro.sample("a", dist.Normal(15.0 * z, 1.0), obs=np.array([0.0, 1.0]))
+            numpyro.sample("b", dist.Normal(15.0 * z, 1.0), obs=np.array([15.0, 14.0]))
+
+    loss = VIMCOStar(0.0, 2).loss(random.key(0), {}, model, lambda: numpyro.param("unused", 0.0))
+    locs = 15.0 * jnp.arange(2)[:, None]
+    table = normal(np.array([0.0, 1.0]), locs) + normal(np.array([15.0, 14.0]), locs) + np.log(0.5)
+    np.testing.assert_allclose(loss, -logsumexp(table, 0).sum(), rtol=1e-5)
+
+
 # Errors.
 
 
