@@ -140,7 +140,8 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
     ops, sum_product = funsor.ops, funsor.sum_product.sum_product
     names = frozenset(name for site in group for name in _names(site).values())
     sums = frozenset(name for name in names if root(name) in summed)
-    factors, in_time = [], []
+    factors: list[Any] = []
+    in_time: list[tuple[dict, Any]] = []
     for site in group:
         table = tables[site["name"]]
         # funsor drops a dimension of size 1 that has no name, but not the only one.
@@ -148,9 +149,12 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
         # Where all entries are -inf, derivatives of their sum would be NaN. A NaN entry stays.
         table = jnp.where(table < FLOOR, FLOOR, table)
         factor = funsor.to_funsor(table, output=funsor.Real, dim_to_name=site["infer"]["dim_to_name"])
-        (in_time if _time(site) else factors).append((site, factor))
+        if _time(site):
+            in_time.append((site, factor))
+        else:
+            factors.append(factor)
     plates = names - sums - frozenset(kept)
-    factors = [factor for _, factor in factors] + _without_time(in_time, group, sums, plates)
+    factors += _without_time(in_time, group, sums, plates)
     with funsor.interpretations.lazy:
         result = sum_product(ops.logaddexp, ops.add, factors, eliminate=sums | plates, plates=plates)
     with _in_logs():
