@@ -49,13 +49,13 @@ def mixture_guide(x):
 
 
 def levels():
-    with numpyro.plate("state", STATES):
+    with numpyro.plate("each", STATES):
         level = numpyro.sample("level", dist.Normal(0, 5))
     return level, 0.1 / STATES + 0.9 * jnp.eye(STATES)
 
 
 def chain_guide(x):
-    with numpyro.plate("state", STATES):
+    with numpyro.plate("each", STATES):
         numpyro.sample("level", dist.Normal(numpyro.param("loc", jnp.linspace(-4.0, 4.0, STATES)), 0.1))
 
 

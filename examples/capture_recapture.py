@@ -136,7 +136,7 @@ def main(args):
     log_evidence, exact, exact_matter = exact_posterior(caught, floods, args.grid)
 
     svi = SVI(
-        model, AutoMixed(model), optax.adam(optax.cosine_decay_schedule(0.02, args.num_steps)), VIMCOStar(0.5, 32)
+        model, AutoMixed(model), optax.adam(optax.cosine_decay_schedule(0.03, args.num_steps)), VIMCOStar(0.5, 32)
     )
     result = fit(svi, random.key(1), args.num_steps, *data, num_starts=2, progress_bar=False)
     found = partial(importance_diagnostics, svi, result, model_args=data, progress_bar=False)
@@ -178,7 +178,7 @@ def parse(argv=None):
     parser.add_argument("--data", type=Path, help="a file of capture histories; without it, animals are simulated")
     parser.add_argument("--flood", type=int, nargs="*", default=[2, 3], help="intervals between years, from 0")
     parser.add_argument("--animals", type=int, default=150, help="number of simulated animals")
-    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--num-steps", type=int, default=2000)
     parser.add_argument("--num-draws", type=int, default=8000, help="draws of the guide to be weighted")
     parser.add_argument("--grid", type=int, default=50, help="grid points per probability for the exact posterior")
     parser.add_argument("--nuts", type=int, default=0, help="number of draws of NUTS; 0 for none")

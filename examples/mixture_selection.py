@@ -2,7 +2,7 @@
 
     python examples/mixture_selection.py
 
-200 individuals have 10 features. An individual belongs to one of two groups, which is not known, and some features are
+100 individuals have 10 features. An individual belongs to one of two groups, which is not known, and some features are
 higher in the second group. Assignments are summed out inside of each particle's weight, so that only the indicators of
 the features (1,024 models) and the share of the second group are left to the guide. A sum over all models and a grid of
 shares gives exact inclusion probabilities, probabilities of assignments, and evidence.
@@ -25,7 +25,7 @@ import optax
 
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 
-INDIVIDUALS, FEATURES, DIFFERENCE = 200, 10, 1.0
+INDIVIDUALS, FEATURES, DIFFERENCE = 100, 10, 0.7
 SHARE, RELEVANT = 0.4, (0, 3, 6)
 
 
