@@ -34,6 +34,14 @@ def is_latent_site(site: dict) -> bool:
     return site["type"] == "sample" and not site["is_observed"]
 
 
+def is_marked(site: dict) -> bool:
+    """Whether ``site`` is latent and finite, and marked to be summed out: ``infer={"enumerate": "parallel"}``.
+
+    A site that is marked and sampled by the guide is sampled.
+    """
+    return is_latent_site(site) and site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support
+
+
 def is_discrete(site: dict) -> bool:
     """Whether a site is discrete; True for a distribution that does not know its support."""
     try:

@@ -44,6 +44,16 @@ def test_n_mixture(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name, num_errors", [("capture_recapture", 4), ("mixture_selection", 2)])
+def test_sites_that_are_summed_out(name, num_errors, tmp_path):
+    arguments = ["--grid=30"] if name == "mixture_selection" else ["--grid=25", "--animals=80"]
+    diagnostics, log_evidence, errors = run(name, "--num-steps=600", *arguments, f"--output={tmp_path}")
+    assert len(errors) == num_errors and np.abs(errors).max() < 0.1
+    assert abs(diagnostics.log_evidence - log_evidence) < 0.1
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
 def test_turtles(tmp_path):
     error, found = run("turtles", "--num-steps=1000", "--grid=40", "--num-draws=5000", f"--output={tmp_path}")
     assert abs(error) < 0.1

@@ -45,6 +45,7 @@ PROBLEMS = (
     "occupancy",
     "capture_recapture",
     "hares",
+    "old_faithful",
 )
 
 

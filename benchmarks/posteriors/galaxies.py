@@ -4,7 +4,9 @@ The components are in the order of their locations: each is a gap above the one 
 galaxies, and the posterior of their parameters is the prior. Data: Postman, Huchra & Geller, "Probes of large-scale
 structure in the Corona Borealis region", Astronomical Journal 92 (1986), as in R's `MASS::galaxies`, in 1,000 km/s.
 
-Truth: two samplers for each number of components, with evidences by sequential Monte Carlo and by bridge sampling.
+Truth: none yet, so that the problem is not in `PROBLEMS`. Two samplers for each number of components are there, with
+evidences by sequential Monte Carlo and by bridge sampling. But chains of NUTS stay in different modes even of three
+components (log evidences by chain from -232.8 to -225.8), and `truth` ends with the error that says so.
 """
 
 import jax
@@ -100,7 +102,7 @@ def given_number(velocity, number):
 
 def truth(velocity):
     from benchmarks.posteriors import agreed
-    from benchmarks.posteriors.samplers import SMC, bridge_sampling, chains_of_nuts
+    from benchmarks.posteriors.samplers import SMC, bridge_sampling, chains_of_nuts, precise
 
     runs, chains = {}, {}
     with jax.enable_x64(True):
@@ -111,7 +113,8 @@ def truth(velocity):
             runs[number] = sequential(args, num_particles=400, num_runs=6)
             draws = no_u_turn(args)
             chains[number] = draws, bridge_sampling(given_number, args, draws)
-    return agreed(over_numbers(runs, "SMC for each number"), over_numbers(chains, "NUTS and bridge sampling for each"))
+    one, other = over_numbers(runs, "SMC for each number"), over_numbers(chains, "NUTS and bridge sampling for each")
+    return precise(agreed(one, other))
 
 
 def over_numbers(found, source):

@@ -61,7 +61,7 @@ def draw_latents(key, draw, eruptions):
 
 
 def asked(draw, eruptions):
-    """Parameters, the number of long eruptions, and which of those of 2.5 to 3.5 minutes are long."""
+    """Parameters, the number of long eruptions, and which of those of about three minutes are long."""
     duration = faithful()[:, 0]
     return {
         "logit_share": logit(draw["share"]),
@@ -69,7 +69,7 @@ def asked(draw, eruptions):
         "log_scale": jnp.log(draw["scale"]),
         "correlation": draw["correlation"][..., 1, 0],
         "number": draw["long"].sum(),
-        "doubtful": draw["long"][(duration > 2.5) & (duration < 3.5)],
+        "doubtful": draw["long"][(duration > 2.85) & (duration < 3.1)],
     }
 
 

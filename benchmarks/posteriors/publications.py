@@ -53,8 +53,7 @@ def enumerated(predictors, articles):
     zero_intercept = numpyro.sample("zero_intercept", dist.Normal(0, INTERCEPT_SCALES[1]))
     probability = np.where(SUBSETS, INCLUSION, 1 - INCLUSION).prod((1, 2))
     subset = numpyro.sample("subset", dist.Categorical(jnp.asarray(probability)), infer={"enumerate": "parallel"})
-    in_rate = numpyro.deterministic("in_rate", jnp.asarray(SUBSETS[:, 0])[subset])
-    in_zero = numpyro.deterministic("in_zero", jnp.asarray(SUBSETS[:, 1])[subset])
+    in_rate, in_zero = (jnp.asarray(SUBSETS[:, part])[subset] for part in (0, 1))
     with numpyro.plate("predictor", predictors.shape[1]):
         rate_slope = numpyro.sample("rate_slope", dist.Normal(0, RATE_SCALE))
         zero_slope = numpyro.sample("zero_slope", dist.Normal(0, ZERO_SCALE))
@@ -66,6 +65,10 @@ def enumerated(predictors, articles):
 
 
 def asked(draw, *_):
+    if "subset" in draw:  # of `enumerated`
+        draw = dict(
+            draw, in_rate=jnp.asarray(SUBSETS)[draw["subset"], 0], in_zero=jnp.asarray(SUBSETS)[draw["subset"], 1]
+        )
     asks = {"rate_intercept": draw["rate_intercept"], "zero_intercept": draw["zero_intercept"]}
     for part in ("rate", "zero"):
         asks[f"in_{part}"] = draw[f"in_{part}"][:UNCERTAIN]

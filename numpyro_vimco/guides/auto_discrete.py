@@ -47,7 +47,8 @@ class AutoDiscrete(StructuralGuide):
     depends on. It differs from the prior in two ways. 1% of the probability is spread evenly over finite supports, so
     that each value is proposed at times. Parameters are moved by 0.1 standard normals in unconstrained space, so that
     symmetric models (mixtures) can leave the symmetric point; only these moves depend on the key of the fit. Supports
-    are those of the first call's arguments. Continuous latents need another guide; :class:`AutoMixed` has both.
+    are those of the first call's arguments. Continuous latents need another guide; :class:`AutoMixed` has both. Sites
+    that are marked ``infer={"enumerate": "parallel"}`` are left out: the objectives sum them out.
 
     :param callable model: a NumPyro model.
     :param str prefix: a prefix of the parameters' names. Defaults to ``"auto"``.

@@ -77,6 +77,9 @@ class AutoMixed(StructuralGuide):
     loop over elements: for continuous elements a triangular system is solved; discrete ones are iterated until they are
     what drawing one after the other would give.
 
+    Finite sites of the model that are marked ``infer={"enumerate": "parallel"}`` are left out, as the objectives sum
+    them out. If all discrete sites are marked, the guide is that of the continuous ones.
+
     **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`), continuous ones at the
     median of their prior with a scale of 0.1, by ``init_loc_fn``. A random start far from it, as NumPyro's default,
     costs *autoregressive* half of its effective sample size, as latents that are switched off have to find their prior

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import Predictive, init_to_uniform
+from numpyro.primitives import Messenger
 
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.guides.couplings import Graph, local_plates, log_densities
@@ -17,15 +18,42 @@ from numpyro_vimco.guides.plan import autoregressive, gated
 from numpyro_vimco.guides.private import PrototypeGuide, set_up
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import is_latent_site
+from numpyro_vimco.sites import is_latent_site, is_marked
+
+
+class WithoutMarked(Messenger):
+    """A model whose marked sites (``infer={"enumerate": "parallel"}``) no handler sees, as an objective sums them out.
+
+    They have a draw from their prior, the same at each call.
+
+    :ivar hidden: names of these sites, as far as they were met.
+    """
+
+    def __init__(self, fn: Callable):
+        super().__init__(fn)
+        self.hidden: set[str] = set()
+
+    def __enter__(self):
+        self._key = jax.random.key(0)
+        return super().__enter__()
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "sample" and is_marked(msg):
+            self.hidden.add(msg["name"])
+            msg["stop"] = True
+            if msg["value"] is None and msg["kwargs"]["rng_key"] is None:
+                self._key, msg["kwargs"]["rng_key"] = split(self._key)
 
 
 class StructuralGuide(PrototypeGuide):
-    """An automatic guide that knows the sites and plates of a model.
+    """An automatic guide that knows the sites and plates of a model; marked sites are left out.
 
     It never evaluates the model's density with discrete sites summed out, as the guides of NumPyro do at their first
     call. What it finds out at its own first call holds no tracers of JAX.
     """
+
+    def __init__(self, model: Callable, **kwargs):
+        super().__init__(WithoutMarked(model), **kwargs)
 
     @contextmanager
     def _known_structure(self, args: tuple, kwargs: dict) -> Iterator[None]:
@@ -120,7 +148,12 @@ class StructuralGuide(PrototypeGuide):
         """Samples, and the deterministic sites that follow from them if they are all the latents."""
         sites = self.prototype_trace.values()
         names = [site["name"] for site in sites if site["type"] == "deterministic"]
-        if not names or any(is_latent_site(site) and site["name"] not in samples for site in sites):
+        # Deterministic sites may depend on sites that are summed out, of which there is no draw here.
+        if (
+            not names
+            or self.model.hidden
+            or any(is_latent_site(site) and site["name"] not in samples for site in sites)
+        ):
             return samples
         if not args and not kwargs:
             args, kwargs = self._prototype_arguments

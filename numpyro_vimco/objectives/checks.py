@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.sites import Trace, is_in_scan, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_in_scan, is_latent_site, is_marked, sample_sites
 
 
 def check_particles(argument: str, number: int) -> int:
@@ -109,10 +109,13 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
         if not is_latent_site(site):
             continue
         other = guide_trace.get(name)
+        if other is None and is_marked(site):
+            continue  # it is summed out
         if other is None or other["type"] != "sample":
             raise ValueError(
                 f"Latent site '{name}' of the model is missing from the guide, so that it would be sampled from "
-                "its prior. Add it to the guide, observe it, or marginalize it (TraceEnum_ELBO)."
+                "its prior. Add it to the guide, observe it, or, if its support is finite, have it summed out: "
+                "infer={'enumerate': 'parallel'}."
             )
         if other["is_observed"]:
             raise ValueError(
@@ -130,13 +133,15 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
     sites = sample_sites(model_trace) + sample_sites(guide_trace)
     stacks = {site["name"]: [frame.name for frame in site["cond_indep_stack"]] for site in sites}
     latent = [name for name, site in guide_trace.items() if is_latent_site(site)]
-    for plate in plate_particles:
+    for plate, number in plate_particles.items():
         if not any(plate in stack for stack in stacks.values()):
             known = sorted({name for stack in stacks.values() for name in stack})
             raise ValueError(
                 f"`plate_particles` names the plate '{plate}', which no site is in. Name one of these instead: "
                 f"{', '.join(map(repr, known)) or 'there are none'}."
             )
+        if number == 1:  # not by a user: a plate whose latents are summed out has nothing to draw
+            continue
         if not any(plate in stacks[name] for name in latent):
             raise ValueError(
                 f"`plate_particles` names the plate '{plate}', which has no latents of its own: there is nothing to "

@@ -7,7 +7,7 @@ Where the model masks an element of a latent, neither its density in the model n
 do to densities is in :mod:`numpyro_vimco.objectives.plates`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 import math
@@ -19,9 +19,18 @@ from jaxtyping import Array
 import numpyro.distributions as dist
 
 from numpyro_vimco.objectives.checks import check_shape, event_mask_error
+from numpyro_vimco.objectives.enumeration import (
+    Group,
+    at_values,
+    groups,
+    log_sum,
+    root,
+    summed_sites,
+)
+from numpyro_vimco.objectives.enumeration_checks import check_group
 from numpyro_vimco.objectives.levels import Levels, level_of
 from numpyro_vimco.objectives.plates import Density, Structure
-from numpyro_vimco.objectives.zero_weights import safe_log_prob
+from numpyro_vimco.objectives.zero_weights import safe_log_prob, safe_table
 from numpyro_vimco.sites import Trace, is_delta, is_latent_site, mask_of, sample_sites, unmasked
 
 
@@ -76,15 +85,70 @@ class SiteDensities:
     """The log-densities of the sites of a model and its guide at one particle, in nats.
 
     :param structure: how plates combine them.
+    :param enumerated: an enumerated trace of the model, if it has sites to sum out; these then have any value in
+        ``model_trace``.
     """
 
-    def __init__(self, model_trace: Trace, guide_trace: Trace, structure: Structure):
+    def __init__(self, model_trace: Trace, guide_trace: Trace, structure: Structure, enumerated: Trace | None = None):
         self.model_trace, self.guide_trace, self.structure = model_trace, guide_trace, structure
         self.masks = latent_masks(model_trace, guide_trace)
+        self.summed = summed_sites(model_trace, guide_trace) if enumerated else []
+        self.groups = groups(enumerated, self.summed) if enumerated else []
 
     def of_model(self) -> Levels[Density]:
-        """The model's log-density log p(x, z), of all its sites."""
-        return self._sum(sample_sites(self.model_trace), self._of_model_site)
+        """The model's log-density log p(x, z), of all its sites; marked sites that the guide lacks are summed out."""
+        grouped = {root(site["name"]) for group in self.groups for site in group}
+        alone = [site for site in sample_sites(self.model_trace) if site["name"] not in grouped]
+        total = self._sum(alone, self._of_model_site)
+        for group in self.groups:
+            level, log_prob = self.of_group(group)
+            if level is None:
+                total = total._replace(shared=total.shared + log_prob)
+            else:
+                total.local[level] = total.local[level] + log_prob
+        return total
+
+    def of_group(self, group: Group, added: Mapping[str, Array] | None = None) -> tuple[str | None, Density]:
+        """The level of sites that are connected by summed sites, and their log-density without these.
+
+        :param added: what is added to the log-density of summed sites, by name; broadcasts to their tables.
+        """
+        level, scale = check_group(group, self.summed, self._level, self._scale)
+        kept = {frame.name: frame.dim for site in group for frame in site["cond_indep_stack"]}
+        kept = {name: dim for name, dim in kept.items() if dim in self.structure.kept(level)}
+        tables = {site["name"]: self._table(site) for site in group}
+        tables |= {name: tables[name] + more for name, more in (added or {}).items()}
+        log_prob = self.structure.sum_to_level(log_sum(group, tables, self.summed, kept), level)
+        return level, log_prob if scale is None else scale * log_prob
+
+    def drawn_and_tabled(self) -> dict[str, tuple[Array, Array]]:
+        """Of each site that depends on summed ones, its log-density at their values in ``model_trace``.
+
+        :return: by name, the one of ``model_trace``, and the one of the enumerated trace, which must be the same.
+        """
+        found = {}
+        values = {name: self.model_trace[name]["value"] for name in self.summed}
+        for group in self.groups:
+            names = [site["name"] for site in group]
+            for name in dict.fromkeys(map(root, names)):
+                site = self.model_trace[name]
+                if name in self.summed:
+                    site = {**site, "fn": unmasked(site["fn"])}
+                drawn = log_prob_of(site)
+                parts = [s for s in group if root(s["name"]) == name]
+                tabled = [jnp.ravel(at_values(self._table(part), part, names, values)) for part in parts]
+                found[name] = jnp.ravel(drawn), jnp.concatenate(tabled)
+        return found
+
+    def _table(self, site: dict) -> Array:
+        """The log-density of a site of the enumerated trace, never scaled.
+
+        A masked summed site takes its own density, which sums to one.
+        """
+        name = root(site["name"])
+        if name in self.summed or (name in self.guide_trace and is_latent_site(site) and name not in self.masks):
+            site = {**site, "fn": unmasked(site["fn"])}
+        return safe_table(partial(log_prob_of, is_table=True), site)
 
     def of_guide(self, is_part: Callable[[dict], bool]) -> Levels[Density]:
         """The log-density of the guide sites that ``is_part`` is true of, never scaled."""
@@ -183,11 +247,15 @@ def guide_log_prob(site: dict, masks: Masks) -> Array:
     return jnp.sum(jnp.where(mask, log_prob, 0), axis=tuple(range(-dims, 0)))
 
 
-def log_prob_of(site: dict) -> Array:
-    """Log-density of a site in nats, with its own mask, without its scale."""
+def log_prob_of(site: dict, is_table: bool = False) -> Array:
+    """Log-density of a site in nats, with its own mask, without its scale.
+
+    :param is_table: whether it is at all values of summed sites, along dimensions that no plate explains.
+    """
     if site["intermediates"]:
         log_prob = site["fn"].log_prob(site["value"], site["intermediates"])
     else:
         log_prob = site["fn"].log_prob(site["value"])
-    check_shape(site, jnp.shape(log_prob))
+    if not is_table:
+        check_shape(site, jnp.shape(log_prob))
     return log_prob

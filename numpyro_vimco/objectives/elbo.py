@@ -19,7 +19,7 @@ from numpyro_vimco.objectives import control_variates, gradients
 from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding, delta_error
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.densities import Densities
-from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
+from numpyro_vimco.objectives.elements import check_elements, check_tables, may_be_dependent
 from numpyro_vimco.objectives.gradients import Weights
 from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.randomness import SeedPlates, split
@@ -50,6 +50,12 @@ class ImportanceWeightedELBO(ELBO):
     Other plates are summed into one weight, and can be subsampled only where α = 1. Elements of a plate must then be
     independent, as a plate says. Where the data are not traced, this is checked when a fit begins (and at its end by
     diagnostics); plates whose elements depend on each other belong into ``joint_plates``.
+
+    **Sums.** Finite latents of the model that are marked ``infer={"enumerate": "parallel"}``, and that the guide does
+    not sample, are summed out inside of each particle's weight: :math:`p(x, z) = \sum_e p(x, z, e)`. NumPyro's
+    enumeration and the package funsor, which has to be installed, do so exactly, in plates and along chains (`scan`
+    with history, or a loop over `markov`). A scale multiplies the logarithm of the sum, and must be one number for all
+    sites that summed ones connect.
 
     **Scale and mask.** `handlers.scale` multiplies a site's log-density in the weight; the gradient is that of
     this scaled objective, with the score of the density that the sample was drawn from. `handlers.mask`
@@ -171,11 +177,14 @@ class ImportanceWeightedELBO(ELBO):
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
         concrete = not _has_tracers((args, kwargs))
-        if concrete and may_be_dependent(program, kinds, param_map, rng_key):
-            # In a fit parameters are traced: the check is then at those that the program itself begins with.
+        checks = [check_elements] if concrete and may_be_dependent(program, kinds, param_map, rng_key) else []
+        checks += [check_tables] if concrete and kinds.mixed_sums else []
+        if checks:
+            # In a fit parameters are traced: the checks are then at those that the program itself begins with.
             with jax.ensure_compile_time_eval():
                 untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
-                check_elements(untraced, {} if _has_tracers(param_map) else param_map)
+                for check in checks:
+                    check(untraced, {} if _has_tracers(param_map) else param_map)
         self._check(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)

@@ -15,10 +15,20 @@ from numpyro.handlers import replay, substitute, trace
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
 from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
+from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, enumerate_model
+from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
-from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_latent_site, mask_of, sample_sites, with_fixed_parameters
+from numpyro_vimco.sites import (
+    Trace,
+    is_delta,
+    is_drawn,
+    is_latent_site,
+    mask_of,
+    sample_sites,
+    with_fixed_parameters,
+)
 
 Values = dict[str, Array]
 
@@ -30,11 +40,13 @@ class Kinds(NamedTuple):
         doubly reparameterised gradients differ from plain ones.
     :ivar masks: whether the model masks any element of a latent.
     :ivar elements: whether any element of a plate has a weight of its own.
+    :ivar mixed_sums: whether a density may combine elements of sites that are summed out.
     """
 
     path_sites: bool
     masks: bool
     elements: bool
+    mixed_sums: bool
 
 
 @dataclass(frozen=True)
@@ -103,19 +115,21 @@ class Program:
         """
         keys = particle_keys(rng_key, self.plate_particles)
 
+        def local_keys(local) -> ParticleKeys:
+            return keys._replace(local={name: key for name, (key, _) in local.items()})
+
         def traces(local) -> tuple[Trace, Trace, Trace]:
-            local_keys = keys._replace(local={name: key for name, (key, _) in local.items()})
             given = dict(values.shared)
             for _, plate_values in local.values():
                 given.update(plate_values)
-            frozen = live = self._trace_guide(stop_gradient(params), local_keys, given)
+            frozen = live = self._trace_guide(stop_gradient(params), local_keys(local), given)
             if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
-                live = self._trace_guide(params, local_keys, given)
-            return self._trace_model(params, local_keys, live), frozen, live
+                live = self._trace_guide(params, local_keys(local), given)
+            return self._trace_model(params, local_keys(local), live), frozen, live
 
         def log_weights(local):
             model_trace, frozen, live = traces(local)
-            sites = SiteDensities(model_trace, frozen, self._structure(model_trace, frozen))
+            sites = self._sites(params, local_keys(local), model_trace, frozen)
             rest = sites.of_guide_rest(is_drawn, live)
             log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), rest)
             return log_weight, sites.structure
@@ -129,15 +143,17 @@ class Program:
         """Evaluate one particle at given values, as :meth:`evaluate` does at values of its own."""
         keys = particle_keys(rng_key, self.plate_particles)
 
+        def local_keys(local) -> ParticleKeys:
+            return keys._replace(local={name: key for name, (key, _) in local.items()})
+
         def traces(local) -> tuple[Trace, Trace]:
-            local_keys = keys._replace(local={name: key for name, (key, _) in local.items()})
             given = dict(values.shared)
             for _, plate_values in local.values():
                 given.update(plate_values)
-            return self._traces(params, local_keys, given)
+            return self._traces(params, local_keys(local), given)
 
         def densities(local):
-            sites = SiteDensities(*(found := traces(local)), self._structure(*found))
+            sites = self._sites(params, local_keys(local), *traces(local))
             return self._densities(sites), sites.structure
 
         local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
@@ -148,12 +164,15 @@ class Program:
         found: list[Kinds] = []
 
         def look(params, rng_key):
-            model_trace, guide_trace = self._traces(params, self._first(rng_key))
+            keys = self._first(rng_key)
+            model_trace, guide_trace = self._traces(params, keys)
             latents = [site for site in sample_sites(guide_trace) if is_latent_site(site)]
             path = any(is_drawn(site) and not self.by_score(site) for site in latents)
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
             structure = self._structure(model_trace, guide_trace)
-            found.append(Kinds(path, masks, any(structure.kept(level) for level in (None, *self.plate_particles))))
+            elements = any(structure.kept(level) for level in (None, *self.plate_particles))
+            mixed_sums = self._check_sums(params, keys, model_trace, guide_trace)
+            found.append(Kinds(path, masks, elements, mixed_sums))
 
         jax.eval_shape(look, params, rng_key)
         return found[0]
@@ -183,6 +202,11 @@ class Program:
         model_trace, guide_trace = self._traces(params, self._first(rng_key), given)
         return SiteDensities(model_trace, guide_trace, self._structure(model_trace, guide_trace))
 
+    def at(self, params: dict[str, Any], rng_key: Array, values: Values) -> SiteDensities:
+        """:meth:`sites` at values of all latents of the guide, for sites that are summed out."""
+        keys = self._first(rng_key)
+        return self._sites(params, keys, *self._traces(params, keys, values))
+
     def by_level(self, guide_trace: Trace, values: dict[str, Any]) -> Levels[dict[str, Any]]:
         """Sort values, given by the names of guide sites, into the levels of these sites."""
         levels: Levels[dict[str, Any]] = Levels({}, {name: {} for name in self.plate_particles})
@@ -203,9 +227,8 @@ class Program:
             return self._traces(params, keys._replace(local=local))
 
         def run(local):
-            model_trace, guide_trace = traces(local)
-            structure = self._structure(model_trace, guide_trace)
-            return combine(SiteDensities(model_trace, guide_trace, structure)), structure
+            sites = self._sites(params, keys._replace(local=local), *traces(local))
+            return combine(sites), sites.structure
 
         return map_local(run, lambda local: self._by_site(traces(local)), keys.local)
 
@@ -236,6 +259,23 @@ class Program:
         check_plate_particles(self.plate_particles, model_trace, guide_trace)
         check_joint_plates(self.joint_plates, self.plate_particles, model_trace, guide_trace)
         return model_trace
+
+    def _sites(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SiteDensities:
+        """Densities of sites; where the model has sites to sum out, it is traced once more, with all their values."""
+        structure = self._structure(model_trace, guide_trace)
+        if not summed_sites(model_trace, guide_trace):
+            return SiteDensities(model_trace, guide_trace, structure)
+        model = SeedLevels(at_values(self.model, params, model_trace, guide_trace), keys.model, {})
+        enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
+        return SiteDensities(model_trace, guide_trace, structure, enumerated)
+
+    def _check_sums(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> bool:
+        """Raise for sites that cannot be summed out; whether a density may combine elements of those that can."""
+        summed = summed_sites(model_trace, guide_trace)
+        if not summed:
+            return False
+        model = SeedLevels(at_values(self.model, params, model_trace, guide_trace), keys.model, {})
+        return check_sums(model, model_trace, summed, self.args, self.kwargs)
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
         return plate_structure(model_trace, guide_trace, self.plate_particles, self.joint_plates, self.linear)

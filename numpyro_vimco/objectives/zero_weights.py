@@ -23,6 +23,9 @@ import numpyro.distributions as dist
 
 from numpyro_vimco.sites import is_real, support_of, unwrapped
 
+# Where no difference is made between a tiny density and none; NumPyro has the smallest number for log 0 at times.
+FLOOR = -1e30
+
 
 def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset[int]) -> Array:
     """``log_prob(site)``, without a derivative for particles that have the weight zero because of this site.
@@ -37,6 +40,29 @@ def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset
     # The same density once more, which the compiler merges with the first: the derivative is that of this one.
     again = {**site, "fn": _stopped(fn, impossible), "value": _stop(impossible, site["value"], fn.event_dim)}
     return jnp.where(impossible, stop_gradient(value), log_prob(again))
+
+
+def safe_table(log_prob: Callable[[dict], Array], site: dict) -> Array:
+    """``log_prob(site)`` at all values of summed sites, without a derivative where it is -inf.
+
+    Another value of a summed site may be possible, so that each entry is alone.
+    """
+    fn = unwrapped(site["fn"])
+    if isinstance(fn, dist.BernoulliProbs):  # its probabilities are clamped
+        return log_prob(site)
+    # These have a finite density of derivative NaN, at a probability of 0, and at a count of 0 whose rate is 0.
+    for kind, name in ((dist.CategoricalProbs, "probs"), (dist.Poisson, "rate")):
+        if isinstance(fn, kind):
+            safe = {**site, "fn": _map_base(partial(_positive, name=name), site["fn"])}
+            value = stop_gradient(log_prob(site))
+            return jnp.where(value < FLOOR, value, log_prob(safe))
+    return safe_log_prob(log_prob, site, frozenset(range(-32, 0)))
+
+
+def _positive(fn: dist.Distribution, name: str) -> dist.Distribution:
+    """A distribution with a parameter that is tiny, and takes no derivative, where it was 0."""
+    parameter = getattr(fn, name)
+    return _with(fn, **{name: jnp.where(parameter == 0, jnp.finfo(jnp.result_type(float)).tiny, parameter)})
 
 
 def _may_be_impossible(fn: dist.Distribution) -> bool:
@@ -57,6 +83,19 @@ def _stopped(fn: dist.Distribution, impossible: Bool[Array, "..."]) -> dist.Dist
     for name, constraint in fn.arg_constraints.items():
         if name in vars(fn):
             vars(fn)[name] = _stop(impossible, vars(fn)[name], constraint.event_dim)
+    return fn
+
+
+def _map_base(change: Callable[[dist.Distribution], dist.Distribution], fn: dist.Distribution) -> dist.Distribution:
+    """A distribution with the one inside of its wrappers changed."""
+    if not isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        return change(fn)
+    return _with(fn, base_dist=_map_base(change, fn.base_dist))
+
+
+def _with(fn: dist.Distribution, **attributes: Any) -> dist.Distribution:
+    fn = copy(fn)
+    vars(fn).update(attributes)
     return fn
 
 

@@ -130,7 +130,8 @@ def _remedies(fit: Fitted, annealed: bool) -> str:
 
 
 def _has(fit: Fitted, discrete: bool) -> bool:
-    return any(is_latent_site(site) and is_discrete(site) == discrete for site in sample_sites(fit.model_trace))
+    latents = [site for site in sample_sites(fit.model_trace) if site["name"] in fit.sampled]
+    return any(is_latent_site(site) and is_discrete(site) == discrete for site in latents)
 
 
 def _correlated_guide(fit: Fitted) -> str:

@@ -21,7 +21,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.posterior.observed import Observed, find_observed, observed_sites, present_elements
 from numpyro_vimco.posterior.results import FitResult
-from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_latent_site, is_marked, sample_sites
 
 # Elements of the largest array of a chunk of particles: 4 MiB in single precision, which a processor's cache holds.
 # Four times as fast as 64 MiB, whose memory is new to the process for each chunk.
@@ -37,6 +37,7 @@ class Fitted:
 
     :ivar params: of a single fit, or of the best of several starts, whose parameters of the model are the target's.
     :ivar model_trace: the model at one draw of the guide, for the structure of its sites.
+    :ivar sampled: names of the guide's latents.
     :ivar observed: its observed sites.
     :ivar starts: where several starts were given, the parameters of those that did not fail, with a leading axis.
     :ivar num_starts: how many these are; 1 for a single fit.
@@ -47,6 +48,7 @@ class Fitted:
     args: tuple
     kwargs: dict[str, Any]
     model_trace: Trace
+    sampled: frozenset[str]
     observed: dict[str, Observed]
     starts: dict[str, Any] | None
     num_starts: int
@@ -93,12 +95,18 @@ class Fitted:
         if isinstance(result, FitResult):
             kept = np.flatnonzero(~result.failed)
             starts, num_starts = jax.tree.map(lambda leaf: leaf[kept], result.params), len(kept)
-        return cls(svi, params, args, kwargs, model_trace, observed, starts, num_starts)
+        return cls(svi, params, args, kwargs, model_trace, frozenset(latents), observed, starts, num_starts)
+
+    @property
+    def summed(self) -> list[str]:
+        """Names of the latents that are summed out: they are marked, and the guide does not sample them."""
+        return [name for name, site in self.model_trace.items() if is_marked(site) and name not in self.sampled]
 
     @property
     def event_dims(self) -> dict[str, int]:
-        """Number of dimensions of an event of each latent."""
-        return {name: site["fn"].event_dim for name, site in self.model_trace.items() if is_latent_site(site)}
+        """Number of dimensions of an event of each latent that the guide samples."""
+        latents = {name: site for name, site in self.model_trace.items() if is_latent_site(site)}
+        return {name: site["fn"].event_dim for name, site in latents.items() if name in self.sampled}
 
     @property
     def of_model(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from numpyro_vimco.posterior.observed import imputed_name, observed_sites, whole
 from numpyro_vimco.posterior.pooling import pooled, propose_pooled
 from numpyro_vimco.posterior.proposals import Draw, each_start, plate_names, propose, squeezed, take
 from numpyro_vimco.posterior.results import FitResult
+from numpyro_vimco.posterior.summed import draw_summed
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_latent_site
 
@@ -58,6 +59,9 @@ def to_arviz(
     own weights, and ``az.rhat``, ``az.plot_forest`` and ``az.plot_trace`` compare them as those of MCMC. Starts that
     failed are left out. Parameters of the model are those of the best start for all.
 
+    Sites that the objective sums out (``infer={"enumerate": "parallel"}``) are drawn from their exact distribution
+    given each draw of the others, along chains too.
+
     Weights are Pareto-smoothed. Where plates are common to all sites, each of their elements has its own, and
     is resampled by itself; elements of a plate of ``plate_particles`` choose among their local particles first.
     Resampled draws repeat: their ESS as a chain means nothing, what counts is the attribute ``ess``.
@@ -86,6 +90,7 @@ def to_arviz(
           value for each element, under ``"site_element"``: of all data in the element, with its latents averaged out by
           256 local particles for each draw (as many evaluations of the plate), so that an element is left out with
           its latents. Where a plate is common to all sites it is the element's evidence, the same for all draws.
+          Latents that are summed out are summed over, not given a draw.
         - ``"log_likelihood_given_latents"``: a value for each datum given all latents of the draw.
         - ``"prior"``: draws of the prior, with the group ``prior_predictive``.
 
@@ -178,7 +183,7 @@ def _draw(
     def progress(what: str) -> str | None:
         return what if progress_bar else None
 
-    keys = split_by_name(rng_key, ("proposals", "resampling", "posterior", "elements", "prior"))
+    keys = split_by_name(rng_key, ("proposals", "resampling", "posterior", "elements", "prior", "summed"))
     proposal_args = keys["proposals"], num_proposals, progress("proposals")
     if fit.starts is not None and pool:
         sampler = pooled(fit)
@@ -205,7 +210,8 @@ def _draw(
     }
     follow = _follow(fit, "posterior_predictive" in groups, given_latents)
     samples = split(keys["posterior"], num_chains * num_samples)
-    found = in_chunks(follow, fit.chunk_size(), samples, latents, progress=progress("posterior"))
+    all_latents = latents | draw_summed(fit, keys["summed"], latents, progress("summed sites"))
+    found = in_chunks(follow, fit.chunk_size(), samples, all_latents, progress=progress("posterior"))
     found["sample_stats"] = stats
     for about, key in zip(elements, split(keys["elements"], max(len(elements), 1))):
         if about.plate is None:

@@ -11,7 +11,9 @@ the latents outside of the plate,
     p(x_i | g) = E [ p(x_i, z_i | g) / q(z_i) ],    z_i ~ q,
 
 is estimated by the mean weight of fresh local particles. Where the plate is common to all sites there is no g, and
-p(x_i) is the mean weight of the draws of the guide.
+p(x_i) is the mean weight of the draws of the guide. Latents that are summed out are summed over here too, so that a
+plate whose latents all are has the exact p(x_i | g). Data that depend on a summed latent which is theirs alone, but in
+no plate with it (those of one chain in time), have no such value.
 """
 
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from numpyro.handlers import substitute, trace
 
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives import control_variates as cv
+from numpyro_vimco.objectives.enumeration import parents_of, root
 from numpyro_vimco.objectives.plates import Structure
 from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
@@ -37,7 +40,7 @@ from numpyro_vimco.posterior.proposals import (
     structure_of,
 )
 from numpyro_vimco.randomness import SeedLevels, split
-from numpyro_vimco.sites import is_latent_site, sample_sites
+from numpyro_vimco.sites import is_in_scan, is_latent_site, sample_sites
 
 # Local particles for each draw of the posterior. Their noise makes the value of az.loo too small by about c² / 512 nats
 # for each element, with c the coefficient of variation of its local weights.
@@ -78,19 +81,59 @@ def find_elements(fit: Fitted, structure: Structure) -> tuple[list[Elements], se
         if plate in common:
             elements = Elements(None, common, _present(fit, sites, structure.dims))
             found += [elements] if elements.name not in [other.name for other in found] else []
-        elif can_have_particles(fit, {plate: 2}) and _draws_its_latents(fit, plate):
-            dims = structure_of(program_of(fit, {plate: 2}), fit).kept(plate)
+        elif can_have_particles(fit, of_plate := _particles(fit, plate, 2)) and _draws_its_latents(fit, plate):
+            dims = structure_of(program_of(fit, of_plate), fit).kept(plate)
             found.append(Elements(plate, plate_names(fit, dims, plate), _present(fit, sites, dims)))
         else:
             names = ", ".join(f"'{fit.observed[name].name}'" for name in sorted(sites))
             warnings.warn(
                 f"Plate '{plate}' has latents of its own, which cannot be averaged out of the log-likelihood of its "
-                f"elements ({names}): its elements are not independent, or the guide does not draw these latents "
-                "inside of the plate. Values given the latents do not tell what leaving an element out does; the group "
-                "'log_likelihood' is without them, and 'log_likelihood_given_latents' has them.",
+                f"elements ({names}): its elements are not independent, the guide does not draw these latents inside "
+                "of the plate, or a summed site outside of it connects them. Values given the latents do not tell what "
+                "leaving an element out does; the group 'log_likelihood' is without them, and "
+                "'log_likelihood_given_latents' has them.",
                 stacklevel=3,
             )
-    return found, inside
+    alone = {name for name in _with_summed_latents_of_their_own(fit) if name not in inside}
+    if alone:
+        names = ", ".join(repr(fit.observed[name].name) for name in sorted(alone))
+        warnings.warn(
+            f"The data of {names} depend on summed latents that are in no plate with them, as those of a chain in time "
+            "do: there is no log-likelihood of a datum with its latent summed out. The group 'log_likelihood' is "
+            "without them; 'log_likelihood_given_latents' has them given a draw. If there are several chains, put "
+            "them into a plate: each then is an element.",
+            stacklevel=3,
+        )
+    return found, inside | alone
+
+
+def _with_summed_latents_of_their_own(fit: Fitted) -> set[str]:
+    """The observed sites that depend on a summed site in `scan`, or in the same plates."""
+    parents: dict[str, set[str]] = {}
+
+    def look(rng_key):
+        sites = program_of(fit, {}).at(fit.params, rng_key, {})
+        for site in (site for group in sites.groups for site in group):
+            parents.setdefault(root(site["name"]), set()).update(parents_of(site, sites.summed))
+
+    jax.eval_shape(look, random.key(0))
+    sites = fit.model_trace
+    return {
+        name
+        for name in parents.keys() & fit.observed.keys()
+        if any(is_in_scan(sites[p]) or _stack(sites[p]) == _stack(sites[name]) for p in parents[name])
+    }
+
+
+def _particles(fit: Fitted, plate: str, number: int) -> dict[str, int]:
+    """So many local particles of a plate; 1 where the guide samples nothing in it."""
+    return {plate: number if _sampled(fit, plate) else 1}
+
+
+def _sampled(fit: Fitted, plate: str) -> list[str]:
+    """The latents of a plate that the guide samples."""
+    latents = {name: site for name, site in fit.model_trace.items() if is_latent_site(site) and name not in fit.summed}
+    return [name for name, site in latents.items() if plate in _stack(site)]
 
 
 def _stack(site: dict) -> list[str]:
@@ -128,7 +171,7 @@ def _present(fit: Fitted, sites: set[str], dims: frozenset[int]) -> np.ndarray:
 
 def _draws_its_latents(fit: Fitted, plate: str) -> bool:
     """Whether the guide draws the latents of a plate inside of it, not as functions of draws outside of it."""
-    latents = [n for n, site in fit.model_trace.items() if is_latent_site(site) and plate in _stack(site)]
+    latents = _sampled(fit, plate)
 
     def values(keys):
         guide = substitute(SeedLevels(fit.svi.guide, keys["outside"], {plate: keys["inside"]}), data=fit.params)
@@ -149,7 +192,7 @@ def local_evidence(
     :return: of shape ``(draws, *plates)``, with the plates of :func:`find_elements`.
     """
     num_samples = len(next(iter(latents.values())))
-    at_once = int(np.clip(fit.num_at_a_time(), 2, LOCAL_PARTICLES))
+    at_once = _particles(fit, plate, int(np.clip(fit.num_at_a_time(), 2, LOCAL_PARTICLES)))[plate]
     outside = {name: value for name, value in latents.items() if plate not in _stack(fit.model_trace[name])}
     evidence = _local_evidence(plate, fit, at_once)
     keys = split(rng_key, num_samples)
@@ -161,7 +204,7 @@ def _local_evidence(plate: str, fit: Fitted, at_once: int):
 
     :param at_once: number of local particles that are evaluated at a time.
     """
-    rounds = -(-LOCAL_PARTICLES // at_once)
+    rounds = -(-LOCAL_PARTICLES // at_once) if at_once > 1 else 1
 
     def evidence(rng_key: Array, outside: dict[str, Array]) -> Array:
         program = program_of(fit, {plate: at_once}, outside)

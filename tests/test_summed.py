@@ -1,0 +1,153 @@
+"""After a fit, and in automatic guides: sites that are summed out."""
+
+import itertools
+
+import jax
+from jax import random
+from jax.nn import logsumexp
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI
+from numpyro.infer.util import log_density
+import optax
+import pytest
+
+from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
+from numpyro_vimco.posterior.summed import draw_at
+from test_enumeration import CASES, LENGTHS, MARK, SEQUENCES, X, bernoulli, forward, initial, normal
+
+MEANS, LEVEL = {"means": jnp.array([-0.4, 1.3])}, {"level": jnp.array(0.7)}
+
+
+def exact(model, params, sampled, shapes):
+    """All values of the summed sites, one joint outcome a row, and their probabilities given the sampled sites."""
+    sizes = [(number, *shape) for shape, number in shapes.values()]
+    supports = [range(size[0]) for size in sizes for _ in range(int(np.prod(size[1:])))]
+    outcomes = np.array(list(itertools.product(*supports)))
+    ends = np.cumsum([int(np.prod(size[1:])) for size in sizes])[:-1]
+    parts = np.split(outcomes, ends, axis=1)
+    values = {
+        name: jnp.asarray(part.reshape(-1, *size[1:])) for name, part, size in zip(shapes, parts, sizes, strict=True)
+    }
+    log_joint = jax.vmap(lambda values: log_density(model, (), {}, {**params, **sampled, **values})[0])(values)
+    return outcomes, np.exp(log_joint - logsumexp(log_joint))
+
+
+DRAWN = {
+    "global switch": (MEANS, {"k": ((), 3), "z": ((5,), 2)}),
+    "nested plates": (MEANS, {"z": ((3, 1), 2), "outlier": ((3, 2), 2)}),
+    "hmm in a loop": (LEVEL, {f"state_{t}": ((), 3) for t in range(4)}),
+    "hmm in scan": (LEVEL, {"state": ((5,), 3)}),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_exact_draws(name):
+    """Probabilities of all joint outcomes: the distance of 20,000 draws from them is that of independent draws."""
+    (model, _, guide, _), (sampled, shapes) = CASES[name](), DRAWN[name]
+    params = initial(model, guide)
+    outcomes, probabilities = exact(model, params, sampled, shapes)
+    program = VIMCOStar().program(model, guide, (), {}, random.key(0))
+
+    @jax.jit
+    @jax.vmap
+    def draw(rng_key):
+        return draw_at(program.at(params, random.key(0), sampled), rng_key)
+
+    number = 20_000
+    draws = draw(random.split(random.key(1), number))
+    assert {key: value.shape[1:] for key, value in draws.items()} == {key: shape for key, (shape, _) in shapes.items()}
+    drawn = np.concatenate([np.asarray(draws[key]).reshape(number, -1) for key in shapes], axis=1)
+    index = {tuple(outcome): i for i, outcome in enumerate(outcomes)}
+    counts = np.bincount([index[tuple(row)] for row in drawn], minlength=len(outcomes))
+    # Pearson's statistic over the likely outcomes, and one for all others: mean and variance are known.
+    likely = probabilities * number > 20
+    observed = np.append(counts[likely], counts[~likely].sum())
+    expected = number * np.append(probabilities[likely], probabilities[~likely].sum())
+    kept = expected > 5
+    statistic = np.sum((observed[kept] - expected[kept]) ** 2 / expected[kept])
+    freedom = kept.sum() - 1
+    assert statistic < freedom + 5.5 * np.sqrt(2 * freedom) + 10
+    assert abs(observed.sum() - number) == 0 and freedom > 10
+
+
+def fitted(model, guide=None, num_steps=100, objective=None):
+    svi = SVI(model, guide or AutoMixed(model), optax.adam(0.02), objective or VIMCOStar(0.5, 8))
+    return svi, svi.run(random.key(0), num_steps, progress_bar=False)
+
+
+def test_posterior_and_log_likelihood_of_a_mixture():
+    model, _, guide, _ = CASES["mixture"]()
+    svi, result = fitted(model, guide, 20)
+    tree = to_arviz(svi, result, rng_key=random.key(1), num_samples=50, progress_bar=False)
+    posterior, found = tree["posterior"], tree["log_likelihood"]["data_element"]
+    assert posterior["z"].dims == ("chain", "draw", "data") and set(np.unique(posterior["z"])) == {0, 1}
+    # Summed over the assignments, given the draw of the means.
+    means = posterior["means"].values[0]
+    table = bernoulli(result.params["weight"])[:, None] + normal(X, means[..., None])
+    np.testing.assert_allclose(found.values[0], logsumexp(table, axis=1), rtol=1e-4, atol=1e-4)
+    assert list(tree["log_likelihood"].data_vars) == ["data_element"]
+    diagnostics = importance_diagnostics(svi, result, rng_key=random.key(2), num_samples=200, progress_bar=False)
+    assert np.isfinite(diagnostics.log_evidence)
+
+
+def test_log_likelihood_of_sequences():
+    model, _, guide, _ = CASES["hmm of sequences"]()
+    svi, result = fitted(model, guide, 5)
+    tree = to_arviz(svi, result, rng_key=random.key(1), num_samples=20, progress_bar=False)
+    assert tree["posterior"]["state"].dims == ("chain", "draw", "state_dim_0", "sequence")
+    step = jax.nn.softmax(result.params["transition"])
+    for draw in (0, 7):
+        a = tree["posterior"]["level"].values[0, draw]
+        for i, length in enumerate(LENGTHS):
+            emissions = normal(jnp.asarray(SEQUENCES[i, :length, None]), a * jnp.arange(3))
+            exact = forward(np.array([0.5, 0.2, 0.3]), step, emissions)
+            np.testing.assert_allclose(tree["log_likelihood"]["sequence_element"].values[0, draw, i], exact, rtol=1e-4)
+
+
+def test_a_chain_has_no_log_likelihood_of_a_datum():
+    model, _, guide, _ = CASES["hmm in scan"]()
+    svi, result = fitted(model, guide, 5)
+    with pytest.warns(UserWarning, match="The data of 'x' depend on summed latents that are in no plate with them"):
+        tree = to_arviz(svi, result, rng_key=random.key(1), num_samples=20, progress_bar=False)
+    assert "x" in tree["posterior_predictive"] and "x" not in getattr(tree, "log_likelihood", {})
+
+
+@pytest.mark.parametrize("name", ["mixture", "hmm in scan"])
+def test_automatic_guide_is_that_of_the_sampled_sites(name):
+    model, by_hand, _, _ = CASES[name]()
+    params, draws = [], []
+    for program in (model, by_hand):
+        guide = AutoMixed(program)
+        svi = SVI(program, guide, optax.adam(0.02), VIMCOStar(0.5, 4))
+        state = svi.init(random.key(0))
+        params.append(svi.get_params(state))
+        draws.append(guide.sample_posterior(random.key(1), params[-1], sample_shape=(5,)))
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    jax.tree.map(np.testing.assert_array_equal, *draws)
+
+
+def test_automatic_guide_samples_what_is_not_marked():
+    def model():
+        means = numpyro.sample("means", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        on = numpyro.sample("on", dist.Bernoulli(0.4))
+        with numpyro.plate("data", 5):
+            z = numpyro.sample("z", dist.Bernoulli(0.3), infer=MARK)
+            numpyro.deterministic("mean", means[z] * on)
+            numpyro.sample("x", dist.Normal(means[z] * on, 1.0), obs=X)
+
+    guide = AutoMixed(model)
+    svi, result = fitted(model, guide, 5)
+    # "mean" depends on "z", of which the guide has no draw.
+    assert set(guide.sample_posterior(random.key(1), result.params)) == {"means", "on"}
+    tree = to_arviz(svi, result, rng_key=random.key(1), num_samples=20, progress_bar=False)
+    posterior = tree["posterior"]
+    assert set(posterior.data_vars) == {"means", "on", "z", "mean"}
+    z, means = posterior["z"].values[0], posterior["means"].values[0]
+    expected = np.take_along_axis(means, z, 1) * posterior["on"].values[0][:, None]
+    np.testing.assert_allclose(posterior["mean"].values[0], expected, rtol=1e-5)
+    alone = AutoDiscrete(model)
+    with numpyro.handlers.seed(rng_seed=0):
+        assert set(alone()) == {"on"}
