@@ -9,7 +9,7 @@ from numpyro.infer import SVI, TraceGraph_ELBO
 import optax
 
 from benchmarks.posteriors import recommended as learning_rate
-from benchmarks.posteriors.measuring import Clock, Mapped, Quantities
+from benchmarks.posteriors.measuring import Clock, Mapped, Quantities, forget_compiled
 from benchmarks.posteriors.results import in_one_sentence
 from benchmarks.posteriors.summed_out import summed_out
 from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit
@@ -36,34 +36,72 @@ def grid(about, seed, budget, num_particles=64):
     """
     if seed:
         return
+    forget_compiled()
     guide, starts = AutoMixed(about.model), Starts(about)
     for name, objective in objectives(num_particles).items():
-        try:
-            yield from of_objective(about, name, objective, guide, starts)
-        except Exception as error:  # one that cannot treat the model should not hide the others
-            yield {"method": name, "seed": 0, "note": in_one_sentence(error)}
+        yield from or_note(name, seed, of_objective(about, name, objective, guide, starts, STEPS, STARTS, seed))
     if about.enumerated is not None:
-        try:
-            yield from summed_out(about, STARTS, STEPS)
-        except Exception as error:
-            yield {"method": "TraceEnum_ELBO", "seed": 0, "note": in_one_sentence(error)}
+        yield from or_note("TraceEnum_ELBO", seed, summed_out(about, STEPS, STARTS, seed))
 
 
-def of_objective(about, name, objective, guide, starts):
+def elbos(about, seed, budget, num_particles=64):
+    """NumPyro's ELBOs with all of the time, from one start: 2,000 steps, and as many as there is time for."""
+
+    def graph(num_steps):
+        forget_compiled()
+        objective, guide = TraceGraph_ELBO(num_particles), AutoMixed(about.model)
+        return of_objective(about, "TraceGraph_ELBO", objective, guide, Starts(about), num_steps, 1, seed)
+
+    def enum(num_steps):
+        forget_compiled()
+        return summed_out(about, num_steps, 1, seed)
+
+    for name, run in {"TraceGraph_ELBO": graph, **({"TraceEnum_ELBO": enum} if about.enumerated else {})}.items():
+        for row in or_note(name, seed, longer_and_longer(run, budget)):
+            yield {**row, "method": f"{name}, all time"}
+
+
+def longer_and_longer(run, budget):
+    """Rows of runs of 2,000 steps, of as many as fill the budget with compilation counted, and without.
+
+    :param run: from a number of steps to rows, of which there is one.
+    """
+    (row,) = run(STEPS)
+    yield row
+    compiling = row["seconds_with_compilation"] - row["seconds"]
+    for counted in (compiling, 0):
+        # What does not grow with the steps is taken to do so: a little fewer than there is time for.
+        num_steps = int(row["size"] * (0.85 * budget - counted) / row["seconds"] // 500 * 500)
+        if num_steps > row["size"] and row["seconds"] + counted < 0.6 * budget:
+            (row,) = run(num_steps)
+            yield row
+
+
+def or_note(name, seed, rows):
+    """Rows; or, where a method cannot treat the model, one that says why, as it should not hide the others."""
+    try:
+        yield from rows
+    except Exception as error:
+        yield {"method": name, "seed": seed, "note": in_one_sentence(error)}
+
+
+def of_objective(about, name, objective, guide, starts, num_steps, num_starts, seed):
     """Rows of one objective."""
-    svi = SVI(about.model, guide, optax.adam(learning_rate(STEPS)), objective)
-    fit_key, draw_key = random.split(random.key(0))
+    svi = SVI(about.model, guide, optax.adam(learning_rate(num_steps)), objective)
+    fit_key, *keys = random.split(random.key(seed), 1 + num_starts)
     clock = Clock()
     # What an earlier objective compiled for all.
     clock.total = clock.compiling = starts.compiling
     with clock:
-        result = fit(svi, fit_key, STEPS, *about.args, num_starts=STARTS, progress_bar=False)
-        found = [starts.weighed(svi, result.start(i).params, draw_key) for i in np.flatnonzero(~result.failed)]
-    for start, (estimate, elbo, weights) in zip(np.flatnonzero(~result.failed), found):
+        result = fit(svi, fit_key, num_steps, *about.args, num_starts=num_starts, progress_bar=False)
+        kept = np.flatnonzero(~result.failed)
+        found = [starts.weighed(svi, result.start(i).params, keys[i]) for i in kept]
+    for start, (estimate, elbo, weights) in zip(kept, found):
         yield {
-            "method": name, "seed": int(start), "size": STEPS, **clock.columns(), **starts.quantities.error(estimate),
-            **starts.quantities.of_evidence(weights["log_evidence"], elbo), "relative_ess": weights["ess"] / PROPOSALS,
-            "ess_per_second": weights["ess"] / clock.seconds, "pareto_k": weights["pareto_k"],
+            "method": name, "seed": seed + int(start), "size": num_steps, **clock.columns(),
+            **starts.quantities.error(estimate), **starts.quantities.of_evidence(weights["log_evidence"], elbo),
+            "relative_ess": weights["ess"] / PROPOSALS, "ess_per_second": weights["ess"] / clock.seconds,
+            "pareto_k": weights["pareto_k"],
         }  # fmt: skip
 
 
@@ -88,10 +126,11 @@ class Starts:
             if first:
                 self._fitted = Fitted.of(svi, params, self.about.args, {})
                 self._draw = jax.jit(jax.vmap(partial(weighted_draw, program_of(self._fitted, {})), in_axes=(None, 0)))
-            keys = random.split(rng_key, PROPOSALS).reshape(-1, CHUNK)
-            parts = [jax.device_get(self._draw(params, chunk)) for chunk in keys]
+            draw_key, resample_key = random.split(rng_key)
+            chunks = random.split(draw_key, PROPOSALS).reshape(-1, CHUNK)
+            parts = [jax.device_get(self._draw(params, keys)) for keys in chunks]
             draws = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-            latents, _, _, of_weights = _weighed(draws, self._fitted, rng_key, PROPOSALS // 2)
+            latents, _, _, of_weights = _weighed(draws, self._fitted, resample_key, PROPOSALS // 2)
             estimate = self._asked(latents).astype(float).mean(0)
         self.compiling += clock.compiling if first else 0
         elbo = draws.log_weight.reshape(PROPOSALS, -1).sum(1).mean()

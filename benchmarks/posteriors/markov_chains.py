@@ -6,7 +6,7 @@ import numpy as np
 from numpyro.infer import HMC, NUTS, DiscreteHMCGibbs, MixedHMC
 
 from benchmarks.posteriors.chains import CHAINS, KEPT, Chains
-from benchmarks.posteriors.measuring import Clock, Mapped, Quantities
+from benchmarks.posteriors.measuring import Clock, Mapped, Quantities, forget_compiled
 from benchmarks.posteriors.summed_out import discrete_given_others
 
 # At which times there is a row, as shares of the budget.
@@ -46,6 +46,7 @@ def of_kernel(name, kernel, about, seed, budget, complete=lambda draws: draws):
     :param kernel: makes it.
     :param complete: from draws to draws with further latents.
     """
+    forget_compiled()
     quantities = Quantities(about)
     chains, clock = warmed_up(kernel, about, random.key(seed), budget)
     asked = Mapped(quantities.of, CHUNK)

@@ -42,6 +42,11 @@ def compiling_between(begin, end):
     return float((of_processors[:, 1] - of_processors[:, 0]).sum())
 
 
+def forget_compiled():
+    """So that a run compiles as in a process of its own, whatever has run before."""
+    jax.clear_caches()
+
+
 class Clock:
     """Time of the parts of a method that are run inside of ``with clock:``, in seconds of the processors.
 

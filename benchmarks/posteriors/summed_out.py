@@ -3,7 +3,7 @@
 import jax
 from jax import random
 import numpy as np
-from numpyro.handlers import block, seed, substitute, trace
+from numpyro import handlers
 from numpyro.infer import SVI, Predictive, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoNormal
 import optax
@@ -27,7 +27,7 @@ def discrete_given_others(about, chunk, rng):
         predictive = Predictive(about.enumerated, single, infer_discrete=True, parallel=True)
         found = {name: value[0] for name, value in predictive(random.key(bits), *about.args).items()}
         # Deterministic sites, which `Predictive` leaves out here.
-        again = trace(substitute(seed(about.enumerated, 0), data={**draw, **found}))
+        again = handlers.trace(handlers.substitute(handlers.seed(about.enumerated, 0), data={**draw, **found}))
         sites = again.get_trace(*about.args)
         return found | {name: site["value"] for name, site in sites.items() if site["type"] == "deterministic"}
 
@@ -45,22 +45,22 @@ def is_enumerated(site):
     return site["type"] == "sample" and site["infer"].get("enumerate") == "parallel"
 
 
-def summed_out(about, num_starts, num_steps, num_draws=10_000):
+def summed_out(about, num_steps, num_starts, seed, num_draws=10_000):
     """Rows of `TraceEnum_ELBO`: a normal guide of what is not summed out, whose draws are taken as they are."""
-    guide = AutoNormal(block(about.enumerated, hide_fn=is_enumerated))
+    guide = AutoNormal(handlers.block(about.enumerated, hide_fn=is_enumerated))
     svi = SVI(about.enumerated, guide, optax.adam(learning_rate(num_steps)), TraceEnum_ELBO(num_particles=8))
-    fit_key, *keys = random.split(random.key(0), 1 + num_starts)
+    fit_key, *keys = random.split(random.key(seed), 1 + num_starts)
     quantities, clock, estimates = Quantities(about), Clock(), []
     with clock:
         result = fit(svi, fit_key, num_steps, *about.args, num_starts=num_starts, progress_bar=False)
-        complete = discrete_given_others(about, 200, np.random.default_rng(0))
+        complete = discrete_given_others(about, 200, np.random.default_rng(seed))
         for start, key in enumerate(keys):
             draws = guide.sample_posterior(key, result.start(start).params, sample_shape=(num_draws,))
             estimates.append(mean_asked(quantities, complete(jax.device_get(draws))))
     for start, estimate in enumerate(estimates):
         elbo = -result.losses[start, -num_steps // 20 :].mean()
         yield {
-            "method": "TraceEnum_ELBO", "seed": start, "size": num_steps, **clock.columns(),
+            "method": "TraceEnum_ELBO", "seed": seed + start, "size": num_steps, **clock.columns(),
             **quantities.error(estimate), **quantities.of_evidence(elbo, elbo),
             "ess_per_second": num_draws / clock.seconds,
         }  # fmt: skip
