@@ -120,7 +120,9 @@ def importance_diagnostics(
     is estimated from ``num_samples`` draws of its own guide, and held against the pool (``agreement``). And a bound
     that a start reached earlier, at power 1, which lies above the log evidence of the pool proves that a part of the
     posterior was lost, since no bound can be above it; that is looked for where the objective is known to be a bound
-    and the model has no parameters.
+    and the model has no parameters. A start that is stuck in less than a hundredth of the evidence hardly counts in the
+    pool: one such start of four leaves the reading as it is. Not two: with two of four that agree, fits that are wrong
+    were called "good" (``benchmarks/agreement.py``).
 
     **k.** From 0.5 on the variance of the weights is infinite, but up to 0.7 smoothed estimates converge nearly as fast
     (Vehtari et al. 2024): where starts agree, it is no reason for less than "good" if the ESS is a quarter of the draws
