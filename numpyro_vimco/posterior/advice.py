@@ -4,9 +4,9 @@
 """What to do about a fit whose weights are not good: only what can help the model and the guide at hand."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
 from numpyro_vimco.posterior.agreement import differences
@@ -15,6 +15,9 @@ from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
 from numpyro_vimco.posterior.weighing import Weighed
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # Where "good" ends: an effective sample size relative to the draws, and the same for weights of infinite variance, of
 # a k of 0.5 or more. benchmarks/agreement.py sets the last two.
@@ -30,7 +33,7 @@ def advise(
     fit: Fitted,
     weighed: Weighed,
     reading: str,
-    agreement: xr.Dataset | None,
+    agreement: "xr.Dataset | None",
     past: Mapping[int, Stretch],
     annealed: bool,
 ) -> str:

@@ -10,14 +10,17 @@ draws are others than the pool's, so that Monte Carlo errors are independent, an
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Moments
 from numpyro_vimco.posterior.observed import imputed_name
 from numpyro_vimco.sites import element_names
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # A start differs where it is off by more than this, in nats or posterior standard deviations, and four standard errors:
 # one quantity in 16,000 is off by four by chance alone, and the tolerance makes that rarer where errors are small.
@@ -28,11 +31,13 @@ NAMED = 3
 EVIDENCE = "log evidence"
 
 
-def compare(fit: Fitted, indices: list[int], pooled: Moments, starts: Sequence[Moments]) -> xr.Dataset:
+def compare(fit: Fitted, indices: list[int], pooled: Moments, starts: Sequence[Moments]) -> "xr.Dataset":
     """The table of `ImportanceDiagnostics.agreement`, without bounds of the past.
 
     :param indices: of the starts.
     """
+    import xarray as xr  # it takes a second, and only those who look at starts need it
+
     names, (pool_mean, pool_error, pool_std) = _names(fit, pooled), _quantities(pooled)
     unit = np.where(pool_std > 0, pool_std, 1.0)
     mean, error, _ = (np.stack(arrays) for arrays in zip(*map(_quantities, starts)))
@@ -77,17 +82,17 @@ def _names(fit: Fitted, moments: Moments) -> list[str]:
     return names
 
 
-def is_evidence(agreement: xr.Dataset) -> np.ndarray:
+def is_evidence(agreement: "xr.Dataset") -> np.ndarray:
     """Whether each quantity is a log evidence, not a latent."""
     return np.array([name.startswith(EVIDENCE) for name in agreement["quantity"].values])
 
 
-def agree(agreement: xr.Dataset) -> bool:
+def agree(agreement: "xr.Dataset") -> bool:
     """Whether there are two starts or more, and none differs from the pool."""
     return agreement.sizes["start"] > 1 and not bool(agreement["differs"].any())
 
 
-def differences(agreement: xr.Dataset) -> str:
+def differences(agreement: "xr.Dataset") -> str:
     """What differs, and by how much: of each start its evidence, and the latent that is farthest off."""
     sentences = []
     evidence = is_evidence(agreement)
