@@ -89,4 +89,4 @@ $(INSTALLED) $(DOCS_INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .oldest.txt .pytest_cache .ruff_cache .mypy_cache dist docs/_build docs/notebooks
+	rm -rf .venv .venv-* .oldest.txt .pytest_cache .ruff_cache .mypy_cache dist docs/_build docs/notebooks docs/jupyter_execute

@@ -1,6 +1,5 @@
 """How Sphinx builds these pages: `make docs`. Nothing is fetched at build time, and the pages need no network."""
 
-from importlib.metadata import version as version_of
 from pathlib import Path
 import sys
 from xml.etree.ElementTree import tostring
@@ -10,11 +9,13 @@ from sphinx.util import logging
 import ziamath
 from ziamath.tex import tex2mml
 
+import numpyro_vimco
+
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "numpyro_vimco"
 author = "the contributors to numpyro_vimco"
-release = version = version_of("numpyro_vimco")
+release = version = numpyro_vimco.__version__
 
 extensions = [
     "myst_nb",
@@ -48,7 +49,8 @@ autodoc_typehints = "none"  # the docstrings give types, shapes and units
 
 html_theme = "sphinx_book_theme"  # the theme of JAX, Optax and ArviZ: their readers find their way
 # Pages of pictures and of long lines have no list of headings beside them, and take its room.
-WIDE = ["index", "gallery", "examples/*"]
+EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.md"))
+WIDE = ["index", "gallery", *(f"examples/{page.stem}" for page in EXAMPLES)]
 html_theme_options = {
     "use_fullscreen_button": False,
     "secondary_sidebar_items": {"**": ["page-toc"], **{page: [] for page in WIDE}},

@@ -84,7 +84,8 @@ class AnchorErrors(SphinxTransform):
             return
         for quotation in list(self.document.findall(nodes.block_quote)):
             first = quotation.next_node(nodes.paragraph)
-            if first is None or not isinstance(first[0], nodes.strong):
+            kind = first.next_node(nodes.strong) if first is not None else None
+            if kind is None or not first.astext().startswith(kind.astext()):
                 continue
             words = re.findall(r"\w+", first.astext().replace("…", ""))[1:9]
             anchor = unique(nodes.make_id(" ".join(words)), self.document.ids)
@@ -97,6 +98,20 @@ class AnchorErrors(SphinxTransform):
                 internal=True,
                 classes=["headerlink", "error-link"],
             )
+
+
+class AnchorSources(SphinxTransform):
+    """The pages of source code link each object of a module under the prefix of the first that the API has of it."""
+
+    default_priority = 413
+
+    def apply(self, **kwargs) -> None:
+        """Called by Sphinx, once for each page."""
+        for signature in self.document.findall(addnodes.desc_signature):
+            name = f"numpyro_vimco.{signature.get('fullname')}"
+            if "fullname" in signature and name not in self.document.ids:
+                signature["ids"].append(name)
+                self.document.ids[name] = signature
 
 
 def unique(anchor: str, taken) -> str:
@@ -118,6 +133,6 @@ def inside(node: nodes.Node, kinds: tuple[type, ...]) -> bool:
 
 def setup(app) -> dict[str, bool]:
     """Called by Sphinx."""
-    for transform in (LinkNames, EnlargePictures, AnchorErrors):
+    for transform in (LinkNames, EnlargePictures, AnchorErrors, AnchorSources):
         app.add_transform(transform)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

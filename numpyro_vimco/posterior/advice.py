@@ -96,7 +96,7 @@ def advise(
     if pair:
         parts.append(
             f"The guide lacks a correlation of continuous latents ('{pair[0]}' and '{pair[1]}'): {pair[2]:.2f} under "
-            f"the weighted draws, {pair[3]:.2f} in the guide. {_correlated_guide(fit)} has it."
+            f"the weighted draws, {pair[3]:.2f} in the guide. {_correlated_guide(fit)}"
         )
     elif reading == "bad":
         parts.append(
@@ -126,9 +126,12 @@ def _has(fit: Fitted, discrete: bool) -> bool:
 
 
 def _correlated_guide(fit: Fitted) -> str:
-    if _has(fit, discrete=True):
-        return "AutoMixed(model, continuous=AutoMultivariateNormal)"
-    return "AutoMultivariateNormal(model)"
+    """A sentence on what has the correlation that the guide lacks."""
+    if not _has(fit, discrete=True):
+        return "AutoMultivariateNormal(model) has it."
+    if isinstance(fit.svi.guide, AutoMixed) and fit.svi.guide.structure == "autoregressive":
+        return "Its couplings can learn it, with more steps or a larger `coupling_speed`."
+    return "AutoMixed(model, continuous=AutoMultivariateNormal) has it."
 
 
 def _richer_guide(fit: Fitted) -> str:
