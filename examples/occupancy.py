@@ -2,7 +2,7 @@
 
     python examples/occupancy.py
 
-150 sites are to be visited four times; a third of the visits fell through. Where the animal lives, a visit finds it
+100 sites are to be visited four times; a third of the visits fell through. Where the animal lives, a visit finds it
 with a probability below one, and where it does not live, never. More forest makes a site more likely to be occupied.
 Whether a site is occupied is latent and discrete, one per site, beside three global parameters, so that the sites have
 particles of their own. Two states per site can be summed out, which gives the exact posterior on a grid.
@@ -25,7 +25,7 @@ from scipy.stats import norm
 
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 
-SITES, VISITS, MISSED = 150, 4, 1 / 3
+SITES, VISITS, MISSED = 100, 4, 1 / 3
 BASE, FOREST, DETECTION = -0.3, 1.0, 0.35  # that the data are made with
 PRIOR_SD = 1.5  # of all three parameters, on the logit scale
 
@@ -106,7 +106,7 @@ def main(args):
         f"{SITES} sites, {visits.sum()} visits; found at {(found > 0).sum()} sites, never visited {(visits == 0).sum()}"
     )
 
-    objective = VIMCOStar(0.5, num_particles=8, plate_particles={"site": 8})
+    objective = VIMCOStar(0.5, num_particles=4, plate_particles={"site": 16})
     svi = SVI(model, AutoMixed(model), optax.adam(learning_rate(args.num_steps)), objective)
     result = fit(svi, random.key(0), args.num_steps, *data, progress_bar=args.progress)
     arguments = {"model_args": data, "progress_bar": args.progress}
