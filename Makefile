@@ -58,8 +58,8 @@ docs: $(DOCS_INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
 	@echo "Open docs/_build/index.html"
 
-# Examples that take longer than a few minutes have their results in docs/experiments.md.
-SHORT := variable_selection coal_mining occupancy n_mixture gaussian_mixture turtles signal_and_noise
+# Of examples that take minutes docs/experiments.md and docs/which_objective.md have the results.
+SHORT := variable_selection coal_mining occupancy turtles signal_and_noise
 PAGES := README.md docs/quick_start.md docs/occupancy.md docs/checking_a_fit.md docs/bad_to_good.md
 
 outputs: $(INSTALLED)

@@ -26,7 +26,7 @@ extensions = [
     "links",
     "notebooks",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"  # `name` in a docstring
@@ -38,6 +38,7 @@ nitpick_ignore_regex = [
 # Pages that are notebooks as well. They run when they have changed; what they print goes into the site.
 notebook_pages = ["quick_start", "occupancy"]
 nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_output_stderr = "remove"  # tqdm's, on widgets that are not installed
