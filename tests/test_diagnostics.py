@@ -439,7 +439,7 @@ def test_gradients_show_progress_where_they_take_long(monkeypatch, capfd):
     gradient_snr(SVI_GAUSSIAN, at().params, **arguments)
     compare_objectives(SVI_GAUSSIAN, at().params, {"star": VIMCOStar}, num_particles=(2, 3), **arguments)
     shown = capfd.readouterr().err
-    assert "gradients" in shown and "400/400" in shown and "star, N = 3" in shown
+    assert "gradients" in shown and "star, N = 3" in shown
     gradient_snr(SVI_GAUSSIAN, at().params, progress_bar=False, **arguments)
     assert not capfd.readouterr().err
 
