@@ -4,6 +4,7 @@
 # make test-all   all tests on Python 3.11 and 3.13, which are the oldest and the newest, as far as they are found; those
 #                 of `make test` also with the oldest NumPyro, JAX and ArviZ that pyproject.toml admits
 # make docs       these pages as a site in docs/_build, warnings as errors
+# make outputs    what pages and examples print, and their pictures, written into docs/ anew
 # make benchmark  the tables of benchmarks/
 # make posteriors all methods on posteriors with a known truth, and their page: hours
 # make dist       wheel and sdist in dist/, tested in an environment of their own
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test test-long test-all pytest lint docs benchmark posteriors dist clean
+.PHONY: demo test test-long test-all pytest lint docs outputs benchmark posteriors dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/variable_selection.py
@@ -59,10 +60,20 @@ posteriors: $(INSTALLED)
 	taskset -c 0 $(BIN)/python benchmarks/posteriors
 	$(BIN)/python benchmarks/posteriors --report
 
-# The code of the pages is run by tests/test_docs.py, so that the site needs the package alone.
+# The code of the pages is run by tests/test_docs.py; of the notebooks, by the build.
 docs: $(DOCS_INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
 	@echo "Open docs/_build/index.html"
+
+# Of examples that take minutes docs/experiments.md and docs/which_objective.md have the results.
+SHORT := variable_selection coal_mining occupancy turtles signal_and_noise
+PAGES := README.md docs/quick_start.md docs/occupancy.md docs/checking_a_fit.md docs/bad_to_good.md
+
+outputs: $(INSTALLED)
+	for name in $(SHORT); do \
+	  $(BIN)/python examples/$$name.py > docs/examples/output/$$name.txt && cp output/$$name.png docs/images/ || exit 1; \
+	done
+	$(BIN)/python docs/outputs.py $(PAGES)
 
 # The tests of the sdist run against the wheel: the sdist's own package is removed.
 dist: $(INSTALLED)
@@ -85,4 +96,4 @@ $(INSTALLED) $(DOCS_INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .oldest.txt .pytest_cache .ruff_cache .mypy_cache dist docs/_build
+	rm -rf .venv .venv-* .oldest.txt .pytest_cache .ruff_cache .mypy_cache dist docs/_build docs/notebooks docs/jupyter_execute

@@ -1,6 +1,7 @@
 """How Sphinx builds these pages: `make docs`. Nothing is fetched at build time, and the pages need no network."""
 
-from importlib.metadata import version as version_of
+from pathlib import Path
+import sys
 from xml.etree.ElementTree import tostring
 
 from docutils import nodes
@@ -8,24 +9,53 @@ from sphinx.util import logging
 import ziamath
 from ziamath.tex import tex2mml
 
+import numpyro_vimco
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
 project = "numpyro_vimco"
 author = "the contributors to numpyro_vimco"
-release = version = version_of("numpyro_vimco")
+release = version = numpyro_vimco.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
-myst_enable_extensions = ["dollarmath"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "links",
+    "notebooks",
+]
+exclude_patterns = ["_build", "jupyter_execute"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"  # `name` in a docstring
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!numpyro_vimco).*")]  # other libraries: their pages would have to be fetched
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!numpyro_vimco).*")
+]  # other libraries: their pages would have to be fetched
+
+# Pages that are notebooks as well. They run when they have changed; what they print goes into the site.
+notebook_pages = ["quick_start", "occupancy"]
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # tqdm's, on widgets that are not installed
+nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings give types, shapes and units
 
 html_theme = "sphinx_book_theme"  # the theme of JAX, Optax and ArviZ: their readers find their way
-html_theme_options = {"use_download_button": False, "use_fullscreen_button": False}
+# Pages of pictures and of long lines have no list of headings beside them, and take its room.
+EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.md"))
+WIDE = ["index", "gallery", *(f"examples/{page.stem}" for page in EXAMPLES)]
+html_theme_options = {
+    "use_fullscreen_button": False,
+    "secondary_sidebar_items": {"**": ["page-toc"], **{page: [] for page in WIDE}},
+}
 html_title = f"numpyro_vimco {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -34,7 +64,10 @@ html_use_index = html_domain_indices = False  # the API is one page
 
 
 # ziamath 0.13 draws a hat as a wide one, beside its letter, and a relation without room around it.
-REPLACED = {"<mo>&#x00302;": '<mo stretchy="false">&#x002C6;', "<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>"}
+REPLACED = {
+    "<mo>&#x00302;": '<mo stretchy="false">&#x002C6;',
+    "<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>",
+}
 
 
 def visit_math(self, node: nodes.math | nodes.math_block) -> None:
@@ -51,12 +84,18 @@ def visit_math(self, node: nodes.math | nodes.math_block) -> None:
         for drawn_badly, drawn_well in REPLACED.items():
             mathml = mathml.replace(drawn_badly, drawn_well)
         formula = ziamath.Math(mathml, size=18 if block else 16)
-        unknown = [element.text for element in formula.mathml.iter() if "\\" in (element.text or "")]
+        unknown = [
+            element.text
+            for element in formula.mathml.iter()
+            if "\\" in (element.text or "")
+        ]
         if unknown:
             raise ValueError(f"unknown {', '.join(unknown)}")
         svg = formula.svgxml()
     except Exception as error:
-        logging.getLogger(__name__).warning("formula %s: %r", latex, error, location=node)
+        logging.getLogger(__name__).warning(
+            "formula %s: %r", latex, error, location=node
+        )
         raise nodes.SkipNode from error
     svg.attrib |= {"role": "img", "aria-label": latex, "class": "formula"}
     svg.attrib["style"] = f"vertical-align: {formula.getyofst():.1f}px"

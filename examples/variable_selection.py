@@ -75,7 +75,7 @@ def learning_rate(num_steps):
     return optax.join_schedules(schedules, [num_steps // 2])
 
 
-def plot(results, log_evidence, predictors, inclusion, exact_inclusion, diagnostics, path):
+def plot(results, log_evidence, predictors, inclusions, diagnostics, path):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     for (name, result), style in zip(results.items(), ("C0-", "C1--", "C2-.", "C4:")):
         steps = np.flatnonzero(result.power[0] == 1)  # before, the loss is that of an annealed likelihood
@@ -85,11 +85,11 @@ def plot(results, log_evidence, predictors, inclusion, exact_inclusion, diagnost
     left.axhline(log_evidence, color="black", lw=1, ls="--", label="exact log evidence")
     left.set(xlabel="step", ylabel="objective (nats)", ylim=(log_evidence - 8, log_evidence + 0.5))
     left.legend(loc="center")
-    position = np.arange(len(predictors))
-    middle.bar(position - 0.2, exact_inclusion, 0.4, color="0.6", label="exact (1,024 models)")
-    middle.bar(position + 0.2, inclusion, 0.4, color="C0", label="VIMCOStar, importance-weighted")
-    middle.set(xticks=position, xticklabels=predictors, ylabel="inclusion probability", ylim=(0, 1.15))
-    middle.legend(loc="upper center", ncols=2, fontsize="small")
+    position, width = np.arange(len(predictors)), 0.8 / len(inclusions)
+    for i, ((name, values), color) in enumerate(zip(inclusions.items(), ("0.6", "C0", "C1"))):
+        middle.bar(position + (i - (len(inclusions) - 1) / 2) * width, values, width, color=color, label=name)
+    middle.set(xticks=position, xticklabels=predictors, ylabel="inclusion probability", ylim=(0, 1.3))
+    middle.legend(loc="upper center", fontsize="small")
     plots.plot_agreement(diagnostics, num_latents=5, ax=right)
     right.set_title(f"the four starts of VIMCOStar: {diagnostics.reading}", fontsize="medium")
     figure.savefig(path, dpi=110)
@@ -141,16 +141,21 @@ def main(args):
         **data_args,
     )
     inclusion = posterior["posterior"]["included"].mean(("chain", "draw")).values
-    print(f"\nInclusion probabilities\n{'':>8} {'weighted':>9} {'exact':>7}")
-    for name, weighted, exact in zip(data.feature_names, inclusion, exact_inclusion):
-        print(f"{name:>8} {weighted:9.3f} {exact:7.3f}")
-    print(f"largest error {np.abs(inclusion - exact_inclusion).max():.3f}\n")
+    inclusions = {"exact (1,024 models)": exact_inclusion, "VIMCOStar, importance-weighted": inclusion}
+    if "TraceGraph_ELBO" in results:
+        params = results["TraceGraph_ELBO"].best.params
+        draws = guide.sample_posterior(random.key(3), params, predictors, response, sample_shape=(args.num_proposals,))
+        inclusions["TraceGraph_ELBO, draws of its guide"] = np.asarray(draws["included"].mean(0))
+    print(f"\nInclusion probabilities\n{'':>36} {' '.join(f'{name:>5}' for name in data.feature_names)}  error")
+    for name, row in inclusions.items():
+        error = np.abs(row - exact_inclusion).max()
+        print(f"{name:>36} {' '.join(f'{value:5.3f}' for value in row)}  {error:5.3f}")
 
     args.output.mkdir(parents=True, exist_ok=True)
     posterior.to_netcdf(str(args.output / "variable_selection.nc"))
     print(az.summary(posterior, kind="stats", var_names=["included", "coefficient"]))
     picture = args.output / "variable_selection.png"
-    plot(results, log_evidence, data.feature_names, inclusion, exact_inclusion, diagnostics, picture)
+    plot(results, log_evidence, data.feature_names, inclusions, diagnostics, picture)
     print(f"\nSaved variable_selection.nc and variable_selection.png in {args.output}/")
     return found, errors, log_evidence
 

@@ -12,7 +12,7 @@ from numpyro_vimco.guides import AutoDiscrete, AutoMixed
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
 from numpyro_vimco.posterior import compare_objectives, fit, gradient_snr, importance_diagnostics, plots, to_arviz
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "REINFORCE",

@@ -28,6 +28,7 @@ from numpyro_vimco import (
     importance_diagnostics,
     plots,
 )
+from numpyro_vimco.posterior import chunks
 from numpyro_vimco.posterior.diagnostics import _reading
 from numpyro_vimco.posterior.weights import WeightStream, pareto_smooth
 
@@ -66,7 +67,7 @@ def test_log_evidence_is_within_two_standard_errors_in_17_of_20_seeds():
 
 def test_good_weights_of_one_fit_are_usable():
     found = importance_diagnostics(SVI_GAUSSIAN, at(), model_args=(X,), rng_key=random.key(0))
-    assert found.reading == "usable" and "The weights are good. Only a second start can show" in str(found)
+    assert found.reading == "usable" and "The weights are good. Only a second start can show" in found.advice
     # Each bound is below the evidence, and they rise with N.
     bounds = np.array(list(found.bounds.values()))
     assert list(found.bounds) == [1, 4, 16, 64, 256]
@@ -103,7 +104,8 @@ def test_bad_fit_says_so():
         SVI_GAUSSIAN, at(loc=X / 2 + 4, scale=jnp.array(0.3)), model_args=(X,), rng_key=random.key(0)
     )
     assert found.reading == "bad" and found.pareto_k > 0.7
-    assert "misses a part of the posterior" in str(found)
+    assert "misses a part of the posterior" in found.advice
+    assert max(map(len, str(found).splitlines())) <= 88
 
 
 def mixture(x):
@@ -429,6 +431,17 @@ def test_compare_objectives_agrees_with_gradient_snr(comparison):
     row = comparison.sel(objective="VIMCOStar", num_particles=4)
     np.testing.assert_allclose(row["snr"], [*found["loc"].snr, found["scale"].snr], rtol=1e-4)
     np.testing.assert_allclose(row["variance"], [*found["loc"].std ** 2, found["scale"].std ** 2], rtol=1e-4)
+
+
+def test_gradients_show_progress_where_they_take_long(monkeypatch, capfd):
+    arguments = {"model_args": (X,), "rng_key": random.key(0), "num_draws": 200}
+    monkeypatch.setattr(chunks, "PATIENCE", 0)
+    gradient_snr(SVI_GAUSSIAN, at().params, **arguments)
+    compare_objectives(SVI_GAUSSIAN, at().params, {"star": VIMCOStar}, num_particles=(2, 3), **arguments)
+    shown = capfd.readouterr().err
+    assert "gradients" in shown and "star, N = 3" in shown
+    gradient_snr(SVI_GAUSSIAN, at().params, progress_bar=False, **arguments)
+    assert "gradients" not in capfd.readouterr().err
 
 
 def test_plots_draw_what_they_are_given(comparison):

@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs, page by page, from top to bottom."""
+"""Every Python block of the README and the docs runs, page by page, from top to bottom; and pages have their form."""
 
 from pathlib import Path
 import re
@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ("README.md", "own_estimator.md")
+COLUMNS = 88  # of the site's column
 
 
-def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+def blocks(page, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")  # ArviZ's own
@@ -27,3 +28,27 @@ def test_code_of_page_runs(page):
     namespace = {}
     for number, block in enumerate(blocks(page)):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+
+
+def test_blocks_are_no_wider_than_the_column():
+    for page in PAGES:
+        for block in blocks(page, "(?:python|text)"):
+            for line in block.splitlines():
+                assert len(line) <= COLUMNS, f"{page.name}: {line}"
+
+
+def test_text_blocks_are_not_empty():
+    for page in PAGES:
+        assert all(map(str.strip, blocks(page, "text"))), f"{page.name}: `python docs/outputs.py` fills them"
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_each_example_has_a_page_in_the_gallery():
+    gallery = (ROOT / "docs" / "gallery.md").read_text()
+    for example in (ROOT / "examples").glob("*.py"):
+        page = ROOT / "docs" / "examples" / f"{example.stem}.md"
+        assert f"../../examples/{example.name}" in page.read_text()
+        assert f":link: examples/{example.stem}\n" in gallery

@@ -54,6 +54,15 @@ def test_sites_that_are_summed_out(name, num_errors, tmp_path):
 
 
 @pytest.mark.long
+def test_occupancy(tmp_path):
+    argv = ("--num-steps=1000", "--grid=40", "--no-progress", f"--output={tmp_path}")
+    diagnostics, log_evidence, error = run("occupancy", *argv)
+    assert diagnostics.reading != "bad" and abs(diagnostics.log_evidence - log_evidence) < 0.1
+    assert error < 0.05
+    assert (tmp_path / "occupancy.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
 def test_turtles(tmp_path):
     error, found = run("turtles", "--num-steps=1000", "--grid=40", "--num-draws=5000", f"--output={tmp_path}")
     assert abs(error) < 0.1

@@ -105,6 +105,13 @@ def test_modules_import_only_from_those_below():
         assert set(imports_of(module)) <= set(layers[i + 1 :]), module
 
 
+def test_import_waits_for_what_is_seldom_needed():
+    """Matplotlib, pandas and funsor, and what brings them, would take longer than all the rest."""
+    script = "import sys, numpyro; before = set(sys.modules); import numpyro_vimco; print(*set(sys.modules) - before)"
+    new = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not {"matplotlib", "pandas", "funsor", "xarray", "arviz", "scipy.stats"} & set(new.split())
+
+
 def test_one_version():
     assert f"\nversion: {numpyro_vimco.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 

@@ -4,9 +4,9 @@
 """What to do about a fit whose weights are not good: only what can help the model and the guide at hand."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
 from numpyro_vimco.posterior.agreement import differences, is_evidence
@@ -15,6 +15,9 @@ from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
 from numpyro_vimco.posterior.weighing import Weighed
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # Where "good" ends: an effective sample size relative to the draws, and the same for weights of infinite variance, of
 # a k of 0.5 or more. benchmarks/agreement.py sets the last two.
@@ -30,7 +33,7 @@ def advise(
     fit: Fitted,
     weighed: Weighed,
     reading: str,
-    agreement: xr.Dataset | None,
+    agreement: "xr.Dataset | None",
     past: Mapping[int, Stretch],
     annealed: bool,
 ) -> str:
@@ -90,7 +93,7 @@ def advise(
     if pair:
         parts.append(
             f"The guide lacks a correlation of continuous latents ('{pair[0]}' and '{pair[1]}'): {pair[2]:.2f} under "
-            f"the weighted draws, {pair[3]:.2f} in the guide. {_correlated_guide(fit)} has it."
+            f"the weighted draws, {pair[3]:.2f} in the guide. {_correlated_guide(fit)}"
         )
     elif reading == "bad":
         parts.append(
@@ -135,9 +138,12 @@ def _has(fit: Fitted, discrete: bool) -> bool:
 
 
 def _correlated_guide(fit: Fitted) -> str:
-    if _has(fit, discrete=True):
-        return "AutoMixed(model, continuous=AutoMultivariateNormal)"
-    return "AutoMultivariateNormal(model)"
+    """A sentence on what has the correlation that the guide lacks."""
+    if not _has(fit, discrete=True):
+        return "AutoMultivariateNormal(model) has it."
+    if isinstance(fit.svi.guide, AutoMixed) and fit.svi.guide.structure == "autoregressive":
+        return "Its couplings can learn it, with more steps or a larger `coupling_speed`."
+    return "AutoMixed(model, continuous=AutoMultivariateNormal) has it."
 
 
 def _richer_guide(fit: Fitted) -> str:

@@ -10,14 +10,17 @@ draws are others than the pool's, so that Monte Carlo errors are independent, an
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Moments
 from numpyro_vimco.posterior.observed import imputed_name
 from numpyro_vimco.sites import element_names
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # A start differs where it is off by more than this, in nats or posterior standard deviations, and four standard errors:
 # one quantity in 16,000 is off by four by chance alone, and the tolerance makes that rarer where errors are small.
@@ -30,11 +33,13 @@ NAMED = 3
 EVIDENCE = "log evidence"
 
 
-def compare(fit: Fitted, indices: list[int], pooled: Moments, starts: Sequence[Moments]) -> xr.Dataset:
+def compare(fit: Fitted, indices: list[int], pooled: Moments, starts: Sequence[Moments]) -> "xr.Dataset":
     """The table of `ImportanceDiagnostics.agreement`, without bounds of the past.
 
     :param indices: of the starts.
     """
+    import xarray as xr  # it takes a second, and only those who look at starts need it
+
     names, (pool_mean, pool_error, pool_std) = _names(fit, pooled), _quantities(pooled)
     unit = np.where(pool_std > 0, pool_std, 1.0)
     mean, error, _ = (np.stack(arrays) for arrays in zip(*map(_quantities, starts)))
@@ -79,12 +84,12 @@ def _names(fit: Fitted, moments: Moments) -> list[str]:
     return names
 
 
-def is_evidence(agreement: xr.Dataset) -> np.ndarray:
+def is_evidence(agreement: "xr.Dataset") -> np.ndarray:
     """Whether each quantity is a log evidence, not a latent."""
     return np.array([name.startswith(EVIDENCE) for name in agreement["quantity"].values])
 
 
-def share_that_agrees(agreement: xr.Dataset) -> float:
+def share_that_agrees(agreement: "xr.Dataset") -> float:
     """The share of starts that agree with the pool: 0 if these are less than two, or if another is not stuck."""
     off = agreement["differs"].any("quantity").values
     evidence, error = (agreement[name].values[off] for name in ("log_evidence", "log_evidence_std_error"))
@@ -93,7 +98,7 @@ def share_that_agrees(agreement: xr.Dataset) -> float:
     return float(np.mean(~off)) if np.sum(~off) > 1 and stuck.all() else 0.0
 
 
-def differences(agreement: xr.Dataset) -> str:
+def differences(agreement: "xr.Dataset") -> str:
     """What differs, and by how much: of each start its evidence, and the latent that is farthest off."""
     sentences = []
     evidence = is_evidence(agreement)

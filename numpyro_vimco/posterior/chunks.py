@@ -14,6 +14,11 @@ from tqdm.auto import tqdm
 PATIENCE = 3
 
 
+def patient_bar(total: int, description: str | None) -> tqdm:
+    """A progress bar that appears once ``PATIENCE`` seconds have passed; none without a description."""
+    return tqdm(total=total, desc=description, delay=PATIENCE, disable=description is None, leave=False)
+
+
 def chunks(fn: Callable, chunk_size: int, *inputs: Any, progress: str | None) -> Iterator[tuple[slice, Any]]:
     """``jax.vmap(fn)(*inputs)``, so many elements at a time.
 
@@ -30,7 +35,7 @@ def chunks(fn: Callable, chunk_size: int, *inputs: Any, progress: str | None) ->
     def compute(start):
         return compiled(*jax.tree.map(lambda x: x[start : start + chunk_size], inputs))
 
-    with tqdm(total=length, desc=progress, delay=PATIENCE, disable=progress is None, leave=False) as bar:
+    with patient_bar(length, progress) as bar:
         outputs = compute(starts[0])
         for begin, start, after in zip(begins, starts, [*starts[1:], None]):
             # JAX computes the next chunk while the caller takes this one. Not two at a time: on a CPU, XLA's threads

@@ -5,12 +5,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Array
 import numpy as np
 from numpyro.infer import SVI
-import xarray as xr
 
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LOW_ESS, advise
@@ -21,8 +21,12 @@ from numpyro_vimco.posterior.results import FitResult
 from numpyro_vimco.posterior.weighing import moments_of_starts, weigh
 from numpyro_vimco.randomness import split
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 # So many of the starts agree where a fit is "good": three of four. Set by benchmarks/agreement.py.
 MOST = 0.75
+WIDTH = 88  # columns of what is printed: those of a notebook, and of the pages
 
 
 @dataclass(frozen=True)
@@ -76,21 +80,22 @@ class ImportanceDiagnostics:
     num_samples: int
     heaviest: np.ndarray = field(repr=False)
     log_weight: np.ndarray | None = field(repr=False)
-    agreement: xr.Dataset | None = field(repr=False)
+    agreement: "xr.Dataset | None" = field(repr=False)
 
     def __str__(self) -> str:
-        size = np.size(self.pareto_k)
+        size, k = np.size(self.pareto_k), np.max(self.pareto_k)
         worst = f" (worst of {size} elements)" if np.ndim(self.pareto_k) else ""
-        bounds = ", ".join(f"{bound:.3f} (N = {n})" for n, bound in self.bounds.items())
-        return (
-            f"log evidence  {self.log_evidence:.3f} ± {self.log_evidence_std_error:.3f} nats\n"
-            f"bounds        {bounds}\n"
-            f"ESS           {np.min(self.ess):,.1f} of {self.num_samples:,} draws{worst}\n"
-            f"Pareto k      {np.max(self.pareto_k):.2f}{worst}\n"
-            f"starts        {self._starts()}\n"
-            f"reading       {self.reading}\n"
-            f"{self.advice}"
-        )
+        no_tail = " (no tail of weights that could do harm)" if np.isneginf(k) else ""
+        rows = {
+            "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_std_error:.3f} nats",
+            "bounds": ", ".join(f"{bound:.3f}\xa0(N\xa0=\xa0{n})" for n, bound in self.bounds.items()),
+            "ESS": f"{np.min(self.ess):,.1f} of {self.num_samples:,} draws{worst}",
+            "Pareto k": f"{k:.2f}{worst}{no_tail}",
+            "starts": self._starts(),
+            "reading": self.reading,
+        }
+        lines = [fill(f"{name:14}{text}", WIDTH, subsequent_indent=" " * 14) for name, text in rows.items()]
+        return "\n".join([*lines, fill(self.advice, WIDTH)]).replace("\xa0", " ")
 
     def _starts(self) -> str:
         """How far the starts are from each other."""

@@ -14,10 +14,12 @@ from jaxtyping import Array
 import numpy as np
 from numpyro.handlers import replay, seed, trace
 from numpyro.infer import SVI
+from tqdm.auto import tqdm
 
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.posterior.annealing import geometric
+from numpyro_vimco.posterior.chunks import patient_bar
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.proposals import program_of
 from numpyro_vimco.posterior.results import FitResult, FitState
@@ -129,7 +131,7 @@ def fit(
     )
     state, losses, powers = steps.run(state, num_steps, progress_bar)
     params = jax.vmap(svi.get_params)(state.svi)
-    evidence = _log_evidence(svi, evidence_key, params, np.asarray(state.failed), args, kwargs)
+    evidence = _log_evidence(svi, evidence_key, params, np.asarray(state.failed), args, kwargs, progress_bar)
     return FitResult(params, losses, state, powers, *evidence)
 
 
@@ -194,7 +196,7 @@ def _check_start_sharding(sharding: Any, num_starts: int) -> None:
         )
 
 
-def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tuple, kwargs: dict):
+def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tuple, kwargs: dict, show_bar: bool):
     """Estimates and standard errors, in nats; NaN for starts that failed."""
     estimates, errors = np.full((2, len(failed)), np.nan)
     starts = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params) for i in range(len(failed))]
@@ -203,7 +205,8 @@ def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tu
             return estimates, errors
         log_weights = _log_weights(Fitted.of(svi, starts[0], args, kwargs))
         keys = [split(key, EVIDENCE_DRAWS) for key in split(rng_key, len(failed))]
-        weights = {i: log_weights(starts[i], keys[i]) for i in np.flatnonzero(~failed)}
+        with patient_bar(EVIDENCE_DRAWS * int((~failed).sum()), "log evidence" if show_bar else None) as bar:
+            weights = {i: log_weights(starts[i], keys[i], bar) for i in np.flatnonzero(~failed)}
     except (ValueError, NotImplementedError) as error:
         warnings.warn(f"The log evidence cannot be estimated. {error}", stacklevel=3)
         return estimates, errors
@@ -223,8 +226,11 @@ def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tu
     return estimates, errors
 
 
-def _log_weights(fitted: Fitted) -> Callable[[dict[str, Any], Array], np.ndarray]:
-    """From parameters and keys to log-weights of draws of the guide, of shape ``(keys, *plates)``: one program."""
+def _log_weights(fitted: Fitted) -> Callable[[dict[str, Any], Array, tqdm], np.ndarray]:
+    """From parameters and keys to log-weights of draws of the guide, of shape ``(keys, *plates)``: one program.
+
+    The function that it returns tells a progress bar of each draw.
+    """
     program = program_of(fitted, fitted.plate_particles)
 
     def log_weight(params, rng_key):
@@ -235,9 +241,12 @@ def _log_weights(fitted: Fitted) -> Callable[[dict[str, Any], Array], np.ndarray
     compiled = jax.jit(jax.vmap(log_weight, in_axes=(None, 0)))
     size = fitted.chunk_size()
 
-    def log_weights(params, keys):
-        parts = [compiled(params, keys[begin : begin + size]) for begin in range(0, len(keys), size)]
-        return np.concatenate(jax.device_get(parts)).astype(float)
+    def log_weights(params, keys, bar):
+        parts = []
+        for begin in range(0, len(keys), size):
+            parts.append(jax.device_get(compiled(params, keys[begin : begin + size])))
+            bar.update(len(parts[-1]))
+        return np.concatenate(parts).astype(float)
 
     return log_weights
 

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,16 @@ from jaxtyping import Array
 import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
-import xarray as xr
+from tqdm.auto import tqdm
 
 from numpyro_vimco.arguments import check_integer, check_key
+from numpyro_vimco.posterior.chunks import patient_bar
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import element_names
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class GradientStatistics(NamedTuple):
@@ -43,6 +47,7 @@ def gradient_snr(
     model_kwargs: Mapping[str, Any] | None = None,
     rng_key: Array,
     num_draws: int = 1000,
+    progress_bar: bool = True,
 ) -> dict[str, GradientStatistics]:
     """
     Signal-to-noise ratio of the gradient that ``svi`` takes, at given parameters.
@@ -55,6 +60,7 @@ def gradient_snr(
     :param jax.random.key rng_key: random number generator key.
     :param int num_draws: number of gradients, at least 2. Defaults to 1,000: the ratio is then known to about 3% of
         its noise.
+    :param bool progress_bar: whether to show one where it takes more than a few seconds. Defaults to True.
     :return: the statistics of each parameter; their fields are pytrees where the parameter is one (a neural network's).
     :raises ValueError: for too few draws, arguments that do not fit the model, parameters that do not fit model and
         guide, a model without latents, data that are NaN, or ``rng_key`` that is no key.
@@ -62,7 +68,8 @@ def gradient_snr(
     check_key(rng_key)
     num_draws = check_integer("num_draws", num_draws, 2, "a standard deviation needs as many")
     fit = Fitted.of(svi, params, model_args, model_kwargs, whole=False)
-    mean, std = _moments(_gradient(fit, svi.loss), split(rng_key, num_draws), fit.params)
+    with patient_bar(num_draws, "gradients" if progress_bar else None) as bar:
+        mean, std = _moments(_gradient(fit, svi.loss), split(rng_key, num_draws), fit.params, bar)
     statistics = {}
     for name in fit.params:
         snr = jax.tree.map(_ratio, mean[name], std[name])
@@ -80,7 +87,8 @@ def compare_objectives(
     model_kwargs: Mapping[str, Any] | None = None,
     rng_key: Array,
     num_draws: int = 1000,
-) -> xr.Dataset:
+    progress_bar: bool = True,
+) -> "xr.Dataset":
     """
     Gradients of several objectives at the same parameters.
 
@@ -93,22 +101,28 @@ def compare_objectives(
     :param dict model_kwargs: the model's keyword arguments.
     :param jax.random.key rng_key: random number generator key.
     :param int num_draws: number of gradients for each, at least 2. Defaults to 1,000.
+    :param bool progress_bar: whether to show one where it takes more than a few seconds. Defaults to True.
     :return: ``snr`` and ``variance`` over dimensions ``objective``, ``num_particles`` and ``parameter`` (one for each
         element, ``loc[0]``), and ``seconds`` per gradient over the first two, the best of five once compiled.
     :raises ValueError: as :func:`gradient_snr`.
     """
+    import xarray as xr  # it takes a second
+
     check_key(rng_key)
     num_draws = check_integer("num_draws", num_draws, 2, "a standard deviation needs as many")
     fit = Fitted.of(svi, params, model_args, model_kwargs, whole=False)
     keys = split(rng_key, num_draws)
     snr, variance, seconds = [], [], []
-    for make in objectives.values():
-        for n in num_particles:
-            gradient = _gradient(fit, make(num_particles=n))
-            mean, std = (_flat(moment) for moment in _moments(gradient, keys, fit.params))
-            snr.append(_ratio(mean, std))
-            variance.append(std**2)
-            seconds.append(_seconds(gradient, keys[0], fit.params))
+    total = len(objectives) * len(num_particles) * num_draws
+    with patient_bar(total, "gradients" if progress_bar else None) as bar:
+        for name, make in objectives.items():
+            for n in num_particles:
+                bar.set_postfix_str(f"{name}, N = {n}")
+                gradient = _gradient(fit, make(num_particles=n))
+                mean, std = (_flat(moment) for moment in _moments(gradient, keys, fit.params, bar))
+                snr.append(_ratio(mean, std))
+                variance.append(std**2)
+                seconds.append(_seconds(gradient, keys[0], fit.params))
     shape = (len(objectives), len(num_particles))
     dims = ("objective", "num_particles", "parameter")
     return xr.Dataset(
@@ -128,8 +142,11 @@ def _gradient(fit: Fitted, objective: ELBO) -> Callable:
     return jax.jit(jax.grad(loss))
 
 
-def _moments(gradient: Callable, keys: Array, params) -> tuple[Any, Any]:
-    """Mean and standard deviation over keys, in one pass and double precision on the host."""
+def _moments(gradient: Callable, keys: Array, params, bar: tqdm) -> tuple[Any, Any]:
+    """Mean and standard deviation over keys, in one pass and double precision on the host.
+
+    :param bar: told of each key.
+    """
     mean = square = jax.tree.map(lambda p: np.zeros(np.shape(p)), params)
     size = min(100, len(keys))
     batched = jax.jit(lambda keys: jax.lax.map(lambda key: gradient(params, key), keys))
@@ -142,6 +159,7 @@ def _moments(gradient: Callable, keys: Array, params) -> tuple[Any, Any]:
             lambda s, g, d, n=begin, k=count: s + k * g.var(0) + d**2 * n * k / (n + k), square, draws, delta
         )
         mean = jax.tree.map(lambda m, d, n=begin, k=count: m + d * k / (n + k), mean, delta)
+        bar.update(count)
     return mean, jax.tree.map(lambda s: np.sqrt(s / (len(keys) - 1)), square)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import arviz as az
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -325,6 +324,8 @@ def _dims(fit: Fitted) -> dict[str, list[str]]:
 
 
 def _from_dict(data: dict, coords, dims):
+    import arviz as az  # it takes seconds, as it brings Matplotlib and pandas
+
     if not az.__version__.startswith("0."):
         return az.from_dict(data, coords=coords, dims=dims)
     # ArviZ 0.x takes groups that it does not know as datasets only.

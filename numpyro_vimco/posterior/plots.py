@@ -9,7 +9,6 @@ Pictures of the posterior are ArviZ's.
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from numpyro_vimco.posterior.agreement import TOLERANCE, is_evidence
 from numpyro_vimco.posterior.diagnostics import ImportanceDiagnostics
@@ -17,6 +16,7 @@ from numpyro_vimco.posterior.results import FitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    import xarray as xr
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--")]
 
@@ -63,7 +63,7 @@ def plot_bound(
     return ax
 
 
-def plot_gradient_snr(dataset: xr.Dataset, *, ax: "Axes | None" = None) -> "Axes":
+def plot_gradient_snr(dataset: "xr.Dataset", *, ax: "Axes | None" = None) -> "Axes":
     """
     Signal-to-noise ratio against the number of particles, one line for each objective, on logarithmic axes.
 
