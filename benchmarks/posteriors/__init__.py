@@ -10,6 +10,8 @@ A module has
   ``python benchmarks/posteriors --truth NAME``;
 - ``enumerated(*args)``, where its discrete latents can be summed out: the model with those marked
   ``infer={"enumerate": "parallel"}``, same names, written so that NumPyro enumerates it;
+- ``given_others(key, draw, *args)``, where NumPyro cannot do it: the latents that were summed out, drawn given the
+  others;
 - ``pymc_model(*args)``, where PyMC can have it: a `pymc.Model` with the same names.
 """
 
@@ -137,6 +139,7 @@ class Problem(NamedTuple):
     enumerated: Callable | None
     pymc_model: Callable | None
     num_steps: int
+    given_others: Callable | None = None
 
 
 @cache
@@ -151,7 +154,7 @@ def problem(name: str) -> Problem:
     optional = lambda what, default=None: getattr(module, what, default)  # noqa: E731
     return Problem(
         name, module.model, module.data(), truth, optional("asked", latents), optional("enumerated"),
-        optional("pymc_model"), optional("NUM_STEPS", 4000),
+        optional("pymc_model"), optional("NUM_STEPS", 4000), optional("given_others"),
     )  # fmt: skip
 
 

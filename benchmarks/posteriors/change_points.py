@@ -26,6 +26,20 @@ def model(y):
         numpyro.sample("y", dist.Normal(jnp.concatenate([first[None], new])[last], 1), obs=y)
 
 
+def pymc_model(y):
+    import pymc as pm
+
+    with pm.Model() as built:
+        first = pm.Normal("first", 0, PRIOR_SCALE)
+        switch = pm.Bernoulli("switch", CHANGE, shape=TIMES - 1)
+        new = pm.Normal("new", 0, PRIOR_SCALE, shape=TIMES - 1)
+        # Of each time, the last switch before or at it: the largest index among those.
+        index = pm.math.concatenate([np.zeros(1, int), switch * np.arange(1, TIMES)])
+        last = (index * np.tri(TIMES, dtype=int)).max(1)
+        pm.Normal("y", pm.math.stack([first, *new])[last], 1, observed=np.asarray(y))
+    return built
+
+
 def data():
     levels = np.repeat([0.0, 2.5, 1.0, -1.0], [18, 14, 10, 18])
     return (jnp.asarray(levels + np.random.default_rng(3).normal(size=TIMES), jnp.float32),)

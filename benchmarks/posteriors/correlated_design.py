@@ -6,10 +6,10 @@ Truth: exact, by the sum over 65,536 models.
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.posteriors.diabetes import model, standardized, truth
+from benchmarks.posteriors.diabetes import model, pymc_model, standardized, truth
 from examples.variable_selection import NOISE_VARIANCE
 
-__all__ = ["data", "model", "truth"]
+__all__ = ["data", "model", "pymc_model", "truth"]
 
 
 def data(correlation=0.9, num_cases=150, effect=0.5):

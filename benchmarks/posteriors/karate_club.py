@@ -48,6 +48,29 @@ def model(edges):
     block_model(edges, dist.HalfNormal(2.0))
 
 
+def block_model_of_pymc(edges, prior):
+    """The same for PyMC.
+
+    :param prior: from a name to its random variable.
+    """
+    import pymc as pm
+
+    pairs = np.triu_indices(34, 1)
+    with pm.Model() as built:
+        between = pm.Normal("between", -2, 1.5)
+        more = prior("more")
+        group = pm.math.concatenate([np.zeros(1, int), pm.Bernoulli("group", 0.5, shape=33)])
+        logits = between + more * pm.math.eq(group[pairs[0]], group[pairs[1]])
+        pm.Bernoulli("edge", logit_p=logits, observed=np.asarray(edges)[pairs])
+    return built
+
+
+def pymc_model(edges):
+    import pymc as pm
+
+    return block_model_of_pymc(edges, lambda name: pm.HalfNormal(name, 2.0))
+
+
 class Gibbs:
     """Moves of many chains at a time: the two logits on a grid, then one member after the other.
 

@@ -10,13 +10,19 @@ import numpyro.distributions as dist
 from scipy.special import logsumexp
 
 from benchmarks.posteriors import exact_probabilities
-from benchmarks.posteriors.karate_club import Gibbs, block_model, data
+from benchmarks.posteriors.karate_club import Gibbs, block_model, block_model_of_pymc, data
 
-__all__ = ["data", "model", "truth"]
+__all__ = ["data", "model", "pymc_model", "truth"]
 
 
 def model(edges):
     block_model(edges, dist.Normal(0, 2.0))
+
+
+def pymc_model(edges):
+    import pymc as pm
+
+    return block_model_of_pymc(edges, lambda name: pm.Normal(name, 0, 2.0))
 
 
 def truth(edges, num_runs=4):

@@ -68,6 +68,33 @@ def enumerated(growth):
     states_and_growth(growth, enumerate="parallel")
 
 
+def given_others(rng_key, draw, growth):
+    """The states given the parameters, backward in time: funsor 0.4.8 fails to draw them in this scan."""
+    stay = draw["stay"]
+    transition = jnp.log(jnp.stack([jnp.array([stay[0], 1 - stay[0]]), jnp.array([1 - stay[1], stay[1]])]))
+    means = draw["recession"] + draw["rise"] * jnp.arange(2)
+    log_density = dist.Normal(means, draw["noise"]).log_prob(growth[:, None])
+
+    def forward(log_forward, log_density):
+        log_forward = jax.nn.logsumexp(log_forward[:, None] + transition, 0) + log_density
+        return log_forward, log_forward
+
+    first = jnp.log(0.5) + log_density[0]
+    later = jax.lax.scan(forward, first, log_density[1:])[1]
+    last_key, rng_key = jax.random.split(rng_key)
+    last = jax.random.categorical(last_key, later[-1])
+
+    def backward(after, inputs):
+        key, log_forward = inputs
+        state = jax.random.categorical(key, log_forward + transition[:, after])
+        return state, state
+
+    log_forward = jnp.concatenate([first[None], later[:-1]])
+    keys = jax.random.split(rng_key, len(log_forward))
+    states = jax.lax.scan(backward, last, (keys, log_forward), reverse=True)[1]
+    return {"expansion": jnp.concatenate([states, last[None]])}
+
+
 def asked(draw, growth):
     changes = draw["expansion"][1:] != draw["expansion"][:-1]
     return {

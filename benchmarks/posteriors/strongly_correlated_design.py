@@ -6,8 +6,8 @@ Truth: exact, by the sum over 65,536 models.
 from functools import partial
 
 from benchmarks.posteriors import correlated_design
-from benchmarks.posteriors.diabetes import model, truth
+from benchmarks.posteriors.diabetes import model, pymc_model, truth
 
-__all__ = ["data", "model", "truth"]
+__all__ = ["data", "model", "pymc_model", "truth"]
 
 data = partial(correlated_design.data, correlation=0.97, num_cases=600, effect=0.8)

@@ -23,6 +23,8 @@ def discrete_given_others(about, chunk, rng):
     """
 
     def discrete(bits, draw):
+        if about.given_others is not None:
+            return about.given_others(random.key(bits), draw, *about.args)
         single = {name: value[None] for name, value in draw.items()}
         predictive = Predictive(about.enumerated, single, infer_discrete=True, parallel=True)
         found = {name: value[0] for name, value in predictive(random.key(bits), *about.args).items()}
