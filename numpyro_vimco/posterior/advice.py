@@ -105,7 +105,7 @@ def advise(
     return " ".join(parts)
 
 
-def _trusted(agreement: xr.Dataset) -> str:
+def _trusted(agreement: "xr.Dataset") -> str:
     """What "good" means; starts that are stuck are named."""
     off = agreement["differs"].any("quantity").values
     number = f"{(~off).sum()} of {len(off)}" if off.any() else f"{len(off)}"
