@@ -66,13 +66,12 @@ def test_density_is_a_number(name):
 @prior_may_be_impossible
 @every_problem
 def test_enumerated_is_the_same_model(name):
-    """Its density is that of the model, summed over discrete latents: no less than one term. All latents are there."""
+    """Its density is that of the model, summed over discrete latents: no less than one term."""
     about = problem(name)
     if about.enumerated is None:
         pytest.skip("no discrete latents that NumPyro sums out")
     draw = {name: site["value"] for name, site in prior_draw(about).items()}
     marked = trace(seed(about.enumerated, random.key(0))).get_trace(*about.args)
-    assert draw.keys() <= marked.keys()
     latents = {name: site for name, site in marked.items() if is_latent_site(site)}
     summed = {name for name, site in latents.items() if site["infer"].get("enumerate") == "parallel"}
     for site in summed:  # NumPyro 0.22 sums over 0, 1, …, whatever the support is
