@@ -194,8 +194,9 @@ def at_values(table: Array, site: dict, parts: Collection[str], values: Mapping[
 def _in_logs():
     """An interpretation of funsor in which two tables are added before their sum is taken.
 
-    funsor's own takes the product of their exponentials, each divided by its largest. That is 0, and its logarithm -inf,
-    where the values that two tables favour differ by more than 88 nats: two observations of one summed site, early in a fit.
+    funsor's own takes the product of their exponentials, each divided by its largest. That is 0, and its logarithm
+    -inf, where the values that two tables favour differ by more than 88 nats: two observations of one summed site,
+    early in a fit.
     """
     funsor = import_funsor()
     from funsor.interpretations import DispatchedInterpretation, PrioritizedInterpretation, eager
