@@ -5,6 +5,7 @@
 #                 of `make test` also with the oldest NumPyro, JAX and ArviZ that pyproject.toml admits
 # make docs       these pages as a site in docs/_build, warnings as errors
 # make benchmark  the tables of benchmarks/
+# make posteriors all methods on posteriors with a known truth, and their page: hours
 # make dist       wheel and sdist in dist/, tested in an environment of their own
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test test-long test-all pytest lint docs benchmark dist clean
+.PHONY: demo test test-long test-all pytest lint docs benchmark posteriors dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/variable_selection.py
@@ -51,6 +52,12 @@ test-all:
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks
+
+# One core for all methods, as some would use two and others could not.
+posteriors: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[pymc]'
+	taskset -c 0 $(BIN)/python benchmarks/posteriors
+	$(BIN)/python benchmarks/posteriors --report
 
 # The code of the pages is run by tests/test_docs.py, so that the site needs the package alone.
 docs: $(DOCS_INSTALLED)

@@ -73,11 +73,11 @@ def first_start(result):
 
 def measure(name, seed, rate, alpha, anneal, kappa, structure="autoregressive", num_steps=None, draws=DRAWS):
     """A row for one start, and one for four."""
-    model, args, log_evidence, expected, usual_steps = problem(name)
-    num_steps = num_steps or usual_steps
-    guide = AutoMixed(model, structure=structure, coupling_speed=kappa)
+    about = problem(name)
+    args, num_steps = about.args, num_steps or about.num_steps
+    guide = AutoMixed(about.model, structure=structure, coupling_speed=kappa)
     objective = ReweightedWakeSleep(64) if alpha == "wake-sleep" else VIMCOStar(alpha, 64)
-    svi = SVI(model, guide, optax.adam(recommended(num_steps, rate)), objective)
+    svi = SVI(about.model, guide, optax.adam(recommended(num_steps, rate)), objective)
     start = time.perf_counter()
     four = fit(svi, random.key(seed), num_steps, *args, num_starts=4, anneal=anneal, progress_bar=False)
     for result in (first_start(four), four):
@@ -86,8 +86,10 @@ def measure(name, seed, rate, alpha, anneal, kappa, structure="autoregressive", 
         )
         table = found.agreement
         estimates = dict(zip(table["quantity"].values, table["pooled"].values))
-        error = max(abs(estimates[f"{site}[{i}]"] - p) for site, ps in expected.items() for i, p in enumerate(ps))
-        evidence_error = found.log_evidence - log_evidence
+        error = max(
+            abs(estimates[f"{site}[{i}]"] - p) for site, ps in about.truth.means.items() for i, p in enumerate(ps)
+        )
+        evidence_error = found.log_evidence - about.truth.log_evidence
         apart = np.abs(table["difference"].values).max(0)
         row = {
             "problem": name, "seed": seed, "rate": rate, "alpha": alpha, "annealed": anneal > 0, "kappa": kappa,

@@ -34,7 +34,8 @@ STRUCTURES = ("mean_field", "conditional", "autoregressive")
 
 def measure(name, structure, seeds, **options):
     """For each seed: error, relative ESS, gap of the ELBO, error of the log evidence, seconds of steps, of the rest."""
-    model, args, log_evidence, expected, num_steps = problem(name)
+    about = problem(name)
+    model, args, num_steps = about.model, about.args, about.num_steps
     guide = AutoMixed(model, structure=structure, **options)
     svi = SVI(model, guide, optax.adam(recommended(num_steps)), VIMCOStar(0.5, num_particles=64))
     for seed in seeds:
@@ -52,8 +53,8 @@ def measure(name, structure, seeds, **options):
             svi, result.start(0), model_args=args, rng_key=random.key(seed), num_samples=40_000, num_proposals=40_000,
             groups=(), progress_bar=False,
         )  # fmt: skip
-        error = max(np.abs(draws["posterior"][k].values[0].mean(0) - v).max() for k, v in expected.items())
-        known = np.nan if log_evidence is None else log_evidence
+        error = max(np.abs(draws["posterior"][k].values[0].mean(0) - v).max() for k, v in about.truth.means.items())
+        known = np.nan if about.truth.log_evidence is None else about.truth.log_evidence
         yield (
             error, diagnostics.ess / 40_000, known - diagnostics.bounds[1], diagnostics.log_evidence - known,
             of_steps, seconds[0],

@@ -27,7 +27,7 @@ from numpyro_vimco import (
     plots,
     to_arviz,
 )
-from numpyro_vimco.posterior.agreement import agree, compare
+from numpyro_vimco.posterior.agreement import compare, share_that_agrees
 from numpyro_vimco.posterior.diagnostics import _reading
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Moments
@@ -114,10 +114,10 @@ def test_small_differences_are_none():
     fitted = Fitted.of(SVI_TWO_MODES, AGREEING, (), {})
     rng = np.random.default_rng(0)
 
-    def moments(shift, number):
+    def moments(shift, number, log_weight=0.0):
         value = rng.normal(size=number)
         found = Moments({"z": 0})
-        found.add(np.zeros(number), {"z": (value - value.mean()) / value.std() + shift})
+        found.add(np.full(number, log_weight), {"z": (value - value.mean()) / value.std() + shift})
         return found
 
     pool = moments(0.0, 10**6)
@@ -125,7 +125,15 @@ def test_small_differences_are_none():
     uncertain = [moments(shift, 100) for shift in (0.45, 0.55)]
     table = compare(fitted, [0, 1, 2, 3, 4], pool, certain + uncertain)
     assert list(table["differs"].sel(quantity="z").values) == [False, False, True, False, True]
-    assert not agree(table) and agree(table.isel(start=[0, 1, 3])) and not agree(table.isel(start=[0]))
+    # Two that differ, and have all of the evidence; none that differs; one alone.
+    for chosen, share in (([0, 1, 2, 3, 4], 0), ([0, 1, 3], 1), ([0], 0)):
+        assert share_that_agrees(table.isel(start=chosen)) == share
+    # One of three with a 90th of the evidence, and a 110th.
+    for part, share in ((90, 0), (110, 2 / 3)):
+        table = compare(fitted, [0, 1, 2], pool, [*certain[:2], moments(9.0, 100, -np.log(part))])
+        assert share_that_agrees(table) == share
+    # A single one beside one that is stuck.
+    assert share_that_agrees(compare(fitted, [0, 1], pool, [certain[0], moments(9.0, 100, -9.0)])) == 0
 
 
 def test_starts_that_agree_are_good(agreeing):
@@ -133,6 +141,21 @@ def test_starts_that_agree_are_good(agreeing):
     assert "3 starts agree" in agreeing.advice and "unless all starts lost the same part" in agreeing.advice
     assert "starts        3, which agree" in str(agreeing) and "reading       good" in str(agreeing)
     assert not agreeing.agreement["differs"].any()
+
+
+@pytest.mark.parametrize("num_stuck", [1, 2])
+def test_one_of_four_starts_may_be_stuck(num_stuck):
+    # 1.5 off in one direction for both modes: the stuck ones find e^-17 of the evidence, or less.
+    loc = jnp.where(jnp.arange(4) < num_stuck, 10.0, 0.0)
+    result = fit_result({"logits": jnp.zeros(4), "loc": loc})
+    found = importance_diagnostics(SVI_TWO_MODES, result, num_samples=4000, **ARGUMENTS)
+    assert abs(found.log_evidence - LOG_EVIDENCE) < 0.05
+    assert f"starts        4, {num_stuck} off" in str(found)
+    if num_stuck == 1:
+        assert found.reading == "good" and "3 of 4 starts agree" in found.advice
+        assert "Start 0 is stuck: its evidence is" in found.advice
+    else:
+        assert found.reading == "usable" and "The starts disagree" in found.advice
 
 
 def test_errors_of_differences_are_honest():
@@ -423,25 +446,28 @@ def test_largest_sum_of_a_stretch():
 
 
 @pytest.mark.parametrize(
-    "k, ess, agree, proof, expected",
+    "k, ess, agreeing, proof, expected",
     [
-        (0.3, 0.2, True, False, "good"),
-        (0.3, 0.2, False, False, "usable"),  # one start, or starts that differ
-        (0.3, 0.2, True, True, "bad"),
-        (0.3, 0.05, True, False, "usable"),
-        (0.3, 0.005, True, False, "bad"),
-        # A tail that agreeing starts with an ESS of half the draws have seen.
-        (0.9, 0.5, True, False, "good"),
-        (0.9, 0.5, False, False, "bad"),
-        (0.9, 0.49, True, False, "bad"),
-        (0.49, 0.1, True, False, "good"),
-        (0.51, 0.24, True, False, "usable"),
-        (0.69, 0.25, True, False, "good"),
-        (0.69, 0.25, False, False, "usable"),
+        (0.3, 0.2, 1, False, "good"),
+        (0.3, 0.2, 0.75, False, "good"),
+        (0.3, 0.2, 0.5, False, "usable"),
+        (0.3, 0.2, 0, False, "usable"),  # one start, or starts that differ
+        (0.3, 0.2, 1, True, "bad"),
+        (0.3, 0.05, 1, False, "usable"),
+        (0.3, 0.005, 1, False, "bad"),
+        # A tail that starts have seen which all agree and have an ESS of half the draws.
+        (0.9, 0.5, 1, False, "good"),
+        (0.9, 0.5, 0.75, False, "bad"),
+        (0.9, 0.5, 0, False, "bad"),
+        (0.9, 0.49, 1, False, "bad"),
+        (0.49, 0.1, 1, False, "good"),
+        (0.51, 0.24, 1, False, "usable"),
+        (0.69, 0.25, 1, False, "good"),
+        (0.69, 0.25, 0, False, "usable"),
     ],
 )
-def test_reading(k, ess, agree, proof, expected):
-    assert _reading(k, ess * 10_000, 10_000, agree, proof) == expected
+def test_reading(k, ess, agreeing, proof, expected):
+    assert _reading(k, ess * 10_000, 10_000, agreeing, proof) == expected
 
 
 def test_two_fits_that_agree_make_a_heavy_tail_good():

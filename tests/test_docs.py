@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = ("README.md", "quick_start.md", "own_estimator.md")
+SHORT = ("README.md", "own_estimator.md")
 
 
 def blocks(page):

@@ -204,7 +204,7 @@ def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles,
     ("name", "alpha"),
     of_two_lengths(
         [(name, alpha) for name in CASES for alpha in (0.0, 0.5, 1.0) if name in EACH_ALPHA or alpha == 0.5],
-        [(name, 0.5) for name in (*EACH_ALPHA, "Delta", "moving support", "local, mask")],
+        [(name, 0.5) for name in (*EACH_ALPHA, "Delta", "local, mask")],
     ),
 )
 def test_mean_is_that_of_the_plain_estimator(name, alpha):

@@ -74,8 +74,8 @@ CONDITIONAL = partial(AutoMixed, structure="conditional")
     "model, make, first_call",
     [
         pytest.param(small_model, CONDITIONAL, keep_key_traced, marks=pytest.mark.long),
-        (small_model, CONDITIONAL, keep_nothing),
-        (small_model, CONDITIONAL, run_mapped),
+        pytest.param(small_model, CONDITIONAL, keep_nothing, marks=pytest.mark.long),
+        pytest.param(small_model, CONDITIONAL, run_mapped, marks=pytest.mark.long),
         pytest.param(small_model, partial(AutoMixed, structure="autoregressive"), run_mapped, marks=pytest.mark.long),
         (small_model, partial(AutoMixed, continuous=AutoMultivariateNormal), keep_key_traced),
         (continuous_uniform, AutoMixed, keep_nothing),

@@ -355,7 +355,10 @@ def discrete_model(x):
         numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-@pytest.mark.parametrize("continuous", [AutoNormal, AutoMultivariateNormal, AutoDelta, AutoLaplaceApproximation])
+@pytest.mark.parametrize(
+    "continuous",
+    of_two_lengths([AutoNormal, AutoMultivariateNormal, AutoDelta, AutoLaplaceApproximation], [AutoNormal]),
+)
 def test_without_discrete_sites_it_is_the_continuous_guide(continuous):
     def fit(guide):
         svi = SVI(continuous_model, guide, optax.adam(0.1), VIMCOStar(num_particles=4))
@@ -378,7 +381,10 @@ def test_without_continuous_sites_it_is_the_discrete_guide():
 
 @pytest.mark.parametrize(
     "continuous",
-    [AutoDelta, AutoLowRankMultivariateNormal, partial(AutoNormal, init_scale=0.01), lambda m: AutoNormal(m)],
+    of_two_lengths(
+        [AutoDelta, AutoLowRankMultivariateNormal, partial(AutoNormal, init_scale=0.01), lambda m: AutoNormal(m)],
+        [AutoDelta],
+    ),
 )
 def test_continuous_guides(continuous):
     guide = AutoMixed(mixed_model, continuous=continuous)

@@ -131,7 +131,7 @@ def missing(x):
         numpyro.sample("x", dist.Normal(loc, 1.0), obs=x, obs_mask=SEEN)
 
 
-@pytest.mark.parametrize("make_guide", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("make_guide", of_two_lengths([AutoNormal, AutoMultivariateNormal], [AutoMultivariateNormal]))
 def test_evidence_of_missing_normals_by_guides_with_and_without_densities_of_elements(make_guide):
     """exp(-loss) has the evidence as its mean: 20,000 draws, 5 standard errors. Counting the guide's density of
     the four masked elements is off by a factor of 50 or more.

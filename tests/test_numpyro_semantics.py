@@ -18,6 +18,7 @@ from numpyro.infer.autoguide import AutoNormal
 import optax
 import pytest
 
+from helpers import of_two_lengths
 from numpyro_vimco import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
 
 X = np.array([0.5, -1.0, 2.0, 0.3, 1.1, -0.2], np.float32)
@@ -119,7 +120,9 @@ PATH_PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PATH_PROGRAMS)
+@pytest.mark.parametrize(
+    "name", of_two_lengths(PATH_PROGRAMS, ["global and plate", "scale, mask, factor, to_event, deterministic"])
+)
 def test_path_guide_has_the_value_and_gradient_of_renyi_elbo(name):
     model, guide = PATH_PROGRAMS[name]()
     params = SVI(model, guide, optax.sgd(0.1), VIMCOStar()).init(random.key(0), X).optim_state[1][0]
@@ -386,6 +389,7 @@ def test_predictive_draws_from_the_fit():
     assert predicted["twice"].shape == (20,)
 
 
+@pytest.mark.long
 def test_modules_of_stax_and_flax():
     from jax.example_libraries import stax
 
@@ -520,6 +524,7 @@ def test_undeclared_attributes_of_a_distribution():
     assert found[1] != 0
 
 
+@pytest.mark.long
 def test_samplers_of_score_function_sites_are_not_differentiated():
     """Poisson's sampler has loops, at which JAX 0.10.1 fails where local particles are mapped over."""
 

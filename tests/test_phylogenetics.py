@@ -246,6 +246,7 @@ def test_fit_finds_the_exact_posterior(options, tmp_path, capsys):
     assert {path.suffix for path in tmp_path.iterdir()} == {".nc", ".png", ".trees"}
 
 
+@pytest.mark.long
 def test_fit_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "new" / "fit.npz"
 

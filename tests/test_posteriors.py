@@ -36,9 +36,10 @@ def fits(model, args, num_steps, site, num_starts=5, num_proposals=40_000):
     "name, relative_ess", [("diabetes", 0.25), ("correlated_design", 0.4), ("strongly_correlated_design", 0.4)]
 )
 def test_variable_selection(name, relative_ess):
-    model, args, log_evidence, expected, num_steps = problem(name)
-    for estimate, diagnostics in fits(model, args, num_steps, "included"):
-        assert np.abs(estimate - expected["included"]).max() < 0.02
+    about = problem(name)
+    log_evidence = about.truth.log_evidence
+    for estimate, diagnostics in fits(about.model, about.args, about.num_steps, "included"):
+        assert np.abs(estimate - about.truth.means["included"]).max() < 0.02
         assert diagnostics.ess > relative_ess * 40_000 and diagnostics.pareto_k < 0.7
         assert log_evidence - 1 < diagnostics.bounds[1]
         assert abs(diagnostics.log_evidence - log_evidence) < 0.03
@@ -46,17 +47,17 @@ def test_variable_selection(name, relative_ess):
 
 @pytest.mark.long
 def test_change_points():
-    model, args, log_evidence, expected, num_steps = problem("change_points")
-    for estimate, diagnostics in fits(model, args, num_steps, "switch"):
-        assert np.abs(estimate - expected["switch"]).max() < 0.03
-        assert abs(diagnostics.log_evidence - log_evidence) < 0.1
+    about = problem("change_points")
+    for estimate, diagnostics in fits(about.model, about.args, about.num_steps, "switch"):
+        assert np.abs(estimate - about.truth.means["switch"]).max() < 0.03
+        assert abs(diagnostics.log_evidence - about.truth.log_evidence) < 0.1
 
 
 @pytest.mark.long
 def test_karate_club():
-    model, args, _, expected, num_steps = problem("karate_club")
-    for estimate, _ in fits(model, args, num_steps, "group"):
-        assert np.abs(estimate - expected["group"]).max() < 0.02
+    about = problem("karate_club")
+    for estimate, _ in fits(about.model, about.args, about.num_steps, "group"):
+        assert np.abs(estimate - about.truth.means["group"]).max() < 0.02
 
 
 # A part of benchmarks/agreement.py: rate, α, annealing and κ of fits of four starts.

@@ -123,7 +123,7 @@ CASES = {
 }
 
 
-SHORT = ("global latents, alpha=0.5", "forward mode", "common plate", "local particles, alpha=0.5")
+SHORT = ("common plate", "local particles, alpha=0.5")
 
 
 @pytest.mark.parametrize("case", of_two_lengths(CASES, SHORT))
@@ -155,6 +155,7 @@ def temp_size(objective, model, guide, *data):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's own
 def test_memory_of_a_chunk_on_the_digits():
     common = load_benchmark("common")
@@ -163,7 +164,7 @@ def test_memory_of_a_chunk_on_the_digits():
     assert temp_size(VIMCOStar(num_particles=4096, chunk_size=256), *programs) < 1.3 * one_chunk
 
 
-@pytest.mark.parametrize("doubly_reparameterized", [True, False])
+@pytest.mark.parametrize("doubly_reparameterized", of_two_lengths([True, False], [False]))
 def test_neither_samples_nor_parameters_are_kept_for_every_chunk(doubly_reparameterized):
     def model():
         z = numpyro.sample("z", dist.Normal(0, 1).expand([500]).to_event(1))
@@ -240,7 +241,9 @@ def test_two_processes_give_what_one_gives():
 
 
 @pytest.mark.parametrize(
-    "optimizer, key", [(numpyro.optim.Adam, random.PRNGKey), (optax.adam, random.key)], ids=["numpyro", "optax"]
+    "optimizer, key",
+    of_two_lengths([(numpyro.optim.Adam, random.PRNGKey), (optax.adam, random.key)], [(optax.adam, random.key)]),
+    ids=["numpyro", "optax"],
 )
 def test_a_fit_that_stops_and_goes_on_is_the_uninterrupted_one(optimizer, key, tmp_path):
     def svi():

@@ -330,6 +330,7 @@ def test_every_support_beside_every_other():
         assert draws[name].shape == (4, *fn.shape()) and jnp.all(fn.support(draws[name]))
 
 
+@pytest.mark.long
 def test_program_has_no_loop_over_elements():
     def equations(size):
         def model(x):
@@ -346,6 +347,7 @@ def test_program_has_no_loop_over_elements():
     assert equations(4) == equations(12)
 
 
+@pytest.mark.long
 def test_rank_is_chosen_by_size():
     def model(size):
         with numpyro.plate("predictor", size):

@@ -9,6 +9,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
+from benchmarks.posteriors import exact_probabilities
+
 TIMES, PRIOR_SCALE, CHANGE = 60, 2.0, 0.05
 NUM_STEPS = 8000
 
@@ -30,7 +32,7 @@ def data():
 
 
 def truth(y):
-    """Log evidence and switches, by dynamic programming (float64)."""
+    """By dynamic programming (float64)."""
     sums, squares = (np.concatenate([[0], np.cumsum(np.asarray(y, float) ** power)]) for power in (1, 2))
 
     def log_segment(i, j):  # ∫ ∏ Normal(y; level, 1) Normal(level; 0, PRIOR_SCALE), and what begins it and stays on
@@ -45,4 +47,5 @@ def truth(y):
         forward[j] = np.logaddexp.reduce([forward[i] + log_segment(i, j) for i in range(j)])
     for i in range(TIMES - 1, -1, -1):
         backward[i] = np.logaddexp.reduce([backward[j] + log_segment(i, j) for j in range(i + 1, TIMES + 1)])
-    return forward[TIMES], {"switch": np.exp(forward[1:TIMES] + backward[1:TIMES] - forward[TIMES])}
+    switch = np.exp(forward[1:TIMES] + backward[1:TIMES] - forward[TIMES])
+    return exact_probabilities({"switch": switch}, forward[TIMES], "sum over all segmentations")

@@ -6,6 +6,7 @@ Truth: exact, by the sum over 1,024 models.
 import jax.numpy as jnp
 from sklearn.datasets import load_diabetes
 
+from benchmarks.posteriors import exact_probabilities
 from examples.variable_selection import exact_posterior, model
 
 __all__ = ["data", "model", "standardized", "truth"]
@@ -22,4 +23,5 @@ def data():
 
 def truth(predictors, response):
     log_evidence, inclusion = exact_posterior(predictors, response)
-    return log_evidence, {"included": inclusion}
+    source = f"sum over {2 ** predictors.shape[1]:,} models"
+    return exact_probabilities({"included": inclusion}, log_evidence, source)

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
-from numpyro_vimco.posterior.agreement import differences
+from numpyro_vimco.posterior.agreement import differences, is_evidence
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
@@ -42,10 +42,7 @@ def advise(
     """
     if reading == "good":
         assert agreement is not None
-        return (
-            f"{agreement.sizes['start']} starts agree, and the weights are good: importance-weighted estimates can be "
-            "trusted, unless all starts lost the same part of the posterior. Nothing here can show that."
-        )
+        return _trusted(agreement)
     summary = weighed.summary
     parts = []
     if past:
@@ -102,6 +99,20 @@ def advise(
         )
     else:
         parts.append("docs/checking_a_fit.md says what makes a guide better.")
+    return " ".join(parts)
+
+
+def _trusted(agreement: xr.Dataset) -> str:
+    """What "good" means; starts that are stuck are named."""
+    off = agreement["differs"].any("quantity").values
+    number = f"{(~off).sum()} of {len(off)}" if off.any() else f"{len(off)}"
+    parts = [
+        f"{number} starts agree, and the weights are good: importance-weighted estimates can be trusted, unless all "
+        "starts lost the same part of the posterior. Nothing here can show that."
+    ]
+    pooled = agreement["pooled"].values[is_evidence(agreement)].sum()
+    for start, evidence in zip(agreement["start"].values[off], agreement["log_evidence"].values[off]):
+        parts.append(f"Start {start} is stuck: its evidence is {pooled - evidence:.2f} nats lower.")
     return " ".join(parts)
 
 

@@ -22,6 +22,8 @@ from numpyro_vimco.sites import element_names
 # A start differs where it is off by more than this, in nats or posterior standard deviations, and four standard errors:
 # one quantity in 16,000 is off by four by chance alone, and the tolerance makes that rarer where errors are small.
 TOLERANCE, ERRORS = 0.1, 4.0
+# A start that differs is stuck where it has less than a hundredth of the evidence: its draws count next to nothing.
+STUCK = float(np.log(100))
 # So many starts are named, with what differs most in each.
 NAMED = 3
 # The name of the quantity that is in nats.
@@ -82,9 +84,13 @@ def is_evidence(agreement: xr.Dataset) -> np.ndarray:
     return np.array([name.startswith(EVIDENCE) for name in agreement["quantity"].values])
 
 
-def agree(agreement: xr.Dataset) -> bool:
-    """Whether there are two starts or more, and none differs from the pool."""
-    return agreement.sizes["start"] > 1 and not bool(agreement["differs"].any())
+def share_that_agrees(agreement: xr.Dataset) -> float:
+    """The share of starts that agree with the pool: 0 if these are less than two, or if another is not stuck."""
+    off = agreement["differs"].any("quantity").values
+    evidence, error = (agreement[name].values[off] for name in ("log_evidence", "log_evidence_std_error"))
+    pooled = agreement["pooled"].values[is_evidence(agreement)].sum()
+    stuck = evidence + ERRORS * np.nan_to_num(error) < pooled - STUCK
+    return float(np.mean(~off)) if np.sum(~off) > 1 and stuck.all() else 0.0
 
 
 def differences(agreement: xr.Dataset) -> str:

@@ -1,0 +1,260 @@
+"""Tables and picture of docs/posteriors.md, from the CSV files of the results."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.posteriors.grid import ALPHAS
+from benchmarks.posteriors.results import RIGHT, read
+
+PAGE = Path(__file__).parents[2] / "docs" / "posteriors.md"
+PICTURE = PAGE.parent / "images" / "posteriors.png"
+# Whom the tables and the picture compare; the other objectives have a table of their own.
+COMPARED = (
+    "recommended",
+    "DiscreteHMCGibbs",
+    "MixedHMC",
+    "NUTS",
+    "PyMC",
+    "TraceEnum_ELBO, all time",
+    "TraceGraph_ELBO, all time",
+)
+OURS = ("recommended",)
+# A row may be so much later than its mark.
+LATE = 1.03
+CLOCKS = ("seconds_with_compilation", "seconds")
+
+
+class Runs:
+    """The rows of one method on one problem.
+
+    :param rows: of all seeds, as dicts of strings.
+    """
+
+    def __init__(self, rows):
+        self.notes = [row["note"] for row in rows if row["note"]]
+        self.seeds = defaultdict(list)
+        for row in rows:
+            if row["error"]:
+                self.seeds[row["seed"]].append(row)
+        for seed in self.seeds.values():
+            seed.sort(key=lambda row: float(row["seconds"]))
+
+    def last(self, clock, budget):
+        """Of each seed, its last row within the budget, or None."""
+        within = [[row for row in rows if float(row[clock]) <= LATE * budget] for rows in self.seeds.values()]
+        return [rows[-1] if rows else None for rows in within]
+
+    def error(self, clock, budget):
+        """The worst over seeds at the end of the budget, in posterior standard deviations; inf where there is none."""
+        return max((float(row["error"]) if row else np.inf for row in self.last(clock, budget)), default=np.inf)
+
+    def time_to_right(self, clock, budget):
+        """The longest over seeds until the error is at most 0.1 and stays so; inf where it never is."""
+        return max((self._time(rows, clock, budget) for rows in self.seeds.values()), default=np.inf)
+
+    def _time(self, rows, clock, budget):
+        time = np.inf
+        for row in reversed([row for row in rows if float(row[clock]) <= LATE * budget]):
+            if not float(row["error"]) <= RIGHT:
+                break
+            time = float(row[clock])
+        return time
+
+    def column(self, name, clock="seconds", budget=np.inf):
+        """Numbers of the last rows of all seeds, where they are known."""
+        return [float(row[name]) for row in self.last(clock, budget) if row and row[name] not in ("", "nan")]
+
+
+def collect(folder):
+    """By problem and method, its `Runs`."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.csv")):
+        by_method = defaultdict(list)
+        for row in read(path):
+            by_method[row["method"]].append(row)
+        found[path.stem] = {method: Runs(rows) for method, rows in by_method.items()}
+    return found
+
+
+def table(header, rows):
+    """Lines of a Markdown table."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def number(x, digits=2):
+    """As text; a dash for what is not there."""
+    return "–" if x is None or not np.isfinite(x) else f"{x:.{digits}f}" if x < 100 else f"{x:,.0f}"
+
+
+def problem_tables(results, budget):
+    """For each problem, a row for each method."""
+    header = ["", "error", "seconds to 0.1", "evidence", "ESS / s", "says", "right"]
+    lines = []
+    for problem, methods in results.items():
+        rows = [problem_row(name, methods[name], budget) for name in COMPARED if name in methods]
+        lines += [f"### {problem}", "", table(header, rows), ""]
+    return "\n".join(lines).strip()
+
+
+def problem_row(name, runs, budget):
+    """The cells of one method on one problem."""
+    if not runs.seeds:
+        return [f"`{name}`", *["–"] * 4, runs.notes[0] if runs.notes else "", ""]
+    last = [row for row in runs.last("seconds", budget) if row]
+    right = {row["right"] for row in last if row["right"]}
+    evidence = max(runs.column("evidence_error", budget=budget), key=abs, default=np.nan)
+    return [
+        f"`{name}`",
+        " / ".join(number(runs.error(clock, budget), 3) for clock in CLOCKS),
+        " / ".join(number(runs.time_to_right(clock, budget), 1) for clock in CLOCKS),
+        number(evidence),
+        number(np.median(runs.column("ess_per_second", budget=budget) or [np.nan]), 1),
+        ", ".join(sorted({row["reading"] for row in last if row["reading"]})) or "nothing",
+        "" if not right else "no" if "False" in right else "yes",
+    ]
+
+
+def verdicts(results, budget):
+    """How often each method is within 0.1, and among the fastest; how often it says good in the end, and is wrong."""
+    rows = []
+    for name in COMPARED:
+        applies = {problem: of[name] for problem, of in results.items() if name in of and of[name].seeds}
+        within = [sum(of.error(clock, budget) <= RIGHT for of in applies.values()) for clock in CLOCKS]
+        fast = [sum(_is_fastest(results[p], of, clock, budget) for p, of in applies.items()) for clock in CLOCKS]
+        last = [row for of in applies.values() for row in of.last("seconds", budget) if row]
+        good = [row for row in last if row["reading"] == "good"]
+        wrong = sum(row["right"] == "False" for row in good)
+        said = [f"{len(good)} of {len(last)}", wrong] if any(row["reading"] for row in last) else ["–", "–"]
+        counts = [" / ".join(map(str, of)) for of in (within, fast)]
+        rows.append([f"`{name}`", f"{len(applies)} of {len(results)}", *counts, *said])
+    return table(["", "applies", "within 0.1", "among the fastest", "runs called good", "of these wrong"], rows)
+
+
+def _is_fastest(methods, runs, clock, budget, factor=1.5):
+    best = min(methods[name].time_to_right(clock, budget) for name in COMPARED if name in methods)
+    return bool(runs.time_to_right(clock, budget) <= factor * best < np.inf)
+
+
+def wrong_goods(results):
+    """Every row that says "good" and is not right."""
+    header = ["problem", "method", "seed", "steps or draws", "seconds", "error", "of"]
+    rows = [
+        [problem, f"`{name}`", row["seed"], row["size"], number(float(row["seconds"]), 1), row["error"], row["worst"]]
+        for problem, methods in results.items()
+        for name, runs in methods.items()
+        for seed in runs.seeds.values()
+        for row in seed
+        if row["right"] == "False"
+    ]
+    return table(header, rows) if rows else 'None: each "good" was right.'
+
+
+def others_win(results, budget, clock="seconds_with_compilation"):
+    """Problems on which another method is faster than 1.5 times the recommendation."""
+    rows = []
+    for problem, methods in results.items():
+        times = {name: methods[name].time_to_right(clock, budget) for name in COMPARED if name in methods}
+        ours = min((times[name] for name in OURS if name in times), default=np.inf)
+        best = min(times, key=times.get)
+        if times[best] < np.inf and ours > 1.5 * times[best]:
+            rows.append([problem, f"`{best}`", number(times[best], 1), number(ours, 1)])
+    header = ["problem", "fastest", "seconds to 0.1", "recommended"]
+    return table(header, rows) if rows else "None."
+
+
+def star_against_vimco(results):
+    """Relative ESS of single starts, median (and range), by α; and who is ahead by more than the range."""
+    rows, ahead = [], np.zeros((3, len(ALPHAS)), int)
+    for problem, methods in results.items():
+        cells = []
+        for i, alpha in enumerate(ALPHAS):
+            pair = [methods.get(f"{name}({alpha})") for name in ("VIMCOStar", "VIMCO")]
+            star, vimco = (runs.column("relative_ess") if runs else [] for runs in pair)
+            if not star or not vimco:
+                cells.append("–")
+                continue
+            who = 0 if min(star) > max(vimco) else 2 if min(vimco) > max(star) else 1
+            ahead[who, i] += 1
+            shown = [_range(star), _range(vimco)]
+            cells.append(" / ".join(f"**{x}**" if who == side else x for side, x in zip((0, 2), shown)))
+        if set(cells) != {"–"}:
+            rows.append([problem, *cells])
+    for name, counts in zip(("VIMCO-⋆ ahead", "within the range", "VIMCO ahead"), ahead):
+        rows.append([f"*{name}*", *counts])
+    return table(["", *(f"α = {alpha:g}" for alpha in ALPHAS)], rows)
+
+
+def _range(shares):
+    low, middle, high = (f"{100 * x:.1f}" for x in (min(shares), np.median(shares), max(shares)))
+    return f"{middle} ({low}–{high})"
+
+
+def objectives(results):
+    """Of all objectives with the same guide and 2,000 steps: over problems and starts."""
+    names = [f"{name}({alpha})" for name in ("VIMCOStar", "VIMCO") for alpha in ALPHAS]
+    rows = []
+    for name in [*names, "ReweightedWakeSleep", "TraceGraph_ELBO"]:
+        runs = {problem: methods[name] for problem, methods in results.items() if name in methods}
+        runs = {problem: of for problem, of in runs.items() if of.seeds}
+        if not runs:
+            continue
+        over = {column: [np.median(of.column(column) or [np.nan]) for of in runs.values()] for column in
+                ("relative_ess", "pareto_k", "bound_gap", "error")}  # fmt: skip
+        right = sum(of.error("seconds", np.inf) <= RIGHT for of in runs.values())
+        rows.append([
+            f"`{name}`", f"{100 * np.nanmedian(over['relative_ess']):.1f} %", number(np.nanmedian(over["pareto_k"])),
+            number(np.nanmedian(over["bound_gap"])), number(np.nanmedian(over["error"]), 3), f"{right} of {len(runs)}",
+        ])  # fmt: skip
+    header = ["", "ESS", "k", "ELBO below the evidence (nats)", "error", "all starts within 0.1"]
+    return table(header, rows)
+
+
+def picture(results, budget, path, clock="seconds"):
+    """Error against time, one panel for each problem: median over seeds."""
+    columns = 4
+    figure, axes = plt.subplots(
+        -(-len(results) // columns), columns, figsize=(15, 3 * -(-len(results) // columns)), layout="constrained",
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    for ax, (problem, methods) in zip(axes.flat, results.items()):
+        for i, name in enumerate(COMPARED):
+            for seed in methods[name].seeds.values() if name in methods else ():
+                times, errors = ([float(row[column]) for row in seed] for column in (clock, "error"))
+                ax.loglog(times, errors, f"C{i}o-", ms=3, lw=2.5 if name in OURS else 1, alpha=0.8)
+        ax.axhline(RIGHT, color="black", lw=0.8, ls=":")
+        ax.set(title=problem, xlim=(0.5, 1.5 * budget), ylim=(1e-3, 30))
+    for ax in axes.flat[len(results) :]:
+        ax.axis("off")
+    figure.supxlabel("seconds, compilation not counted")
+    figure.supylabel("worst error (posterior standard deviations)")
+    lines = [plt.Line2D([], [], color=f"C{i}", marker="o", ms=3, label=name) for i, name in enumerate(COMPARED)]
+    figure.legend(handles=lines, loc="outside upper center", ncols=len(COMPARED))
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def write_report(folder, budget=60):
+    """Fill the marked parts of the page, and draw the picture."""
+    results = collect(folder)
+    parts = {
+        "verdicts": verdicts(results, budget),
+        "wrong": wrong_goods(results),
+        "others": others_win(results, budget),
+        "star": star_against_vimco(results),
+        "objectives": objectives(results),
+        "problems": problem_tables(results, budget),
+    }
+    text = PAGE.read_text()
+    for name, content in parts.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(text)
+    picture(results, budget, PICTURE)
+    print(f"{len(results)} problems: {PAGE}, {PICTURE}")

@@ -1,0 +1,60 @@
+"""Problems whose discrete latents the truth sums out: it sums the joint of the model that users write."""
+
+from importlib import import_module
+import warnings
+
+import jax
+from jax import random
+import jax.numpy as jnp
+import numpy as np
+from numpyro.handlers import seed, trace
+from numpyro.infer.util import log_density
+import pytest
+
+pytest.importorskip("funsor")
+from numpyro.contrib.funsor import enum
+from numpyro.contrib.funsor import log_density as enumerated_log_density
+
+# At which parameters, in the order of the grid's axes.
+ON_A_GRID = {
+    "n_mixture": {"intercept": 1.3, "slope": 0.4, "logit_detection": -0.2},
+    "occupancy": {"occupancy": 0.5, "habitat_slope": 0.7, "detection": -0.4, "weather_slope": 0.5},
+    "capture_recapture": {"survival": 0.5, "flood_survival": 0.1, "detection": 1.2},
+    "hares": {"logit_real": -0.2, "logit_shy": 0.6, "detection": 0.3, "log_shyness": 0.4},
+}
+
+
+def in_double_precision(x):
+    return x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def enumerated(module, args, values):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # funsor's, on JAX's deprecations
+        return enumerated_log_density(enum(module.enumerated, first_available_dim=-3), args, {}, values)[0]
+
+
+@pytest.mark.parametrize("name", ON_A_GRID)
+def test_quadrature_sums_the_model(name):
+    module = import_module(f"benchmarks.posteriors.{name}")
+    with jax.enable_x64(True):
+        args = tuple(map(in_double_precision, module.data()))
+        log_joint, _ = module.on_grid([np.array([x]) for x in ON_A_GRID[name].values()], *args)
+        np.testing.assert_allclose(log_joint.item(), enumerated(module, args, ON_A_GRID[name]), rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["lsat6", "dawid_skene", "old_faithful"])
+def test_terms_of_elements_are_those_of_the_model(name):
+    module = import_module(f"benchmarks.posteriors.{name}")
+    with jax.enable_x64(True):
+        args = module.data()
+        sites = trace(seed(module.summed, random.key(1))).get_trace(*args)
+        latents = (site for site in sites.values() if site["type"] == "sample" and not site["is_observed"])
+        draw = {site["name"]: site["value"] for site in latents}
+        discrete = module.draw_latents(random.key(2), draw, *args)
+        (chosen,) = discrete.values()
+        shares = np.asarray(jax.nn.log_softmax(module.log_terms(draw, *args), axis=0))
+        summed = log_density(module.summed, args, {}, draw)[0]
+        joint = log_density(module.model, args, {}, {**draw, **discrete})[0]
+        np.testing.assert_allclose(joint, summed + np.take_along_axis(shares, np.asarray(chosen)[None], 0).sum())
+        np.testing.assert_allclose(enumerated(module, args, draw), summed)
