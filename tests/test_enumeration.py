@@ -369,6 +369,34 @@ def hmm_of_sequences(arguments=None, in_plate=False):
     return model, by_hand, guide, arguments or {}
 
 
+def hmm_of_second_order():
+    """A state depends on the two before it: `history=2`."""
+
+    def kernel():
+        return jax.nn.softmax(numpyro.param("kernel", np.linspace(-1.0, 1.0, 8).reshape(2, 2, 2) ** 2))
+
+    def model():
+        a, step = level(), kernel()
+
+        def move(carry, x):
+            before, last = carry
+            state = numpyro.sample("state", dist.Categorical(step[before, last]), infer=dict(MARK))
+            numpyro.sample("x", dist.Normal(a * state - 0.4 * last, 1.0), obs=x)
+            return (last, state), None
+
+        scan(move, (0, 0), jnp.asarray(X), history=2)
+
+    def by_hand():
+        a, step = level(), jnp.log(kernel())
+        emissions = normal(X[:, None, None], a * jnp.arange(2) - 0.4 * jnp.arange(2)[:, None])  # time, last, state
+        alpha = (step[0, 0] + emissions[0, 0])[:, None] + step[0] + emissions[1]
+        for emission in emissions[2:]:
+            alpha = logsumexp(alpha[..., None] + step, 0) + emission
+        numpyro.factor("x", logsumexp(alpha))
+
+    return model, by_hand, level_guide, {}
+
+
 def switching():
     """In one `scan`, a sampled switch and a summed state, which the data of the next time depend on."""
 
@@ -426,6 +454,7 @@ CASES = {
     "hmm in scan": hmm_in_scan,
     "hmm of sequences": hmm_of_sequences,
     "hmm, bound per element": partial(hmm_of_sequences, in_plate=True),
+    "hmm of second order": hmm_of_second_order,
     "switching": switching,
 }
 
