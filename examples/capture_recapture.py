@@ -35,8 +35,8 @@ from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_
 
 PARAMETERS = ("survival", "survival_in_floods", "recapture")
 SIMULATED = (0.6, 0.35, 0.85)
-# A normal logit, nearly flat between 0.05 and 0.95. Where floods do not matter, their survival keeps its prior. The
-# automatic guide is normal in the logit too: of a uniform probability, whose logit has heavier tails, it would miss these.
+# A normal logit, for a nearly uniform probability. Where floods do not matter, survival in them keeps its prior, and
+# the automatic guide, normal in the logit too, can be equal to it. A uniform probability has a logit of heavier tails.
 PRIOR = dist.TransformedDistribution(dist.Normal(0.0, 1.5), dist.transforms.SigmoidTransform())
 
 

@@ -85,7 +85,8 @@ def test_elements_with_weights_of_their_own(rate):
 
 
 @pytest.mark.parametrize(
-    "name, plate", [("Poisson", True), ("Poisson", False), ("Binomial", True), ("Categorical", True), ("to_event", False)]
+    "name, plate",
+    [("Poisson", True), ("Poisson", False), ("Binomial", True), ("Categorical", True), ("to_event", False)],
 )
 def test_zeros_are_possible_at_rate_zero(name, plate):
     """A count of 0 has probability 1 at z = 0, where the derivative of 0 log(z rate) would be NaN."""

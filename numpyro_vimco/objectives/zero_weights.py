@@ -42,7 +42,8 @@ def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset
     shared = [i for i in range(value.ndim) if i - value.ndim not in kept]
     impossible = jnp.any(value < FLOOR, axis=shared, keepdims=True)
     # The same density once more, which the compiler merges with the first: the derivative is that of this one.
-    again = {**site, "fn": _stopped(_without_zeros(fn), impossible), "value": _stop(impossible, site["value"], fn.event_dim)}
+    stopped = _stopped(_without_zeros(fn), impossible)
+    again = {**site, "fn": stopped, "value": _stop(impossible, site["value"], fn.event_dim)}
     return jnp.where(impossible, stop_gradient(value), log_prob(again))
 
 
