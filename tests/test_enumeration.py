@@ -706,6 +706,16 @@ def no_history():
     scan(move, 0, jnp.asarray(X), history=0)
 
 
+def parameter_in_scan():
+    def move(state, x):
+        effect = numpyro.param("effect", 0.3)
+        state = numpyro.sample("z", dist.Bernoulli(0.3 + 0.4 * state), infer=MARK)
+        numpyro.sample("x", dist.Normal(effect * state, 1.0), obs=x)
+        return state, None
+
+    scan(move, 0, jnp.asarray(X))
+
+
 ERRORS = {
     "outside of a plate": (outside_of_plate, {}, "'x' depends on 'z', which is summed out, .* the plate 'data'"),
     "indexed": (indexed, {}, "'x' depends on 'z', which is summed out, .* the plate 'group'"),
@@ -719,6 +729,7 @@ ERRORS = {
     "array of scales": (array_scale, {}, r"summed ones \('z'\) have a scale that is an array"),
     "two levels": (two_levels, {"plate_particles": {"data": 2}}, "inside and outside of the plate 'data'"),
     "second order": (second_order, {}, "'z_2' has another density where 'z_0' is summed out"),
+    "parameter in scan": (parameter_in_scan, {}, "Parameter 'effect' is declared inside of `scan`"),
     "no history": (no_history, {}, "'z' is marked .* NumPyro cannot enumerate it"),
 }
 
