@@ -19,6 +19,7 @@ import pytest
 
 from helpers import UNBIASED, Program, exact_bound, expected_estimate, of_two_lengths, product_of
 from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar
+from numpyro_vimco.posterior.annealing import Annealed
 
 MARK = {"enumerate": "parallel"}
 X = np.array([0.3, 2.1, -0.7, -0.2, 1.4])
@@ -500,6 +501,41 @@ def test_sums_by_hand(name, alpha):
 @pytest.mark.parametrize("name", CASES)
 def test_sums_by_hand_in_single_precision(name):
     check(name, partial(VIMCOStar, 0.3, 4), 1e-5)
+
+
+def check_annealed(model, by_hand, guide, arguments, params):
+    """Values and gradients where the likelihood counts with a power."""
+    objective = VIMCOStar(0.3, 4, **arguments)
+    found = value_and_grad(objective, Annealed(model, jnp.array(0.2)), guide, params)
+    assert_close(found, value_and_grad(objective, by_hand, guide, params), 1e-10)
+
+
+@pytest.mark.parametrize("name", of_two_lengths(CASES, ["mixture"]))
+@pytest.mark.usefixtures("x64")
+def test_power_of_a_sum(name):
+    model, by_hand, guide, arguments = CASES[name]()
+    check_annealed(model, Annealed(by_hand, jnp.array(0.2)), guide, arguments, initial(model, guide))
+
+
+@pytest.mark.usefixtures("x64")
+def test_power_beside_a_sampled_site_that_depends_on_a_summed_one():
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer=dict(MARK))
+        u = numpyro.sample("u", dist.Normal(2.0 * z, 1.0))
+        numpyro.sample("x", dist.Normal(u - z, 1.0), obs=0.7)
+
+    def by_hand():
+        z = jnp.arange(2)
+        prior_of_z = dist.Categorical(jnp.array([0.7, 0.3]))
+        u = numpyro.sample("u", dist.MixtureSameFamily(prior_of_z, dist.Normal(2.0 * z, 1.0)))
+        prior = bernoulli(0.3) + normal(u, 2.0 * z)
+        likelihood = logsumexp(prior + normal(0.7, u - z)) - logsumexp(prior)
+        numpyro.factor("x", 0.2 * likelihood)
+
+    def guide():
+        numpyro.sample("u", dist.Normal(numpyro.param("loc", 0.4), 0.8))
+
+    check_annealed(model, by_hand, guide, {}, {"loc": jnp.array(0.4)})
 
 
 @pytest.mark.parametrize(
