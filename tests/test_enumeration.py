@@ -1,6 +1,7 @@
 """Sites that are summed out: values and gradients are those of the same model summed out by hand, key by key."""
 
 from functools import partial
+from itertools import product
 import sys
 
 import jax
@@ -18,6 +19,7 @@ import pytest
 
 from helpers import UNBIASED, Program, exact_bound, expected_estimate, of_two_lengths, product_of
 from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar
+from numpyro_vimco.posterior.annealing import Annealed
 
 MARK = {"enumerate": "parallel"}
 X = np.array([0.3, 2.1, -0.7, -0.2, 1.4])
@@ -369,6 +371,34 @@ def hmm_of_sequences(arguments=None, in_plate=False):
     return model, by_hand, guide, arguments or {}
 
 
+def hmm_of_second_order():
+    """A state depends on the two before it: `history=2`."""
+
+    def kernel():
+        return jax.nn.softmax(numpyro.param("kernel", np.linspace(-1.0, 1.0, 8).reshape(2, 2, 2) ** 2))
+
+    def model():
+        a, step = level(), kernel()
+
+        def move(carry, x):
+            before, last = carry
+            state = numpyro.sample("state", dist.Categorical(step[before, last]), infer=dict(MARK))
+            numpyro.sample("x", dist.Normal(a * state - 0.4 * last, 1.0), obs=x)
+            return (last, state), None
+
+        scan(move, (0, 0), jnp.asarray(X), history=2)
+
+    def by_hand():
+        a, step = level(), jnp.log(kernel())
+        emissions = normal(X[:, None, None], a * jnp.arange(2) - 0.4 * jnp.arange(2)[:, None])  # time, last, state
+        alpha = (step[0, 0] + emissions[0, 0])[:, None] + step[0] + emissions[1]
+        for emission in emissions[2:]:
+            alpha = logsumexp(alpha[..., None] + step, 0) + emission
+        numpyro.factor("x", logsumexp(alpha))
+
+    return model, by_hand, level_guide, {}
+
+
 def switching():
     """In one `scan`, a sampled switch and a summed state, which the data of the next time depend on."""
 
@@ -426,6 +456,7 @@ CASES = {
     "hmm in scan": hmm_in_scan,
     "hmm of sequences": hmm_of_sequences,
     "hmm, bound per element": partial(hmm_of_sequences, in_plate=True),
+    "hmm of second order": hmm_of_second_order,
     "switching": switching,
 }
 
@@ -455,8 +486,12 @@ def check(name, objective, tolerance):
     assert_close(found, expected, tolerance)
 
 
-@pytest.mark.parametrize("alpha", of_two_lengths([0.0, 0.3, 1.0], [0.3]))
-@pytest.mark.parametrize("name", CASES)
+SHORT = ["mixture", "nested plates", "plate_particles", "hmm of sequences"]
+
+
+@pytest.mark.parametrize(
+    "name, alpha", of_two_lengths(product(CASES, [0.0, 0.3, 1.0]), [(name, 0.3) for name in SHORT])
+)
 @pytest.mark.usefixtures("x64")
 def test_sums_by_hand(name, alpha):
     check(name, partial(VIMCOStar, alpha, 4), 1e-10)
@@ -468,7 +503,44 @@ def test_sums_by_hand_in_single_precision(name):
     check(name, partial(VIMCOStar, 0.3, 4), 1e-5)
 
 
-@pytest.mark.parametrize("make", [VIMCO, REINFORCE, ReweightedWakeSleep, partial(VIMCOStar, chunk_size=2)])
+def check_annealed(model, by_hand, guide, arguments, params):
+    """Values and gradients where the likelihood counts with a power."""
+    objective = VIMCOStar(0.3, 4, **arguments)
+    found = value_and_grad(objective, Annealed(model, jnp.array(0.2)), guide, params)
+    assert_close(found, value_and_grad(objective, by_hand, guide, params), 1e-10)
+
+
+@pytest.mark.parametrize("name", of_two_lengths(CASES, ["mixture"]))
+@pytest.mark.usefixtures("x64")
+def test_power_of_a_sum(name):
+    model, by_hand, guide, arguments = CASES[name]()
+    check_annealed(model, Annealed(by_hand, jnp.array(0.2)), guide, arguments, initial(model, guide))
+
+
+@pytest.mark.usefixtures("x64")
+def test_power_beside_a_sampled_site_that_depends_on_a_summed_one():
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer=dict(MARK))
+        u = numpyro.sample("u", dist.Normal(2.0 * z, 1.0))
+        numpyro.sample("x", dist.Normal(u - z, 1.0), obs=0.7)
+
+    def by_hand():
+        z = jnp.arange(2)
+        prior_of_z = dist.Categorical(jnp.array([0.7, 0.3]))
+        u = numpyro.sample("u", dist.MixtureSameFamily(prior_of_z, dist.Normal(2.0 * z, 1.0)))
+        prior = bernoulli(0.3) + normal(u, 2.0 * z)
+        likelihood = logsumexp(prior + normal(0.7, u - z)) - logsumexp(prior)
+        numpyro.factor("x", 0.2 * likelihood)
+
+    def guide():
+        numpyro.sample("u", dist.Normal(numpyro.param("loc", 0.4), 0.8))
+
+    check_annealed(model, by_hand, guide, {}, {"loc": jnp.array(0.4)})
+
+
+@pytest.mark.parametrize(
+    "make", of_two_lengths([VIMCO, REINFORCE, ReweightedWakeSleep, partial(VIMCOStar, chunk_size=2)], [VIMCO])
+)
 def test_every_objective(make):
     if make is not ReweightedWakeSleep:
         make = partial(make, 0.3)
@@ -476,7 +548,10 @@ def test_every_objective(make):
 
 
 # TraceEnum_ELBO has no `scan`, and takes the log-density of no joint sample of a scaled site.
-@pytest.mark.parametrize("name", ["mixture", "global switch", "factorial", "nested plates", "masked", "hmm in a loop"])
+@pytest.mark.parametrize(
+    "name",
+    of_two_lengths(["mixture", "global switch", "factorial", "nested plates", "masked", "hmm in a loop"], ["mixture"]),
+)
 @pytest.mark.usefixtures("x64")
 def test_value_is_that_of_trace_enum_elbo(name):
     model, _, guide, _ = CASES[name]()
@@ -511,8 +586,10 @@ def switches():
     return Program(model, guide, product_of(on=[0, 1])), by_hand
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("estimator", UNBIASED)
+@pytest.mark.parametrize(
+    "estimator, alpha",
+    of_two_lengths(product(UNBIASED, [0.0, 0.3, 1.0]), [("VIMCOStar", 0.3), ("VIMCO geometric", 0.3)]),
+)
 @pytest.mark.usefixtures("x64")
 def test_unbiased_beside_a_sampled_site(estimator, alpha):
     program, by_hand = switches()
@@ -665,6 +742,16 @@ def no_history():
     scan(move, 0, jnp.asarray(X), history=0)
 
 
+def parameter_in_scan():
+    def move(state, x):
+        effect = numpyro.param("effect", 0.3)
+        state = numpyro.sample("z", dist.Bernoulli(0.3 + 0.4 * state), infer=MARK)
+        numpyro.sample("x", dist.Normal(effect * state, 1.0), obs=x)
+        return state, None
+
+    scan(move, 0, jnp.asarray(X))
+
+
 ERRORS = {
     "outside of a plate": (outside_of_plate, {}, "'x' depends on 'z', which is summed out, .* the plate 'data'"),
     "indexed": (indexed, {}, "'x' depends on 'z', which is summed out, .* the plate 'group'"),
@@ -678,6 +765,7 @@ ERRORS = {
     "array of scales": (array_scale, {}, r"summed ones \('z'\) have a scale that is an array"),
     "two levels": (two_levels, {"plate_particles": {"data": 2}}, "inside and outside of the plate 'data'"),
     "second order": (second_order, {}, "'z_2' has another density where 'z_0' is summed out"),
+    "parameter in scan": (parameter_in_scan, {}, "Parameter 'effect' is declared inside of `scan`"),
     "no history": (no_history, {}, "'z' is marked .* NumPyro cannot enumerate it"),
 }
 

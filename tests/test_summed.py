@@ -14,6 +14,7 @@ from numpyro.infer.util import log_density
 import optax
 import pytest
 
+from helpers import of_two_lengths
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
 from numpyro_vimco.posterior.summed import draw_at
 from test_enumeration import CASES, LENGTHS, MARK, SEQUENCES, X, bernoulli, forward, initial, normal
@@ -43,7 +44,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", of_two_lengths(DRAWN, ["hmm in scan"]))
 def test_exact_draws(name):
     """Probabilities of all joint outcomes: the distance of 20,000 draws from them is that of independent draws."""
     (model, _, guide, _), (sampled, shapes) = CASES[name](), DRAWN[name]
@@ -93,6 +94,7 @@ def test_posterior_and_log_likelihood_of_a_mixture():
     assert np.isfinite(diagnostics.log_evidence)
 
 
+@pytest.mark.long
 def test_log_likelihood_of_sequences():
     model, _, guide, _ = CASES["hmm of sequences"]()
     svi, result = fitted(model, guide, 5)
@@ -107,6 +109,7 @@ def test_log_likelihood_of_sequences():
             np.testing.assert_allclose(tree["log_likelihood"]["sequence_element"].values[0, draw, i], exact, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_chain_has_no_log_likelihood_of_a_datum():
     model, _, guide, _ = CASES["hmm in scan"]()
     svi, result = fitted(model, guide, 5)
@@ -115,7 +118,7 @@ def test_a_chain_has_no_log_likelihood_of_a_datum():
     assert "x" in tree["posterior_predictive"] and "x" not in getattr(tree, "log_likelihood", {})
 
 
-@pytest.mark.parametrize("name", ["mixture", "hmm in scan"])
+@pytest.mark.parametrize("name", of_two_lengths(["mixture", "hmm in scan"], ["mixture"]))
 def test_automatic_guide_is_that_of_the_sampled_sites(name):
     model, by_hand, _, _ = CASES[name]()
     params, draws = [], []
@@ -129,6 +132,7 @@ def test_automatic_guide_is_that_of_the_sampled_sites(name):
     jax.tree.map(np.testing.assert_array_equal, *draws)
 
 
+@pytest.mark.long
 def test_automatic_guide_samples_what_is_not_marked():
     def model():
         means = numpyro.sample("means", dist.Normal(0.0, 1.0).expand([2]).to_event(1))

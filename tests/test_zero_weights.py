@@ -84,6 +84,35 @@ def test_elements_with_weights_of_their_own(rate):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), unsafe, expected)
 
 
+@pytest.mark.parametrize(
+    "name, plate",
+    [("Poisson", True), ("Poisson", False), ("Binomial", True), ("Categorical", True), ("to_event", False)],
+)
+def test_zeros_are_possible_at_rate_zero(name, plate):
+    """A count of 0 has probability 1 at z = 0, where the derivative of 0 log(z rate) would be NaN."""
+    fn, zeros = LIKELIHOODS[name][0], np.zeros(3, int)
+
+    def model(by_hand):
+        rate = numpyro.param("rate", 2.5)
+        with numpyro.plate("data", 3) if plate else nullcontext():
+            z = numpyro.sample("z", dist.Bernoulli(0.5))
+            if by_hand:
+                numpyro.factor("x", jnp.where(z == 0, 0.0, fn(1.0, rate).log_prob(zeros)))
+            else:
+                numpyro.sample("x", fn(z, rate), obs=zeros)
+
+    def guide():
+        with numpyro.plate("data", 3) if plate else nullcontext():
+            numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1)))
+
+    params = {"rate": 2.5, "logits": 0.1}
+    found, expected = (
+        value_and_grad(VIMCOStar(0.5, 8), partial(model, by_hand), guide, params) for by_hand in (False, True)
+    )
+    assert abs(expected[1]["rate"]) > 1e-3
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
+
+
 def test_forward_mode():
     params = {"rate": 2.5, "logits": 0.1}
     gradients = [

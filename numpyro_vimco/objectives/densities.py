@@ -30,6 +30,7 @@ from numpyro_vimco.objectives.enumeration import (
 from numpyro_vimco.objectives.enumeration_checks import check_group
 from numpyro_vimco.objectives.levels import Levels, level_of
 from numpyro_vimco.objectives.plates import Density, Structure
+from numpyro_vimco.objectives.tempered import power_of, untempered
 from numpyro_vimco.objectives.zero_weights import safe_log_prob, safe_table
 from numpyro_vimco.sites import Trace, is_delta, is_latent_site, mask_of, sample_sites, unmasked
 
@@ -114,12 +115,21 @@ class SiteDensities:
         :param added: what is added to the log-density of summed sites, by name; broadcasts to their tables.
         """
         level, scale = check_group(group, self.summed, self._level, self._scale)
+        log_prob, power = self._log_sum(group, level, added or {}), power_of(group)
+        if power is not None:
+            latents = [site for site in group if not site["is_observed"]]
+            is_sampled = any(root(site["name"]) not in self.summed for site in latents)
+            log_prior = self._log_sum(latents, level, {}) if is_sampled else 0.0  # summed sites alone sum to one
+            log_prob = power * log_prob + (1 - power) * log_prior
+        return level, log_prob if scale is None else scale * log_prob
+
+    def _log_sum(self, group: Group, level: str | None, added: Mapping[str, Array]) -> Density:
+        """The log-density of sites, all that depend on summed ones, without the summed sites; never scaled."""
         kept = {frame.name: frame.dim for site in group for frame in site["cond_indep_stack"]}
         kept = {name: dim for name, dim in kept.items() if dim in self.structure.kept(level)}
         tables = {site["name"]: self._table(site) for site in group}
-        tables |= {name: tables[name] + more for name, more in (added or {}).items()}
-        log_prob = self.structure.sum_to_level(log_sum(group, tables, self.summed, kept), level)
-        return level, log_prob if scale is None else scale * log_prob
+        tables |= {name: tables[name] + more for name, more in added.items()}
+        return self.structure.sum_to_level(log_sum(group, tables, self.summed, kept), level)
 
     def drawn_and_tabled(self) -> dict[str, tuple[Array, Array]]:
         """Of each site that depends on summed ones, its log-density at their values in ``model_trace``.
@@ -131,7 +141,7 @@ class SiteDensities:
         for group in self.groups:
             names = [site["name"] for site in group]
             for name in dict.fromkeys(map(root, names)):
-                site = self.model_trace[name]
+                site = untempered(self.model_trace[name])
                 if name in self.summed:
                     site = {**site, "fn": unmasked(site["fn"])}
                 drawn = log_prob_of(site)
@@ -141,14 +151,14 @@ class SiteDensities:
         return found
 
     def _table(self, site: dict) -> Array:
-        """The log-density of a site of the enumerated trace, never scaled.
+        """The log-density of a site of the enumerated trace, never scaled, without a power.
 
         A masked summed site takes its own density, which sums to one.
         """
         name = root(site["name"])
         if name in self.summed or (name in self.guide_trace and is_latent_site(site) and name not in self.masks):
             site = {**site, "fn": unmasked(site["fn"])}
-        return safe_table(partial(log_prob_of, is_table=True), site)
+        return safe_table(partial(log_prob_of, is_table=True), untempered(site))
 
     def of_guide(self, is_part: Callable[[dict], bool]) -> Levels[Density]:
         """The log-density of the guide sites that ``is_part`` is true of, never scaled."""

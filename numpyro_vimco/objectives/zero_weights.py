@@ -6,7 +6,8 @@ r"""Log-densities that are :math:`-\infty`, without the infinite derivatives tha
 A Poisson observation of 3 at rate r z has, at z = 0, the log-density :math:`-\infty` and the derivative
 :math:`\infty` with respect to r. Its particle has weight zero, and no part in the gradient; but a backward pass
 multiplies the two, and :math:`0 \cdot \infty` is NaN for all particles. So where a site's log-density is
-:math:`-\infty`, no derivative is taken of it. This cannot reach what a model computes before its distributions
+:math:`-\infty`, no derivative is taken of it. An observation of 0 at z = 0 is possible, and the derivative of
+:math:`0 \log(r z)` NaN: there the rate is tiny. This cannot reach what a model computes before its distributions
 (``jnp.log(z)``).
 """
 
@@ -26,6 +27,9 @@ from numpyro_vimco.sites import is_real, support_of, unwrapped
 # Where no difference is made between a tiny density and none; NumPyro has the smallest number for log 0 at times.
 FLOOR = -1e30
 
+# These have a finite density of derivative NaN: at a probability of 0, and at a count of 0 whose rate is 0.
+_ZEROS = {dist.CategoricalProbs: "probs", dist.Poisson: "rate"}
+
 
 def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset[int]) -> Array:
     """``log_prob(site)``, without a derivative for particles that have the weight zero because of this site.
@@ -36,9 +40,10 @@ def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset
     if site["intermediates"] or not _may_be_impossible(fn):
         return value
     shared = [i for i in range(value.ndim) if i - value.ndim not in kept]
-    impossible = jnp.any(jnp.isneginf(value), axis=shared, keepdims=True)
+    impossible = jnp.any(value < FLOOR, axis=shared, keepdims=True)
     # The same density once more, which the compiler merges with the first: the derivative is that of this one.
-    again = {**site, "fn": _stopped(fn, impossible), "value": _stop(impossible, site["value"], fn.event_dim)}
+    stopped = _stopped(_without_zeros(fn), impossible)
+    again = {**site, "fn": stopped, "value": _stop(impossible, site["value"], fn.event_dim)}
     return jnp.where(impossible, stop_gradient(value), log_prob(again))
 
 
@@ -50,19 +55,22 @@ def safe_table(log_prob: Callable[[dict], Array], site: dict) -> Array:
     fn = unwrapped(site["fn"])
     if isinstance(fn, dist.BernoulliProbs):  # its probabilities are clamped
         return log_prob(site)
-    # These have a finite density of derivative NaN, at a probability of 0, and at a count of 0 whose rate is 0.
-    for kind, name in ((dist.CategoricalProbs, "probs"), (dist.Poisson, "rate")):
-        if isinstance(fn, kind):
-            safe = {**site, "fn": _map_base(partial(_positive, name=name), site["fn"])}
-            value = stop_gradient(log_prob(site))
-            return jnp.where(value < FLOOR, value, log_prob(safe))
+    if isinstance(fn, tuple(_ZEROS)):  # without zeros all derivatives are finite
+        value = stop_gradient(log_prob(site))
+        return jnp.where(value < FLOOR, value, log_prob({**site, "fn": _without_zeros(site["fn"])}))
     return safe_log_prob(log_prob, site, frozenset(range(-32, 0)))
 
 
+def _without_zeros(fn: dist.Distribution) -> dist.Distribution:
+    """A distribution with a tiny parameter where it was 0, if the derivative there is NaN."""
+    name = next((name for kind, name in _ZEROS.items() if isinstance(unwrapped(fn), kind)), None)
+    return fn if name is None else _map_base(partial(_positive, name=name), fn)
+
+
 def _positive(fn: dist.Distribution, name: str) -> dist.Distribution:
-    """A distribution with a parameter that is tiny, and takes no derivative, where it was 0."""
     parameter = getattr(fn, name)
-    return _with(fn, **{name: jnp.where(parameter == 0, jnp.finfo(jnp.result_type(float)).tiny, parameter)})
+    # Added, so that it keeps its derivative; a count over it is finite in single precision.
+    return _with(fn, **{name: parameter + jnp.where(parameter == 0, 1e-30, 0.0)})
 
 
 def _may_be_impossible(fn: dist.Distribution) -> bool:

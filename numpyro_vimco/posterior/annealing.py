@@ -10,35 +10,21 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from numpyro import distributions as dist
 from numpyro.primitives import Messenger
+
+from numpyro_vimco.objectives.tempered import Tempered
 
 # Where the power begins.
 FIRST_POWER = 0.001
 
 
-class Tempered(dist.Independent):
-    """A distribution whose log-density is multiplied by a power; it is not normalized.
-
-    It is an ``Independent`` without a dimension, so that whatever looks through wrappers looks through it.
-    """
-
-    pytree_data_fields = ("power",)
-
-    def __init__(self, base_dist: dist.Distribution, power: Array):
-        self.power = power
-        super().__init__(base_dist, 0)
-
-    def log_prob(self, value):
-        return self.power * super().log_prob(value)
-
-
 class Annealed(Messenger):
     """A model whose observed sites (likelihoods and factors) count with a power: p(z) p(x | z)^β.
 
-    The power multiplies the log-density itself, not the ``scale`` of the site. A scale acts outside of a sum over an
-    enumerated latent (:class:`numpyro.infer.TraceEnum_ELBO` refuses it), and the power of a likelihood must act inside.
-    Scales, masks and subsampled plates act as without a power.
+    The power multiplies the log-density itself, not the ``scale`` of the site, which
+    :class:`numpyro.infer.TraceEnum_ELBO` refuses beside an enumerated latent. There it acts inside of the sum; in
+    objectives of this library outside of it (:mod:`numpyro_vimco.objectives.tempered`). Scales, masks and subsampled
+    plates act as without a power.
 
     :param fn: the model.
     :param power: β > 0; it may be traced.

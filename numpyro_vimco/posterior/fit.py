@@ -57,8 +57,9 @@ def fit(
 
     **Annealing.** The target is :math:`p(z)\,p(x \mid z)^\beta` [1]: the observed sites of the model, factors among
     them, count with a power β that rises geometrically from 0.001 to 1, and stays there. So a guide is as wide as the
-    prior when the data begin to count, and narrows around all that they allow. The power is an argument of the compiled
-    step. Losses at β < 1 are those of another target.
+    prior when the data begin to count, and narrows around all that they allow. Where sites are summed out, the power is
+    that of p(x | z) with z the sampled latents alone. The power is an argument of the compiled step. Losses at β < 1
+    are those of another target.
 
     **Learning rate.** It does best if it is held while β rises, and falls by a cosine afterwards::
 
