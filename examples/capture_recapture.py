@@ -74,7 +74,7 @@ def log_likelihoods(caught, survival, recapture):
 
 
 def exact_posterior(caught, floods, size):
-    """Log evidence, posterior means and the probability that floods matter, by midpoint sums."""
+    """Log evidence, probability that floods matter, posterior means, and those given that they do, by midpoint sums."""
     # Animals with the same history count together.
     histories, counts = np.unique(np.asarray(caught), axis=0, return_counts=True)
     middles = (np.arange(size) + 0.5) / size
@@ -90,7 +90,8 @@ def exact_posterior(caught, floods, size):
     log_joint = np.stack([without, with_floods]) + log_prior
     log_evidence = logsumexp(log_joint)
     weights = np.exp(log_joint - log_evidence)
-    return float(log_evidence), weights.sum(0) @ grid, weights[1].sum()
+    matter = weights[1].sum()
+    return float(log_evidence), matter, weights.sum(0) @ grid, weights[1] @ grid / matter
 
 
 def simulate(key, floods, animals):
@@ -117,13 +118,16 @@ def by_nuts(key, caught, floods, num_samples):
 
 
 def plot(draws, exact, path):
+    """Posteriors given that floods matter."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, name, truth in zip(figure.subplots(1, 3), PARAMETERS, exact):
+        bins = np.histogram_bin_edges(np.concatenate([np.ravel(values[name]) for values in draws.values()]), 30)
         for label, values in draws.items():
-            axes.hist(np.ravel(values[name]), 40, density=True, histtype="step", lw=1.6, label=label)
+            axes.hist(np.ravel(values[name]), bins, density=True, histtype="step", lw=1.6, label=label)
         axes.axvline(truth, color="black", ls="--", lw=1, label="exact mean")
         axes.set(title=name.replace("_", " "), yticks=[])
-    figure.axes[0].legend(fontsize="small")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title="given that floods matter")
     figure.savefig(path, dpi=100)
 
 
@@ -135,7 +139,7 @@ def main(args):
         caught = jnp.asarray(np.loadtxt(args.data, delimiter=",")[:, 1:].astype(int))
         floods = np.isin(np.arange(caught.shape[1] - 1), args.flood)
     data = caught, jnp.asarray(floods, int)
-    log_evidence, exact, exact_matter = exact_posterior(caught, floods, args.grid)
+    log_evidence, exact_matter, exact, exact_given = exact_posterior(caught, floods, args.grid)
 
     half = args.num_steps // 2  # the rate is held while the likelihood is annealed
     schedule = optax.join_schedules(
@@ -163,15 +167,17 @@ def main(args):
         f"\nexpected number of animals alive in the last year, of {never.sum()} not seen then: {alive[never].sum():.1f}"
     )
 
-    draws = {"VIMCOStar, weighted": {name: posterior[name].values for name in PARAMETERS}}
+    given = posterior["floods_matter"].values == 1
+    draws = {"VIMCOStar, weighted": {name: posterior[name].values[given] for name in PARAMETERS}}
     if args.nuts:
-        draws["NUTS, floods matter"] = nuts = by_nuts(random.key(4), *data, args.nuts)
-        given = posterior["floods_matter"].values == 1
-        print(f"\n{'given that floods matter':>26} {'here':>7} {'NUTS':>7}")
-        for name in PARAMETERS:
-            print(f"{name:>26} {posterior[name].values[given].mean():7.4f} {nuts[name].mean():7.4f}")
+        draws["NUTS"] = by_nuts(random.key(4), *data, args.nuts)
+    print("\nposterior mean (standard deviation), given that floods matter")
+    print(f"{'':>20} {'exact':>7} " + " ".join(f"{label:>19}" for label in draws))
+    for name, truth in zip(PARAMETERS, exact_given):
+        found = (f"{np.mean(values[name]):9.4f} ({np.std(values[name]):.4f})" for values in draws.values())
+        print(f"{name:>20} {truth:7.4f} " + " ".join(f"{text:>19}" for text in found))
     args.output.mkdir(parents=True, exist_ok=True)
-    plot(draws, exact, args.output / "capture_recapture.png")
+    plot(draws, exact_given, args.output / "capture_recapture.png")
     print(f"Saved capture_recapture.png in {args.output}/")
     errors = np.array([*means, matter]) - np.array([*exact, exact_matter])
     return diagnostics, log_evidence, errors

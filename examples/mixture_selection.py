@@ -78,7 +78,7 @@ def plot(inclusion, exact_inclusion, group, exact_group, path):
     right.plot([0, 1], [0, 1], "k--", lw=1)
     right.plot(exact_group, group, "C0.")
     right.set(
-        xlabel="exact", ylabel="from exact draws given each weighted draw", title="probability of the second group"
+        xlabel="exact", ylabel="from draws", title="probability of the second group"
     )
     figure.savefig(path, dpi=100)
 
