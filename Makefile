@@ -66,13 +66,15 @@ docs: $(DOCS_INSTALLED)
 	@echo "Open docs/_build/index.html"
 
 # Of examples that take minutes docs/experiments.md and docs/which_objective.md have the results.
-SHORT := variable_selection coal_mining occupancy turtles signal_and_noise
+SHORT := variable_selection coal_mining occupancy turtles signal_and_noise mixture_selection
 PAGES := README.md docs/quick_start.md docs/occupancy.md docs/checking_a_fit.md docs/bad_to_good.md
 
 outputs: $(INSTALLED)
 	for name in $(SHORT); do \
 	  $(BIN)/python examples/$$name.py > docs/examples/output/$$name.txt && cp output/$$name.png docs/images/ || exit 1; \
 	done
+	$(BIN)/python examples/capture_recapture.py --nuts 1000 > docs/examples/output/capture_recapture.txt
+	cp output/capture_recapture.png docs/images/
 	$(BIN)/python docs/outputs.py $(PAGES)
 
 # The tests of the sdist run against the wheel: the sdist's own package is removed.
