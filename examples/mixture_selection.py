@@ -77,7 +77,7 @@ def plot(inclusion, exact_inclusion, group, exact_group, path):
     left.legend(ncols=2, fontsize="small")
     right.plot([0, 1], [0, 1], "k--", lw=1)
     right.plot(exact_group, group, "C0.")
-    right.set(xlabel="exact", ylabel="from draws", title="probability of the second group")
+    right.set(xlabel="exact", ylabel="VIMCOStar, weighted", title="probability of the second group")
     figure.savefig(path, dpi=100)
 
 
