@@ -132,6 +132,22 @@ def test_automatic_guide_is_that_of_the_sampled_sites(name):
     jax.tree.map(np.testing.assert_array_equal, *draws)
 
 
+@pytest.mark.parametrize("structure", ["mean_field", "autoregressive"])
+def test_automatic_guide_where_a_drawn_value_is_impossible(structure):
+    """At the draw of the summed sites that NumPyro's guides would be initialized at, counts may have no rate."""
+
+    def model():
+        rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with numpyro.plate("data", 4):
+            z = numpyro.sample("z", dist.Bernoulli(0.1), infer=MARK)
+            numpyro.sample("x", dist.Poisson(rate * z), obs=np.array([0, 2, 3, 1]))
+
+    svi = SVI(model, AutoMixed(model, structure=structure), optax.adam(0.02), VIMCOStar(0.5, 4))
+    state, loss = svi.update(svi.init(random.key(0)))
+    gradients_are_finite = [np.isfinite(leaf).all() for leaf in jax.tree.leaves(svi.get_params(state))]
+    assert np.isfinite(loss) and all(gradients_are_finite)
+
+
 @pytest.mark.long
 def test_automatic_guide_samples_what_is_not_marked():
     def model():

@@ -161,10 +161,12 @@ class AutoMixed(StructuralGuide):
             self._parts = [self.discrete(self.model, **independent, **self._arguments)]
         if continuous:
             model = self.model
-            if discrete:
+            # The density at a draw of discrete sites, summed ones too, says nothing, and may be zero.
+            any_discrete = bool(discrete or self.model.hidden)
+            if any_discrete:
                 model = block(substitute(model, data=discrete), hide_fn=_is_beside_continuous)
             guide = self.continuous(model, **self._arguments)
-            is_alone = not discrete and self.structure != "autoregressive"
+            is_alone = not any_discrete and self.structure != "autoregressive"
             self._parts.append(guide if is_alone else _checked(guide, self.structure))
         for part in self._parts:
             set_up(part, *args, **kwargs)
