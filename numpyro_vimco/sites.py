@@ -211,9 +211,13 @@ def unmasked(fn: dist.Distribution) -> dist.Distribution:
     return fn
 
 
+# Distributions that only reshape or mask another one.
+WRAPPERS = dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+
+
 def unwrapped(fn: dist.Distribution) -> dist.Distribution:
     """A distribution without the wrappers that only reshape or mask it."""
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
 

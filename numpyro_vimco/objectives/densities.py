@@ -21,9 +21,10 @@ import numpyro.distributions as dist
 from numpyro_vimco.objectives.checks import check_shape, event_mask_error
 from numpyro_vimco.objectives.enumeration import (
     Group,
-    at_values,
+    entries_at,
     groups,
     log_sum,
+    parents_of,
     root,
     summed_sites,
 )
@@ -131,6 +132,10 @@ class SiteDensities:
         tables |= {name: tables[name] + more for name, more in added.items()}
         return self.structure.sum_to_level(log_sum(group, tables, self.summed, kept), level)
 
+    def parents(self) -> dict[str, set[str]]:
+        """Of each site that depends on summed ones, their names."""
+        return parents_of((site for group in self.groups for site in group), self.summed)
+
     def drawn_and_tabled(self) -> dict[str, tuple[Array, Array]]:
         """Of each site that depends on summed ones, its log-density at their values in ``model_trace``.
 
@@ -146,7 +151,7 @@ class SiteDensities:
                     site = {**site, "fn": unmasked(site["fn"])}
                 drawn = log_prob_of(site)
                 parts = [s for s in group if root(s["name"]) == name]
-                tabled = [jnp.ravel(at_values(self._table(part), part, names, values)) for part in parts]
+                tabled = [jnp.ravel(entries_at(self._table(part), part, names, values)) for part in parts]
                 found[name] = jnp.ravel(drawn), jnp.concatenate(tabled)
         return found
 

@@ -22,7 +22,6 @@ import numpy as np
 from numpyro_vimco.dependence import may_mix
 from numpyro_vimco.objectives.checks import elements_error, masked_latent_error
 from numpyro_vimco.objectives.densities import SiteDensities, log_prob_of
-from numpyro_vimco.objectives.enumeration import parents_of, root
 from numpyro_vimco.objectives.enumeration_checks import table_error
 from numpyro_vimco.objectives.levels import level_of
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
@@ -124,8 +123,7 @@ def check_tables(program: Program, params: dict[str, Any]) -> None:
 
     def densities(rng_key: Array) -> dict[str, tuple[Array, Array]]:
         sites = program.at(params, rng_key, {})
-        for site in (site for group in sites.groups for site in group):
-            parents.setdefault(root(site["name"]), set()).update(parents_of(site, sites.summed))
+        parents.update(sites.parents())
         return sites.drawn_and_tabled()
 
     for name, (drawn, tabled) in (_quick(jax.vmap(densities), split(jax.random.key(0), PAIRS)) or {}).items():

@@ -11,7 +11,7 @@ from numpyro.handlers import block, replay, substitute, trace
 
 from numpyro_vimco.dependence import dependence, may_mix
 from numpyro_vimco.objectives.densities import log_prob_of
-from numpyro_vimco.objectives.enumeration import Unmarked, enumerated_trace, parents_of, root
+from numpyro_vimco.objectives.enumeration import Unmarked, enumerated_trace, parents_of
 from numpyro_vimco.objectives.enumeration_checks import (
     check_enumerated,
     check_parents,
@@ -60,9 +60,6 @@ def check_sums(model: Callable, model_trace: Trace, summed: Iterable[str], args:
     check_summed(model_trace, values.keys(), parents)
     enumerated = enumerate_model(model, model_trace, args, kwargs)
     check_enumerated(enumerated, values)
-    found: dict[str, set[str]] = {name: set() for name in parents}
-    for site in enumerated.values():
-        found[root(site["name"])] |= parents_of(site, values)
-    check_parents(parents, found)
+    check_parents(parents, parents_of(enumerated.values(), values))
     sizes = {frame.size for name in values for frame in model_trace[name]["cond_indep_stack"]} - {1}
     return any(is_in_scan(model_trace[name]) for name in values) or bool(sizes and may_mix(densities, values, sizes))

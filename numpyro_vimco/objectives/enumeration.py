@@ -18,7 +18,7 @@ funsor is imported where there are summed sites only. Private parts of NumPyro t
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 import re
 from types import ModuleType
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.primitives import Messenger
 
+from numpyro_vimco.objectives.enumeration_checks import log_prob_shape
 from numpyro_vimco.objectives.zero_weights import FLOOR
 from numpyro_vimco.sites import Trace, is_marked, sample_sites
 
@@ -51,9 +52,9 @@ def import_funsor() -> ModuleType:
     return funsor
 
 
-def summed_sites(model_trace: Trace, guide_trace: Trace) -> list[str]:
+def summed_sites(model_trace: Trace, sampled: Collection[str]) -> list[str]:
     """The names of the sites that are summed out: marked in the model, and not sampled by the guide."""
-    return [name for name, site in model_trace.items() if is_marked(site) and name not in guide_trace]
+    return [name for name, site in model_trace.items() if is_marked(site) and name not in sampled]
 
 
 def root(name: str) -> str:
@@ -124,9 +125,7 @@ def enumerated_trace(model: Callable, args: tuple, kwargs: dict, num_plate_dims:
 
 def groups(tr: Trace, summed: Collection[str]) -> list[Group]:
     """The sites of an enumerated trace whose log-density depends on summed sites, in connected groups."""
-    found: dict[str, set[str]] = defaultdict(set)  # of each site, its summed sites
-    for name, site in tr.items():
-        found[root(name)] |= parents_of(site, summed)
+    found = parents_of(tr.values(), summed)
     connected: list[tuple[set[str], set[str]]] = []  # sites and summed sites of each group
     for name, parents in found.items():
         if parents:
@@ -137,9 +136,15 @@ def groups(tr: Trace, summed: Collection[str]) -> list[Group]:
     return [[site for name, site in tr.items() if root(name) in names] for names, _ in connected]
 
 
-def parents_of(site: dict, summed: Collection[str]) -> set[str]:
-    """The summed sites that the log-density of a site of an enumerated trace depends on, itself included."""
-    return {root(name) for name in _names(site).values()} & set(summed)
+def parents_of(sites: Iterable[dict], summed: Collection[str]) -> dict[str, set[str]]:
+    """Of each site, the summed sites that its log-density depends on, itself included.
+
+    :param sites: of an enumerated trace.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for site in sites:
+        found[root(site["name"])] |= {root(name) for name in _names(site).values()} & set(summed)
+    return found
 
 
 def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], kept: Mapping[str, int]) -> Array:
@@ -181,21 +186,22 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
     return jnp.where(value < FLOOR / 2, -jnp.inf, value)
 
 
-def at_values(table: Array, site: dict, parts: Collection[str], values: Mapping[str, Array]) -> Array:
+def entries_at(table: Array, site: dict, parts: Collection[str], values: Mapping[str, Array]) -> Array:
     """A table at one value of each of its summed sites, for each element of plates and, in `scan`, each of its times.
 
     :param table: the log-density of ``site``, of an enumerated trace.
     :param parts: names of all sites of the trace.
     :param values: of the summed sites, of their shapes in the model.
     """
-    num_times = next((table.shape[dim] for dim, name in _names(site).items() if name.startswith("_time_")), None)
+    time_dim = _time_dim(site)
+    num_times = None if time_dim is None else table.shape[time_dim]
     for dim, name in _names(site).items():
         value = values.get(root(name))
         if value is None:
             continue
         if name != root(name) or f"_PREV_{name}" in parts:  # in `scan`: so many times are sites of their own
             first = sum(root(part) == root(name) for part in parts) - (root(name) in parts)
-            time = first - (len(name) - len(root(name))) // len("_PREV_")
+            time = first - _lag(name)
             value = value[time] if num_times is None else value[time : time + num_times]
         lead = 0 if num_times is None else 1
         shape = value.shape[:lead] + (1,) * (table.ndim - value.ndim) + value.shape[lead:]
@@ -239,10 +245,8 @@ class Axes(NamedTuple):
 
 def axes_of(site: dict) -> Axes:
     """The axes of a summed site of an enumerated trace."""
-    dims, value = _names(site), jnp.shape(site["value"])
-    shape = jnp.broadcast_shapes(site["fn"].batch_shape, value[: len(value) - site["fn"].event_dim])
-    values = next(dim for dim, name in dims.items() if name == site["name"])
-    time = next((dim for dim, name in dims.items() if name.startswith("_time_")), None)
+    shape, time = log_prob_shape(site), _time_dim(site)
+    values = next(dim for dim, name in _names(site).items() if name == site["name"])
     own = {values, time, *(frame.dim for frame in site["cond_indep_stack"])}
     kept = tuple(size if dim in own else 1 for dim, size in zip(range(-len(shape), 0), shape))
     return Axes(kept, values, None if time is None else shape[time])
@@ -272,7 +276,7 @@ def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset
         # What the chain is of: the states before, the present ones, and the plates that these are in. The rest is
         # eliminated at each time. If nothing is from before, time is a plate.
         chain = frozenset().union(before, *({root(name), *names_of[root(name)]} for name in before))
-        history = max((len(name) - len(root(name))) // len("_PREV_") for name in before) if before else 0
+        history = max(map(_lag, before), default=0)
         if history == 0:
             found += factors
             continue
@@ -297,4 +301,15 @@ def _names(site: dict) -> dict[int, str]:
 
 def _time(site: dict) -> str | None:
     """The name of the dimension for time of a site in `scan`."""
-    return next((name for name in _names(site).values() if name.startswith("_time_")), None)
+    dim = _time_dim(site)
+    return None if dim is None else _names(site)[dim]
+
+
+def _time_dim(site: dict) -> int | None:
+    """The dimension for time of a site in `scan`."""
+    return next((dim for dim, name in _names(site).items() if name.startswith("_time_")), None)
+
+
+def _lag(name: str) -> int:
+    """How many times before the present one a part of a site in `scan` is."""
+    return (len(name) - len(root(name))) // len("_PREV_")

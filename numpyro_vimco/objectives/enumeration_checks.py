@@ -87,8 +87,9 @@ def check_parents(parents: Mapping[str, Collection[str]], found: Mapping[str, Co
     :raises ValueError: naming the site.
     """
     for name, depends in parents.items():
-        if not set(depends) <= set(found[name]):
-            raise table_error(name, set(depends) - set(found[name]))
+        missing = set(depends) - set(found.get(name, ()))
+        if missing:
+            raise table_error(name, missing)
 
 
 def check_enumerated(enumerated: Trace, summed: Iterable[str]) -> None:
@@ -177,7 +178,12 @@ def num_batch_dims(model_trace: Trace) -> int:
     return max(len(_batch_shape(site)) for site in sample_sites(model_trace))
 
 
-def _batch_shape(site: dict) -> tuple[int, ...]:
+def log_prob_shape(site: dict) -> tuple[int, ...]:
+    """The shape of a site's log-density, with a leading dimension for time in `scan`."""
     value = jnp.shape(site["value"])
-    batch = jnp.broadcast_shapes(site["fn"].batch_shape, value[: len(value) - site["fn"].event_dim])
-    return batch[1:] if is_in_scan(site) else batch
+    return jnp.broadcast_shapes(site["fn"].batch_shape, value[: len(value) - site["fn"].event_dim])
+
+
+def _batch_shape(site: dict) -> tuple[int, ...]:
+    shape = log_prob_shape(site)
+    return shape[1:] if is_in_scan(site) else shape

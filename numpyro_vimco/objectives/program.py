@@ -20,15 +20,7 @@ from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
-from numpyro_vimco.sites import (
-    Trace,
-    is_delta,
-    is_drawn,
-    is_latent_site,
-    mask_of,
-    sample_sites,
-    with_fixed_parameters,
-)
+from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_latent_site, mask_of, sample_sites, with_fixed_parameters
 
 Values = dict[str, Array]
 
@@ -115,21 +107,18 @@ class Program:
         """
         keys = particle_keys(rng_key, self.plate_particles)
 
-        def local_keys(local) -> ParticleKeys:
-            return keys._replace(local={name: key for name, (key, _) in local.items()})
-
         def traces(local) -> tuple[Trace, Trace, Trace]:
             given = dict(values.shared)
             for _, plate_values in local.values():
                 given.update(plate_values)
-            frozen = live = self._trace_guide(stop_gradient(params), local_keys(local), given)
+            frozen = live = self._trace_guide(stop_gradient(params), _of_locals(keys, local), given)
             if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
-                live = self._trace_guide(params, local_keys(local), given)
-            return self._trace_model(params, local_keys(local), live), frozen, live
+                live = self._trace_guide(params, _of_locals(keys, local), given)
+            return self._trace_model(params, _of_locals(keys, local), live), frozen, live
 
         def log_weights(local):
             model_trace, frozen, live = traces(local)
-            sites = self._sites(params, local_keys(local), model_trace, frozen)
+            sites = self._sites(params, _of_locals(keys, local), model_trace, frozen)
             rest = sites.of_guide_rest(is_drawn, live)
             log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), rest)
             return log_weight, sites.structure
@@ -143,17 +132,14 @@ class Program:
         """Evaluate one particle at given values, as :meth:`evaluate` does at values of its own."""
         keys = particle_keys(rng_key, self.plate_particles)
 
-        def local_keys(local) -> ParticleKeys:
-            return keys._replace(local={name: key for name, (key, _) in local.items()})
-
         def traces(local) -> tuple[Trace, Trace]:
             given = dict(values.shared)
             for _, plate_values in local.values():
                 given.update(plate_values)
-            return self._traces(params, local_keys(local), given)
+            return self._traces(params, _of_locals(keys, local), given)
 
         def densities(local):
-            sites = self._sites(params, local_keys(local), *traces(local))
+            sites = self._sites(params, _of_locals(keys, local), *traces(local))
             return self._densities(sites), sites.structure
 
         local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
@@ -265,7 +251,7 @@ class Program:
         structure = self._structure(model_trace, guide_trace)
         if not summed_sites(model_trace, guide_trace):
             return SiteDensities(model_trace, guide_trace, structure)
-        model = SeedLevels(at_values(self.model, params, model_trace, guide_trace), keys.model, {})
+        model = self._at_values(params, keys, model_trace, guide_trace)
         enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
         return SiteDensities(model_trace, guide_trace, structure, enumerated)
 
@@ -274,8 +260,12 @@ class Program:
         summed = summed_sites(model_trace, guide_trace)
         if not summed:
             return False
-        model = SeedLevels(at_values(self.model, params, model_trace, guide_trace), keys.model, {})
+        model = self._at_values(params, keys, model_trace, guide_trace)
         return check_sums(model, model_trace, summed, self.args, self.kwargs)
+
+    def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SeedLevels:
+        """The model, to be enumerated at parameters and the guide's values."""
+        return SeedLevels(at_values(self.model, params, model_trace, guide_trace), keys.model, {})
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
         return plate_structure(model_trace, guide_trace, self.plate_particles, self.joint_plates, self.linear)
@@ -301,3 +291,8 @@ class Program:
             densities[site["name"]] = (*densities.get(site["name"], ()), site["fn"].log_prob(site["value"]))
             levels[site["name"]] = level_of(site, self.plate_particles)
         return densities, levels
+
+
+def _of_locals(keys: ParticleKeys, local: Mapping[str, tuple[Array, Any]]) -> ParticleKeys:
+    """Keys of one particle with those of one local particle of each plate; each comes with its values."""
+    return keys._replace(local={name: key for name, (key, _) in local.items()})

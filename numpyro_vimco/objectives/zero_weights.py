@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 import numpyro.distributions as dist
 
-from numpyro_vimco.sites import is_real, support_of, unwrapped
+from numpyro_vimco.sites import WRAPPERS, is_real, support_of, unwrapped
 
 # Where no difference is made between a tiny density and none; NumPyro has the smallest number for log 0 at times.
 FLOOR = -1e30
@@ -84,7 +84,7 @@ def _stopped(fn: dist.Distribution, impossible: Bool[Array, "..."]) -> dist.Dist
     if impossible.size == 1:
         return jax.tree.map(partial(_stop, impossible.reshape(()), event_dim=0), fn)
     fn = copy(fn)
-    if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    if isinstance(fn, WRAPPERS):
         dims = fn.reinterpreted_batch_ndims if isinstance(fn, dist.Independent) else 0
         fn.base_dist = _stopped(fn.base_dist, impossible.reshape(impossible.shape + (1,) * dims))
         return fn
@@ -96,7 +96,7 @@ def _stopped(fn: dist.Distribution, impossible: Bool[Array, "..."]) -> dist.Dist
 
 def _map_base(change: Callable[[dist.Distribution], dist.Distribution], fn: dist.Distribution) -> dist.Distribution:
     """A distribution with the one inside of its wrappers changed."""
-    if not isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    if not isinstance(fn, WRAPPERS):
         return change(fn)
     return _with(fn, base_dist=_map_base(change, fn.base_dist))
 

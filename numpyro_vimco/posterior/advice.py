@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
-from numpyro_vimco.posterior.agreement import differences, is_evidence
+from numpyro_vimco.posterior.agreement import differences, pooled_evidence
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
@@ -113,7 +113,7 @@ def _trusted(agreement: "xr.Dataset") -> str:
         f"{number} starts agree, and the weights are good: importance-weighted estimates can be trusted, unless all "
         "starts lost the same part of the posterior. Nothing here can show that."
     ]
-    pooled = agreement["pooled"].values[is_evidence(agreement)].sum()
+    pooled = pooled_evidence(agreement)
     for start, evidence in zip(agreement["start"].values[off], agreement["log_evidence"].values[off]):
         parts.append(f"Start {start} is stuck: its evidence is {pooled - evidence:.2f} nats lower.")
     return " ".join(parts)

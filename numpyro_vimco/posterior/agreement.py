@@ -89,12 +89,16 @@ def is_evidence(agreement: "xr.Dataset") -> np.ndarray:
     return np.array([name.startswith(EVIDENCE) for name in agreement["quantity"].values])
 
 
+def pooled_evidence(agreement: "xr.Dataset") -> float:
+    """The log evidence of the pool, of all elements, in nats."""
+    return float(agreement["pooled"].values[is_evidence(agreement)].sum())
+
+
 def share_that_agrees(agreement: "xr.Dataset") -> float:
     """The share of starts that agree with the pool: 0 if these are less than two, or if another is not stuck."""
     off = agreement["differs"].any("quantity").values
     evidence, error = (agreement[name].values[off] for name in ("log_evidence", "log_evidence_std_error"))
-    pooled = agreement["pooled"].values[is_evidence(agreement)].sum()
-    stuck = evidence + ERRORS * np.nan_to_num(error) < pooled - STUCK
+    stuck = evidence + ERRORS * np.nan_to_num(error) < pooled_evidence(agreement) - STUCK
     return float(np.mean(~off)) if np.sum(~off) > 1 and stuck.all() else 0.0
 
 

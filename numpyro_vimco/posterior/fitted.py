@@ -19,9 +19,10 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_vimco.dependence import dependence
+from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.posterior.observed import Observed, find_observed, observed_sites, present_elements
 from numpyro_vimco.posterior.results import FitResult
-from numpyro_vimco.sites import Trace, is_latent_site, is_marked, sample_sites
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 # Elements of the largest array of a chunk of particles: 4 MiB in single precision, which a processor's cache holds.
 # Four times as fast as 64 MiB, whose memory is new to the process for each chunk.
@@ -100,7 +101,7 @@ class Fitted:
     @property
     def summed(self) -> list[str]:
         """Names of the latents that are summed out: they are marked, and the guide does not sample them."""
-        return [name for name, site in self.model_trace.items() if is_marked(site) and name not in self.sampled]
+        return summed_sites(self.model_trace, self.sampled)
 
     @property
     def event_dims(self) -> dict[str, int]:

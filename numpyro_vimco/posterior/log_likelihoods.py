@@ -27,7 +27,6 @@ from numpyro.handlers import substitute, trace
 
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives import control_variates as cv
-from numpyro_vimco.objectives.enumeration import parents_of, root
 from numpyro_vimco.objectives.plates import Structure
 from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
@@ -112,9 +111,7 @@ def _with_summed_latents_of_their_own(fit: Fitted) -> set[str]:
     parents: dict[str, set[str]] = {}
 
     def look(rng_key):
-        sites = program_of(fit, {}).at(fit.params, rng_key, {})
-        for site in (site for group in sites.groups for site in group):
-            parents.setdefault(root(site["name"]), set()).update(parents_of(site, sites.summed))
+        parents.update(program_of(fit, {}).at(fit.params, rng_key, {}).parents())
 
     jax.eval_shape(look, random.key(0))
     sites = fit.model_trace
@@ -132,8 +129,8 @@ def _particles(fit: Fitted, plate: str, number: int) -> dict[str, int]:
 
 def _sampled(fit: Fitted, plate: str) -> list[str]:
     """The latents of a plate that the guide samples."""
-    latents = {name: site for name, site in fit.model_trace.items() if is_latent_site(site) and name not in fit.summed}
-    return [name for name, site in latents.items() if plate in _stack(site)]
+    latents = [site for site in sample_sites(fit.model_trace) if is_latent_site(site) and site["name"] in fit.sampled]
+    return [site["name"] for site in latents if plate in _stack(site)]
 
 
 def _stack(site: dict) -> list[str]:

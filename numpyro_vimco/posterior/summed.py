@@ -99,6 +99,6 @@ def _turns(axes: dict[str, Axes]) -> tuple[dict[str, np.ndarray], int]:
 def _joined(name: str, values: Values, shape: tuple[int, ...]) -> Array:
     """The values of a site, of its shape in the model, from those of its parts in `scan`, which are in order."""
     parts = [value for part, value in values.items() if root(part) == name]
-    if list(values) and len(parts) == 1 and name in values:
+    if len(parts) == 1 and name in values:
         return parts[0].reshape(shape)
     return jnp.concatenate([part.reshape(-1, *shape[1:]) for part in parts])
