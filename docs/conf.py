@@ -27,7 +27,7 @@ extensions = [
     "notebooks",
 ]
 # The page of the posteriors has no results yet: `make posteriors` writes them.
-exclude_patterns = ["_build", "jupyter_execute", "posteriors.md"]
+exclude_patterns = ["_build", "jupyter_execute"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"  # `name` in a docstring

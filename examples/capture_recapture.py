@@ -141,10 +141,8 @@ def main(args):
     data = caught, jnp.asarray(floods, int)
     log_evidence, exact_matter, exact, exact_given = exact_posterior(caught, floods, args.grid)
 
-    half = args.num_steps // 2  # the rate is held while the likelihood is annealed
-    schedule = optax.join_schedules(
-        [optax.constant_schedule(0.01), optax.cosine_decay_schedule(0.01, args.num_steps - half)], [half]
-    )
+    # The rate is held while the likelihood is annealed, then falls by a cosine.
+    schedule = optax.warmup_cosine_decay_schedule(0.01, 0.01, args.num_steps // 2, args.num_steps)
     svi = SVI(model, AutoMixed(model), optax.adam(schedule), VIMCOStar(0.5, 32))
     result = fit(svi, random.key(1), args.num_steps, *data, num_starts=2, progress_bar=False)
     found = partial(importance_diagnostics, svi, result, model_args=data, progress_bar=False)

@@ -75,8 +75,7 @@ def exact_posterior(forest, visited, seen, size):
 
 def learning_rate(num_steps):
     """Held while the likelihood is annealed, then a cosine."""
-    schedules = [optax.constant_schedule(0.02), optax.cosine_decay_schedule(0.02, num_steps - num_steps // 2)]
-    return optax.join_schedules(schedules, [num_steps // 2])
+    return optax.warmup_cosine_decay_schedule(0.02, 0.02, num_steps // 2, num_steps)
 
 
 def plot(visits, found, estimate, exact, occupied, totals, path):

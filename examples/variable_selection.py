@@ -71,8 +71,7 @@ def exact_posterior(predictors, response):
 
 def learning_rate(num_steps):
     """Held while the likelihood is annealed, then a cosine."""
-    schedules = [optax.constant_schedule(0.01), optax.cosine_decay_schedule(0.01, num_steps - num_steps // 2)]
-    return optax.join_schedules(schedules, [num_steps // 2])
+    return optax.warmup_cosine_decay_schedule(0.01, 0.01, num_steps // 2, num_steps)
 
 
 def plot(results, log_evidence, predictors, inclusions, diagnostics, path):

@@ -467,7 +467,19 @@ def test_largest_sum_of_a_stretch():
     ],
 )
 def test_reading(k, ess, agreeing, proof, expected):
-    assert _reading(k, ess * 10_000, 10_000, agreeing, proof) == expected
+    assert _reading(k, ess * 10_000, 10_000, agreeing, False, proof) == expected
+
+
+def test_reading_where_each_start_is_off():
+    """Then the pool is right only by luck, unless it has enough draws of the posterior."""
+    assert _reading(0.1, 400, 10_000, 0, True, False) == "bad"
+    assert _reading(0.1, 2000, 10_000, 0, True, False) == "usable"
+
+
+def test_reading_of_few_draws():
+    """An ESS of 87 of 100 draws is no sign of a bad guide."""
+    assert _reading(-0.01, 87, 100, 1, False, False) == "usable"
+    assert _reading(-0.01, 20, 100, 1, False, False) == "bad"
 
 
 def test_two_fits_that_agree_make_a_heavy_tail_good():

@@ -124,6 +124,7 @@ def test_collapsed_joint_weight_names_the_plate():
         found = importance_diagnostics(svi, result, model_args=(x,), rng_key=random.key(0), num_samples=1000)
         advice[name] = found.reading, found.advice
     assert advice["joint"][0] == "bad" and "VIMCOStar(plate_particles={'data': 8})" in advice["joint"][1]
+    assert "'z' has 2" in advice["joint"][1]
     assert "plate_particles" not in advice["local"][1]
 
 
@@ -248,7 +249,7 @@ def test_where_a_tail_begins_to_be_a_danger(excess, k):
 )
 def test_bound_of_bad_is_that_of_the_number_of_draws(k, num_samples, expected):
     """1 - 1 / log10(draws), at most 0.7: 0.667 for 1,000 draws."""
-    assert _reading(k, 0.4 * num_samples, num_samples, False, False) == expected
+    assert _reading(k, 0.4 * num_samples, num_samples, 0, False, False) == expected
 
 
 def test_standard_error_adds_up_over_elements():

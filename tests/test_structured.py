@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from numpyro.distributions.transforms import StickBreakingTransform
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 from numpyro.infer.util import log_density
 import optax
 import pytest
+from scipy.special import gammaln, logsumexp
+from scipy.stats import poisson
 
 from helpers import of_two_lengths
-from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar
+from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit, importance_diagnostics
+from numpyro_vimco.guides.distributions import InsideSimplex
 
 STRUCTURED = partial(AutoMixed, structure="autoregressive")
 DISCRETE = partial(AutoDiscrete, structure="autoregressive")
@@ -371,3 +375,58 @@ def test_arguments(arguments, message):
     for make in (AutoMixed, AutoDiscrete):
         with pytest.raises(ValueError, match=message):
             make(mixture, **arguments)
+
+
+# Scales that depend on a count, and simplices.
+
+
+def counted_shares(counts):
+    """Counts of six kinds; their expected total is a count itself."""
+    total = numpyro.sample("total", dist.Poisson(160.0))
+    shares = numpyro.sample("shares", dist.Dirichlet(jnp.ones(6)))
+    numpyro.sample("counts", dist.Poisson(total * shares).to_event(1), obs=counts)
+
+
+COUNTS = jnp.array([18.0, 19.0, 22.0, 19.0, 20.0, 22.0])
+
+
+def test_a_scale_does_not_grow_without_bound_with_a_count():
+    """At a count of 400, 34 scales of the prior above its median, it was e^34 times as large; shares were 0 or NaN."""
+    guide = AutoMixed(counted_shares)
+    svi = SVI(counted_shares, guide, optax.adam(0.01), VIMCOStar(0.5, num_particles=4))
+    state = svi.init(random.key(0), COUNTS)
+    params = svi.get_params(state)
+    params |= {
+        "total_auto_loc": jnp.array(400.0),
+        "shares_auto_log_scale_total": params["shares_auto_log_scale_total"].at[:, 0].set(1.0),
+    }
+    draws = guide.sample_posterior(random.key(1), params, sample_shape=(2000,))
+    width = jnp.std(InsideSimplex()._inverse(draws["shares"]), axis=0)
+    assert (abs(width / (0.1 * jnp.exp(3.0)) - 1) < 0.1).all()  # six standard errors of a standard deviation
+    loss = VIMCOStar(0.5, num_particles=256).loss(random.key(2), params, counted_shares, guide, COUNTS)
+    assert jnp.isfinite(loss)
+
+
+def test_shares_stay_inside_of_the_simplex():
+    transform, ours = StickBreakingTransform(), InsideSimplex()
+    x = 60 * random.normal(random.key(0), (1000, 5))
+    assert (transform(x) == 0).any() and (ours(x) > 0).all()
+    assert jnp.isfinite(ours.log_abs_det_jacobian(x, ours(x))).all() and jnp.isfinite(ours._inverse(ours(x))).all()
+    x = 3 * random.normal(random.key(0), (20_000, 5))
+    np.testing.assert_array_equal(transform(x), ours(x))
+    assert abs(transform._inverse(transform(x)) - x).max() > 1  # NumPyro's has no digits left
+    np.testing.assert_allclose(ours._inverse(ours(x)), x, atol=0.05)
+
+
+@pytest.mark.long
+def test_a_count_times_shares():
+    """numpyro#1239. All starts ended in NaN."""
+    rate = optax.warmup_cosine_decay_schedule(0.01, 0.01, 1000, 2000)
+    svi = SVI(counted_shares, AutoMixed(counted_shares), optax.adam(rate), VIMCOStar(0.5, num_particles=64))
+    result = fit(svi, random.key(0), 2000, COUNTS, progress_bar=False)
+    found = importance_diagnostics(svi, result, model_args=(COUNTS,), rng_key=random.key(1), progress_bar=False)
+    # Shares are uniform, so that given the total n all splits of the counts are as probable.
+    n, counts = np.arange(1, 500), np.asarray(COUNTS, float)
+    log_joint = poisson(160).logpmf(n) + poisson(n).logpmf(counts.sum())
+    exact = logsumexp(log_joint) + gammaln(counts.sum() + 1) + gammaln(6) - gammaln(counts.sum() + 6)
+    assert found.reading == "good" and abs(found.log_evidence - exact) < 0.02

@@ -160,5 +160,4 @@ def problem(name: str) -> Problem:
 
 def recommended(num_steps, rate=0.01):
     """The learning rate held while the likelihood is annealed, then a cosine."""
-    half = num_steps // 2
-    return optax.join_schedules([optax.constant_schedule(rate), optax.cosine_decay_schedule(rate, half)], [half])
+    return optax.warmup_cosine_decay_schedule(rate, rate, num_steps // 2, num_steps)

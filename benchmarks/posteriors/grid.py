@@ -57,24 +57,22 @@ def elbos(about, seed, budget, num_particles=64):
         return summed_out(about, num_steps, 1, seed)
 
     for name, run in {"TraceGraph_ELBO": graph, **({"TraceEnum_ELBO": enum} if about.enumerated else {})}.items():
-        for row in or_note(name, seed, longer_and_longer(run, budget)):
+        for row in or_note(name, seed, longer(run, budget)):
             yield {**row, "method": f"{name}, all time"}
 
 
-def longer_and_longer(run, budget):
-    """Rows of runs of 2,000 steps, of as many as fill the budget with compilation counted, and without.
+def longer(run, budget):
+    """Rows of a run of 2,000 steps, and of one of as many as fill the budget with compilation counted.
 
     :param run: from a number of steps to rows, of which there is one.
     """
     (row,) = run(STEPS)
     yield row
+    # What does not grow with the steps is taken to do so: a little fewer than there is time for.
     compiling = row["seconds_with_compilation"] - row["seconds"]
-    for counted in (compiling, 0):
-        # What does not grow with the steps is taken to do so: a little fewer than there is time for.
-        num_steps = int(row["size"] * (0.85 * budget - counted) / row["seconds"] // 500 * 500)
-        if num_steps > row["size"] and row["seconds"] + counted < 0.6 * budget:
-            (row,) = run(num_steps)
-            yield row
+    num_steps = int(STEPS * (0.85 * budget - compiling) / row["seconds"] // 500 * 500)
+    if num_steps > STEPS and row["seconds_with_compilation"] < 0.6 * budget:
+        yield from run(num_steps)
 
 
 def or_note(name, seed, rows):

@@ -32,35 +32,41 @@ class Run(NamedTuple):
     compiling: float
 
 
-def recommended(about, seed, budget):
-    """The line that this library recommends: runs of 500 and 2,000 steps, and of as many as there is time for.
+def recommended(about, seed, budget, summed_out=False):
+    """The line that this library recommends: runs of 500 and 2,000 steps, and longer ones until one is called "good".
 
     A run is what a user writes: `fit`, `importance_diagnostics` and `to_arviz`, each of which compiles. The third is
     planned, from the time of the shorter ones, to fill the budget with compilation counted, and the fourth to fill it
-    without; not where the one before did so to more than 60 %. Plans leave a quarter, as steps took up to 1.6 times as
-    long in long runs.
+    without; not where the one before did so to more than 60 %, and to four times its steps at most. Plans leave a
+    quarter, as steps took up to 1.6 times as long in long runs.
+
+    :param summed_out: whether latents of few states are marked, to be summed out.
     """
+    if summed_out and about.enumerated is None:
+        return
+    name, model = ("summed out", about.enumerated) if summed_out else ("all sampled", about.model)
+    name = f"recommended, {name}"
     quantities, proposals, runs = Quantities(about), PROPOSALS, []
     for num_steps in (500, 2000):
         if runs and num_steps > steps_within(runs, budget):
             break
-        row, run = recommended_run(about, quantities, seed, num_steps, proposals)
+        row, run = recommended_run(name, model, about, quantities, seed, num_steps, proposals)
         yield row
         runs.append(run)
         if run.after > budget / 4:
             proposals = PROPOSALS // 4
     for compiling in (runs[-1].compiling, 0):
         spent = runs[-1].of_fit + runs[-1].after + compiling
-        num_steps = steps_within(runs, 0.75 * budget - compiling)
-        if num_steps > 0 and num_steps != runs[-1].num_steps and not 0.6 * budget < spent <= budget:
-            row, run = recommended_run(about, quantities, seed, num_steps, proposals)
+        num_steps = min(steps_within(runs, 0.75 * budget - compiling), 4 * runs[-1].num_steps)
+        if row["reading"] != "good" and num_steps > runs[-1].num_steps and not 0.6 * budget < spent <= budget:
+            row, run = recommended_run(name, model, about, quantities, seed, num_steps, proposals)
             yield row
             runs.append(run)
 
 
-def recommended_run(about, quantities, seed, num_steps, proposals):
+def recommended_run(name, model, about, quantities, seed, num_steps, proposals):
     """A row and a `Run`."""
-    svi = SVI(about.model, AutoMixed(about.model), optax.adam(learning_rate(num_steps)), VIMCOStar(0.5, PARTICLES))
+    svi = SVI(model, AutoMixed(model), optax.adam(learning_rate(num_steps)), VIMCOStar(0.5, PARTICLES))
     fit_key, weight_key, draw_key = random.split(random.key(seed), 3)
     after = {"model_args": about.args, "progress_bar": False}
     forget_compiled()
@@ -75,7 +81,7 @@ def recommended_run(about, quantities, seed, num_steps, proposals):
         estimate = mean_asked(quantities, {name: x.values[0] for name, x in draws["posterior"].data_vars.items()})
     ess = float(np.min(found.ess))
     row = {
-        "method": "recommended", "seed": seed, "size": num_steps, **clock.columns(), **quantities.error(estimate),
+        "method": name, "seed": seed, "size": num_steps, **clock.columns(), **quantities.error(estimate),
         **quantities.of_evidence(found.log_evidence, found.bounds[1]), "relative_ess": ess / proposals,
         "ess_per_second": ess / clock.seconds, "pareto_k": float(np.max(found.pareto_k)), "reading": found.reading,
     }  # fmt: skip
@@ -94,6 +100,7 @@ def steps_within(runs, seconds):
 
 METHODS = {
     "recommended": recommended,
+    "summed_out": partial(recommended, summed_out=True),
     "grid": partial(grid, num_particles=PARTICLES),
     "ELBOs": partial(elbos, num_particles=PARTICLES),
     "DiscreteHMCGibbs": discrete_hmc_gibbs,

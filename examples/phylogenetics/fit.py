@@ -34,9 +34,9 @@ def power_at(step, num_steps: int):
 
 def make_svi(objective: ELBO, num_steps: int, learning_rate: float, pairs: bool = True) -> SVI:
     """SVI by Adam, with a learning rate that falls to 1 % of it over the second half of the fit."""
-    half = num_steps // 2
-    decay = optax.cosine_decay_schedule(learning_rate, num_steps - half, alpha=0.01)
-    schedule = optax.join_schedules([optax.constant_schedule(learning_rate), decay], [half])
+    schedule = optax.warmup_cosine_decay_schedule(
+        learning_rate, learning_rate, num_steps // 2, num_steps, 0.01 * learning_rate
+    )
     return SVI(model, guide, optax.adam(schedule), objective, pairs=pairs)
 
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Distributions over integers for guides: flexible, cheap to sample, and exact in float32. Knows no estimator."""
+"""Distributions over integers for guides: flexible, cheap to sample, and exact in float32; and a transform."""
 
 from jax import lax, random
 from jax.nn import log_sigmoid, log_softmax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
+from numpyro.distributions.transforms import StickBreakingTransform
 from numpyro.distributions.util import promote_shapes, validate_sample
 from numpyro.util import not_jax_tracer
 
@@ -158,3 +159,21 @@ class DiscretizedLogistic(dist.Distribution):
         difference = jnp.ceil(self.loc - jnp.floor(self.loc) + self.scale * logit - 0.5)
         largest = jnp.iinfo(jnp.result_type(int)).max - jnp.maximum(self._whole, 0)
         return jnp.maximum(self._whole + jnp.minimum(difference.astype(largest.dtype), largest), self.low)
+
+
+class InsideSimplex(StickBreakingTransform):
+    """NumPyro's stick breaking, with values inside of the simplex where a product underflows, and an exact inverse.
+
+    On the boundary densities are NaN or infinite. What is left of the stick is a sum of small parts here, not 1 less a
+    sum near 1, which has no digits left in single precision.
+    """
+
+    def __call__(self, x):
+        """From real vectors to the simplex."""
+        values = super().__call__(x)
+        return jnp.maximum(values, jnp.finfo(values.dtype).tiny)
+
+    def _inverse(self, y):
+        left = jnp.flip(jnp.cumsum(jnp.flip(y[..., 1:], -1), axis=-1), -1)
+        x = jnp.log(y[..., :-1]) - jnp.log(left)
+        return x + jnp.log(x.shape[-1] - jnp.arange(x.shape[-1]))

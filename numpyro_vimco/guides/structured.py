@@ -23,6 +23,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to
+from numpyro.distributions.transforms import StickBreakingTransform, Transform
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_vimco.guides.autoregressive import (
@@ -33,6 +34,7 @@ from numpyro_vimco.guides.autoregressive import (
     FullCoupling,
     LowRankCoupling,
 )
+from numpyro_vimco.guides.distributions import InsideSimplex
 from numpyro_vimco.guides.families import Family, jitter
 
 Samples = dict[str, Array]
@@ -40,6 +42,9 @@ Samples = dict[str, Array]
 # The couplings of one site are a full matrix up to this number of entries, such as those of 360 switches with each
 # other. Beyond, they are a product of two matrices of this rank.
 FULL_ENTRIES, RANK = 2**17, 8
+# Log-scales are linear in features up to this size, that of a count three scales of its prior from the median. Beyond,
+# scales would grow without bound, and a fit that wants them larger would drive the count there.
+LARGEST = 3.0
 
 
 class Statements(Protocol):
@@ -170,7 +175,13 @@ class Earlier:
         return self.statements.param(f"{site.name}_{self.sampler.prefix}_{name}", start, **kwargs)
 
     def shifts(
-        self, site: Site, name: str, parents: Iterable[str], num_shifts: int, num_features: int = 0
+        self,
+        site: Site,
+        name: str,
+        parents: Iterable[str],
+        num_shifts: int,
+        num_features: int = 0,
+        largest: float | None = None,
     ) -> tuple[dict[str, Array], Coupling | None]:
         """What earlier sites add to the parameters of a site's distribution, and the couplings of its own elements.
 
@@ -178,10 +189,11 @@ class Earlier:
         :param parents: the earlier sites.
         :param num_shifts: number of parameters of one element that are shifted.
         :param num_features: number of features that an element has for later ones of its site; 0 for no such couplings.
+        :param largest: up to which size features of earlier sites count; None for no limit.
         :return: for each earlier site, shifts of shape ``(*local, n, num_shifts)``; and the couplings of the site's
             elements to each other, None if there are none.
         """
-        features = {parent: self.features[parent] for parent in parents}
+        features = {parent: limited(self.features[parent], largest) for parent in parents}
         features = {parent: value.reshape(*value.shape[:-2], -1) for parent, value in features.items()}
         n = site.elements.count(site.full_shape)
         num_features = num_features if site.is_coupled_within and n > 1 else 0
@@ -306,7 +318,7 @@ class ContinuousSite(Site):
         discrete = [name for name in self.coupled if isinstance(earlier.sites[name], DiscreteSite)]
         continuous = [name for name in self.coupled if name not in discrete]
         of_loc, _ = earlier.shifts(self, "loc_weights", discrete, 1)
-        of_scale, _ = earlier.shifts(self, "log_scale_weights", discrete, 1)
+        of_scale, _ = earlier.shifts(self, "log_scale_weights", discrete, 1, largest=LARGEST)
         of_continuous, within = earlier.shifts(self, "couplings", continuous, 1, 1)
         loc = loc + own_loc + self._sum({**of_loc, **of_continuous}, gate)
         scale = scale * jnp.exp(own_log_scale + self._sum(of_scale, gate))
@@ -315,7 +327,7 @@ class ContinuousSite(Site):
             fn = AutoregressiveNormal(
                 elements.gather(loc), elements.gather(scale), elements.gather(gate), within, elements, loc.shape
             )
-        transform = biject_to(self.site["fn"].support)
+        transform = inside(biject_to(self.site["fn"].support))
         fn = dist.TransformedDistribution(fn.to_event(self.event_dim), transform)
         value = earlier.statements.sample(self.name, fn)
         return value, elements.gather(gate * transform.inv(value))[..., None]
@@ -330,7 +342,7 @@ class ContinuousSite(Site):
             weights = earlier.param(self, f"loc_{name}", zeros, event_dim=self.event_dim + 1)
             of_loc = of_loc + jnp.sum(weights * features, axis=-1)
             weights = earlier.param(self, f"log_scale_{name}", zeros, event_dim=self.event_dim + 1)
-            of_scale = of_scale + jnp.sum(weights * features, axis=-1)
+            of_scale = of_scale + jnp.sum(weights * limited(features, LARGEST), axis=-1)
         return of_loc, of_scale
 
     def _gate(self, earlier: Earlier, shape: tuple[int, ...]) -> Array:
@@ -350,6 +362,16 @@ class ContinuousSite(Site):
             shift = self.elements.scatter(shift[..., 0], gate.shape)
             total = total + (shift if name in self.prior else gate * shift)
         return total
+
+
+def limited(features: Array, largest: float | None) -> Array:
+    """Features of a size of at most ``largest``; as they are for None."""
+    return features if largest is None else jnp.clip(features, -largest, largest)
+
+
+def inside(transform: Transform) -> Transform:
+    """A transform to a support, whose values stay off the boundary."""
+    return InsideSimplex() if type(transform) is StickBreakingTransform else transform
 
 
 def _features_in_plates(earlier: Earlier, name: str, event_dim: int) -> Array:

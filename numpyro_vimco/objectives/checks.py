@@ -144,8 +144,9 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
             continue
         if not any(plate in stacks[name] for name in latent):
             raise ValueError(
-                f"`plate_particles` names the plate '{plate}', which has no latents of its own: there is nothing to "
-                "draw more often. Remove it from `plate_particles`."
+                f"`plate_particles` names the plate '{plate}', which has no latents that the guide samples: "
+                "there is nothing to draw more often (what is summed out is not drawn). Remove it from "
+                "`plate_particles`."
             )
         for site in sites:
             others = [name for name in stacks[site["name"]] if name in plate_particles and name != plate]

@@ -301,6 +301,11 @@ class VIMCOStar(ImportanceWeightedELBO):
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,
         )
+        if not isinstance(plate_particles, Mapping | None):
+            raise ValueError(
+                f"`plate_particles` is {plate_particles!r}, but must be a dict from the name of a plate to a number of "
+                "particles: `plate_particles={'data': 8}`."
+            )
         self.plate_particles = {
             name: check_particles(f"plate_particles['{name}']", number)
             for name, number in (plate_particles or {}).items()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Where "good" ends: an effective sample size relative to the draws, and the same for weights of infinite variance, of
 # a k of 0.5 or more. benchmarks/agreement.py sets the last two.
 HEAVY_TAIL, LOW_ESS, HEAVY_ESS = 0.5, 0.1, 0.25
+FEW_STATES = 8  # of a site that can be summed out
+FEW = 100  # an effective sample size that tells nothing
 # A correlation that the guide lacks is told from this size on: it lowers the ESS of a pair to √(1 - 0.3²) at most.
 CORRELATED = 0.3
 SECOND_START = (
@@ -60,12 +62,16 @@ def advise(
         parts.append(f"The starts disagree: {differences(agreement)}.")
         if reading == "usable":
             parts.append("The pooled draws have what any of them found.")
+    plate = _joint_plate(fit)
     if past or disagree:
-        parts.append(f"What helps, in this order: {_remedies(fit, annealed)}.")
+        parts.append(f"What helps, in this order: {_remedies(fit, annealed, plate)}.")
     if past:
         return " ".join(parts)
     few = summary.ess.min() / len(weighed.continuous) < LOW_ESS
     heavy = summary.pareto_k.max() >= HEAVY_TAIL
+    if reading == "usable" and summary.ess.min() < FEW:
+        parts.append("Nothing is wrong with the weights, but so few draws tell little: take 10,000 (`num_samples`).")
+        return " ".join(parts)
     if reading == "usable":
         if not (few or heavy):
             parts += [] if disagree else ["The weights are good."]
@@ -82,11 +88,10 @@ def advise(
         parts.append("Compare with a second key and more draws.")
         if agreement is None or agreement.sizes["start"] == 1:
             parts.append(SECOND_START)
-    plate = _joint_plate(fit)
     if plate:
         parts.append(
-            f"One weight is a product over all elements of the plate '{plate}', and hardly a draw holds all of it: "
-            f"give its elements particles of their own, VIMCOStar(plate_particles={{'{plate}': 8}})."
+            f"One weight is a product over all elements of the plate '{plate}', and hardly a draw holds all of it"
+            + ("." if disagree else f": {_for_plate(fit, plate)}.")
         )
         return " ".join(parts)
     pair = _missing_correlation(weighed)
@@ -119,9 +124,26 @@ def _trusted(agreement: "xr.Dataset") -> str:
     return " ".join(parts)
 
 
-def _remedies(fit: Fitted, annealed: bool) -> str:
+def _for_plate(fit: Fitted, plate: str) -> str:
+    """What helps where the elements of a plate share a weight: to sum out its latents of few states, or particles."""
+    latents = [site for site in sample_sites(fit.model_trace) if is_latent_site(site) and site["name"] in fit.sampled]
+    few = [
+        f"'{site['name']}' has {states}"
+        for site in latents
+        if any(frame.name == plate for frame in site["cond_indep_stack"])
+        and site["fn"].has_enumerate_support
+        and not site["fn"].event_dim
+        and (states := len(site["fn"].enumerate_support(expand=False))) <= FEW_STATES
+    ]
+    particles = f"give its elements particles of their own, VIMCOStar(plate_particles={{'{plate}': 8}})"
+    if not few:
+        return particles
+    return f"sum out sites of few states ({', '.join(few)}), by infer={{'enumerate': 'parallel'}}, or {particles}"
+
+
+def _remedies(fit: Fitted, annealed: bool, plate: str | None) -> str:
     """What helps starts to agree, as far as it is not there yet, in the order of docs/checking_a_fit.md."""
-    found = []
+    found = [_for_plate(fit, plate)] if plate else []
     if _has(fit, discrete=True) and _richer_guide(fit) != "one by hand":
         found.append('a structured guide (`AutoMixed(model, structure="autoregressive")`)')
     found.append("a smaller learning rate")

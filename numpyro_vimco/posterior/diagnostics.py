@@ -13,7 +13,7 @@ import numpy as np
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LOW_ESS, advise
+from numpyro_vimco.posterior.advice import FEW, HEAVY_ESS, HEAVY_TAIL, LOW_ESS, advise
 from numpyro_vimco.posterior.agreement import compare, share_that_agrees
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
@@ -46,12 +46,13 @@ class ImportanceDiagnostics:
         (``weights.smooth_tail``).
     :ivar reading: of the worst element.
 
-        - ``"bad"``: a proof of a loss, an ESS below 100, or k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et
-          al. 2024). Where all starts agree and the ESS is half of the draws or more, k is no reason: see
+        - ``"bad"``: a proof of a loss; an ESS below 100 that is less than a quarter of the draws; an ESS of less than a
+          tenth of the draws where each start is off; or k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et al.
+          2024). Where all starts agree and the ESS is half of the draws or more, k is no reason: see
           :func:`~numpyro_vimco.importance_diagnostics`.
-        - ``"good"``, if not bad: there are two starts or more, three quarters of them agree, the others are stuck in
-          less than a hundredth of the evidence, and the ESS is a tenth of the draws or more, or a quarter where k is
-          0.5 or more.
+        - ``"good"``, if not bad, and the ESS is 100 or more: there are two starts or more, three quarters of them
+          agree, the others are stuck in less than a hundredth of the evidence, and the ESS is a tenth of the draws or
+          more, or a quarter where k is 0.5 or more.
         - ``"usable"`` else: at best where there is one fit alone, or where starts disagree.
 
     :ivar advice: what to make of it, or what to do.
@@ -173,7 +174,8 @@ def importance_diagnostics(
         annealed = bool((svi_result.power < 1).any())
     k, ess = float(summary.pareto_k.max()), float(summary.ess.min())
     agreeing = 0.0 if agreement is None else share_that_agrees(agreement)
-    reading = _reading(k, ess, num_samples, agreeing, bool(past))
+    all_off = agreement is not None and bool(agreement["differs"].any("quantity").all())
+    reading = _reading(k, ess, num_samples, agreeing, all_off, bool(past))
     if weighed.log_weight is None:
         heaviest = summary.heaviest
     else:
@@ -194,10 +196,11 @@ def importance_diagnostics(
     )
 
 
-def _reading(k: float, ess: float, num_samples: int, agreeing: float, loss_proven: bool) -> str:
+def _reading(k: float, ess: float, num_samples: int, agreeing: float, all_off: bool, loss_proven: bool) -> str:
     # The heavier the tail, the more the seen draws must hold: see `importance_diagnostics`.
-    share = ess / num_samples
+    share, few = ess / num_samples, ess < FEW
     tail_seen = agreeing == 1 and share >= 0.5
-    if loss_proven or ess < 100 or (k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen):
+    heavy = k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen
+    if loss_proven or heavy or (few and share < HEAVY_ESS) or (all_off and share < LOW_ESS):
         return "bad"
-    return "good" if agreeing >= MOST and share >= (LOW_ESS if k < HEAVY_TAIL else HEAVY_ESS) else "usable"
+    return "good" if not few and agreeing >= MOST and share >= (LOW_ESS if k < HEAVY_TAIL else HEAVY_ESS) else "usable"

@@ -19,15 +19,16 @@ from tqdm.auto import tqdm
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.posterior.annealing import geometric
-from numpyro_vimco.posterior.chunks import patient_bar
-from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.chunks import compiled, patient_bar
+from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
+from numpyro_vimco.posterior.observed import find_observed
 from numpyro_vimco.posterior.proposals import program_of
 from numpyro_vimco.posterior.results import FitResult, FitState
 from numpyro_vimco.posterior.starts import initial_states
 from numpyro_vimco.posterior.steps import Steps
 from numpyro_vimco.posterior.weights import log_mean, variance_of_log_mean
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import is_latent_site
+from numpyro_vimco.sites import Trace, is_latent_site
 
 # Draws of each start's guide that its log evidence is estimated from.
 EVIDENCE_DRAWS = 4000
@@ -63,9 +64,7 @@ def fit(
 
     **Learning rate.** It does best if it is held while β rises, and falls by a cosine afterwards::
 
-        schedule = optax.join_schedules(
-            [optax.constant_schedule(0.01), optax.cosine_decay_schedule(0.01, num_steps // 2)], [num_steps // 2]
-        )
+        schedule = optax.warmup_cosine_decay_schedule(0.01, 0.01, num_steps // 2, num_steps)
         svi = SVI(model, AutoMixed(model), optax.adam(schedule), VIMCOStar(0.5, num_particles=64))
         result = fit(svi, random.key(0), num_steps, x)
         diagnostics = importance_diagnostics(svi, result, model_args=(x,), rng_key=random.key(1))
@@ -99,7 +98,8 @@ def fit(
     :param jax.sharding.Sharding start_sharding: how the axis of starts is spread over devices. Defaults to None: not.
     :param kwargs: keyword arguments to the model / guide.
     :raises ValueError: for a number or a share out of range, a power that is not positive, an ``init_state`` that is
-        none, a sharding that does not divide the starts; and if NaN came up in all starts.
+        none, a sharding that does not divide the starts, arguments that do not fit model and guide, data that are NaN;
+        and if NaN came up in all starts.
     :warns UserWarning: for each start that is dropped since its loss or a parameter became NaN, for a log evidence that
         cannot be estimated, and for an interruption.
 
@@ -109,6 +109,11 @@ def fit(
     """
     check_key(rng_key)
     num_steps = check_integer("num_steps", num_steps, 0, "so many steps are taken")
+    if problem := misfit(svi, args, {**svi.static_kwargs, **kwargs}):
+        raise ValueError(
+            f"What `fit` was given for the model and the guide does not fit {problem}. Arguments of the model follow "
+            "the number of steps as they are, `fit(svi, rng_key, 2000, x)`; the number of starts is `num_starts`."
+        )
     init_key, evidence_key = split(rng_key)
     if init_state is None:
         num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
@@ -119,6 +124,8 @@ def fit(
         state = _checked_state(init_state, anneal)
         if svi.constrain_fn is None:
             svi.init(init_key, *args, init_params=init_params, **kwargs)
+    sites = _sites(svi, args, kwargs)
+    check_data(sites, find_observed(sites, set()))
     if start_sharding is not None:
         _check_start_sharding(start_sharding, len(state.failed))
     steps = Steps(
@@ -132,7 +139,9 @@ def fit(
     )
     state, losses, powers = steps.run(state, num_steps, progress_bar)
     params = jax.vmap(svi.get_params)(state.svi)
-    evidence = _log_evidence(svi, evidence_key, params, np.asarray(state.failed), args, kwargs, progress_bar)
+    evidence = (np.full(len(state.failed), np.nan),) * 2
+    if _has_evidence(sites):
+        evidence = _log_evidence(svi, evidence_key, params, np.asarray(state.failed), args, kwargs, progress_bar)
     return FitResult(params, losses, state, powers, *evidence)
 
 
@@ -202,8 +211,6 @@ def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tu
     estimates, errors = np.full((2, len(failed)), np.nan)
     starts = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params) for i in range(len(failed))]
     try:
-        if not _has_evidence(svi, args, kwargs):
-            return estimates, errors
         log_weights = _log_weights(Fitted.of(svi, starts[0], args, kwargs))
         keys = [split(key, EVIDENCE_DRAWS) for key in split(rng_key, len(failed))]
         with patient_bar(EVIDENCE_DRAWS * int((~failed).sum()), "log evidence" if show_bar else None) as bar:
@@ -239,25 +246,31 @@ def _log_weights(fitted: Fitted) -> Callable[[dict[str, Any], Array, tqdm], np.n
         local = [structure.sum_to_shared(cv.log_mean_weight(level.log_weight)) for level in levels.local.values()]
         return sum(local, levels.shared.log_weight)
 
-    compiled = jax.jit(jax.vmap(log_weight, in_axes=(None, 0)))
-    size = fitted.chunk_size()
+    of_chunk = compiled(jax.vmap(log_weight, in_axes=(None, 0)))
+    # All chunks have one shape, as each is compiled.
+    largest = min(fitted.chunk_size(), EVIDENCE_DRAWS)
+    size = next(size for size in range(largest, 0, -1) if EVIDENCE_DRAWS % size == 0)
 
     def log_weights(params, keys, bar):
         parts = []
         for begin in range(0, len(keys), size):
-            parts.append(jax.device_get(compiled(params, keys[begin : begin + size])))
+            parts.append(jax.device_get(of_chunk(params, keys[begin : begin + size])))
             bar.update(len(parts[-1]))
         return np.concatenate(parts).astype(float)
 
     return log_weights
 
 
-def _has_evidence(svi: SVI, args: tuple, kwargs: dict) -> bool:
-    """Whether there are latents, and all data."""
+def _sites(svi: SVI, args: tuple, kwargs: dict) -> Trace:
+    """The sites of the model, and of the guide those that the model lacks, at one draw."""
     with seed(rng_seed=0), trace() as guide_trace:
         svi.guide(*args, **svi.static_kwargs, **kwargs)
     with seed(rng_seed=0), trace() as model_trace, replay(trace=guide_trace):
         svi.model(*args, **svi.static_kwargs, **kwargs)
-    sites = [*guide_trace.values(), *model_trace.values()]
-    whole = all(len(site["value"]) == site["args"][0] for site in sites if site["type"] == "plate")
-    return whole and any(is_latent_site(site) for site in model_trace.values())
+    return {**guide_trace, **model_trace}
+
+
+def _has_evidence(sites: Trace) -> bool:
+    """Whether there are latents, and all data."""
+    whole = all(len(site["value"]) == site["args"][0] for site in sites.values() if site["type"] == "plate")
+    return whole and any(is_latent_site(site) for site in sites.values())

@@ -65,15 +65,11 @@ class Fitted:
         """
         params = _params_of(svi, result)
         args, kwargs = tuple(model_args), {**svi.static_kwargs, **(model_kwargs or {})}
-        for fn in (svi.model, svi.guide):
-            try:
-                inspect.signature(fn).bind(*args, **kwargs)
-            except TypeError as error:
-                name = getattr(fn, "__name__", type(fn).__name__)
-                raise ValueError(
-                    f"`model_args` and `model_kwargs` do not fit `{name}`: {error}. Pass what `svi.run` was given "
-                    "after the number of steps."
-                ) from None
+        if problem := misfit(svi, args, kwargs):
+            raise ValueError(
+                f"`model_args` and `model_kwargs` do not fit {problem}. Pass what the fit was given after the number "
+                "of steps, in a tuple: `model_args=(x,)`."
+            )
         _check_params("guide", trace(seed(svi.guide, random.key(0))).get_trace(*args, **kwargs), params)
         guide_trace = trace(substitute(seed(svi.guide, random.key(0)), data=params)).get_trace(*args, **kwargs)
         if whole:
@@ -91,7 +87,7 @@ class Fitted:
                 "which what is to be inferred is not observed."
             )
         observed = find_observed(model_trace, _moving_masks(svi, params, latents, args, kwargs))
-        _check_data(model_trace, observed)
+        check_data(model_trace, observed)
         starts, num_starts = None, 1
         if isinstance(result, FitResult):
             kept = np.flatnonzero(~result.failed)
@@ -141,6 +137,16 @@ class Fitted:
         return int(np.clip(CHUNK_ELEMENTS // (max(largest, 1) * local_particles), 1, 2**14))
 
 
+def misfit(svi: SVI, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
+    """Why arguments do not fit the signature of the model or of the guide; None if they do."""
+    for fn in (svi.model, svi.guide):
+        try:
+            inspect.signature(fn).bind(*args, **kwargs)
+        except TypeError as error:
+            return f"`{getattr(fn, '__name__', type(fn).__name__)}`: {error}"
+    return None
+
+
 def _params_of(svi: SVI, result: Result) -> dict[str, Any]:
     """The parameters of the best start, of a result of `svi.run`, of a state, or as they are.
 
@@ -176,7 +182,7 @@ def _moving_masks(svi: SVI, params, latents, args, kwargs) -> set[str]:
     return {name for name, sources in dependence(masks, latents).items() if sources}
 
 
-def _check_data(model_trace: Trace, observed: Mapping[str, Observed]) -> None:
+def check_data(model_trace: Trace, observed: Mapping[str, Observed]) -> None:
     """Raise for NaN data that are not masked and have no density.
 
     :raises ValueError: naming the site.

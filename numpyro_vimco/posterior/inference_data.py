@@ -42,7 +42,7 @@ def to_arviz(
     num_proposals: int | None = None,
     resample: bool = True,
     pool: bool = True,
-    groups: Collection[str] = ("posterior_predictive", "log_likelihood"),
+    groups: Collection[str] | str = ("posterior_predictive", "log_likelihood"),
     constant_data: Mapping[str, Any] | None = None,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, list[str]] | None = None,
@@ -123,6 +123,7 @@ def to_arviz(
     num_proposals = check_integer(
         "num_proposals", num_proposals, num_samples, "draws are chosen among them, and each should be there once"
     )
+    groups = (groups,) if isinstance(groups, str) else groups
     unknown = set(groups) - set(GROUPS)
     if unknown:
         raise ValueError(f"`groups` has {', '.join(map(repr, sorted(unknown)))}, but must be some of {GROUPS}.")

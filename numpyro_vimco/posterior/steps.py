@@ -168,9 +168,9 @@ class Steps:
             if failed.all():
                 raise ValueError(
                     f"All {len(failed)} starts failed, the last of them in step {step}: NaN came up in {where}. Take a "
-                    "smaller learning rate, clip the gradient (`optax.clip_by_global_norm`), begin elsewhere "
-                    "(`init_loc_fn` of the guide), or skip such steps (`stable_update=True`); "
-                    "`jax.config.update('jax_debug_nans', True)` finds where NaN comes from."
+                    "smaller learning rate, leave out annealing (`anneal=0`), begin elsewhere (`init_loc_fn` of the "
+                    'guide), take a simpler guide (`structure="mean_field"`), or skip such steps '
+                    "(`stable_update=True`; their losses are NaN)."
                 )
             warnings.warn(
                 f"Start {i} of {len(failed)} is dropped: in step {step} NaN came up in {where}. The others go on.",
