@@ -34,13 +34,16 @@ def store_truth(name):
 
 
 def measure(name, method, args):
-    """Rows of one method on one problem, written seed by seed; a method that fails gives a row that says why."""
+    """Rows of one method on one problem, written as they come; a method that fails gives a row that says why."""
     results = Results(args.output, name)
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         start = time.perf_counter()
         rows = []
         try:
             for row in METHODS[method](problem(name), seed, args.seconds):
+                if rows and (row["method"], row["seed"]) != (rows[-1]["method"], rows[-1]["seed"]):
+                    results.write(rows)
+                    rows = []
                 rows.append(row)  # what there is before an error stays
         except Exception as error:  # whatever a library raises for a model that it cannot treat
             if args.debug:
