@@ -655,7 +655,8 @@ def test_mutable_state_of_numpyros_objectives():
     def model(x):
         count = numpyro.primitives.mutable("count", {"steps": jnp.zeros(())})
         count["steps"] = count["steps"] + 1
-        numpyro.sample("c", dist.Normal(0, 1))
+        c = numpyro.sample("c", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal(c, 1).expand([len(x)]).to_event(1), obs=x)
 
     def guide(x):
         numpyro.sample("c", dist.Normal(numpyro.param("loc", 0.0), 1.0))
@@ -665,6 +666,26 @@ def test_mutable_state_of_numpyros_objectives():
         result = fit(svi, random.key(0), 5, X, num_starts=1, progress_bar=False)
     assert result.state.svi.mutable_state["count"]["steps"].shape == (1,)
     assert result.best.state.mutable_state["count"]["steps"] >= 5
+
+
+def forgetful(x=None):
+    z = numpyro.sample("z", dist.Bernoulli(0.5))
+    numpyro.sample("x", dist.Normal(1.0 * z, 1), obs=x)
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support values")  # NumPyro's, which names no site
+def test_what_is_wrong_with_the_data_is_said_before_the_fit():
+    svi = SVI(forgetful, AutoDiscrete(forgetful), optax.adam(0.1), VIMCOStar(0, 4))
+    with pytest.raises(ValueError, match="The data of site 'x' are NaN"):
+        fit(svi, random.key(0), 10**9, jnp.nan, num_starts=1, progress_bar=False)
+    with pytest.raises(ValueError, match="does not fit `forgetful`: got an unexpected keyword argument 'num_chains'"):
+        fit(svi, random.key(0), 10**9, 1.0, num_chains=4)
+
+    def prior():
+        numpyro.sample("z", dist.Bernoulli(0.5))
+
+    with pytest.warns(UserWarning, match="no observed site, so that its posterior is the prior"):
+        fit(SVI(prior, AutoDiscrete(prior), optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 1, num_starts=1)
 
 
 def test_start_without_a_log_evidence():

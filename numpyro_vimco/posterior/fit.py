@@ -100,8 +100,8 @@ def fit(
     :raises ValueError: for a number or a share out of range, a power that is not positive, an ``init_state`` that is
         none, a sharding that does not divide the starts, arguments that do not fit model and guide, data that are NaN;
         and if NaN came up in all starts.
-    :warns UserWarning: for each start that is dropped since its loss or a parameter became NaN, for a log evidence that
-        cannot be estimated, and for an interruption.
+    :warns UserWarning: for a model without observed sites, for each start that is dropped since its loss or a parameter
+        became NaN, for a log evidence that cannot be estimated, and for an interruption.
 
     **References**
 
@@ -126,6 +126,12 @@ def fit(
             svi.init(init_key, *args, init_params=init_params, **kwargs)
     sites = _sites(svi, args, kwargs)
     check_data(sites, find_observed(sites, set()))
+    if not any(site["type"] == "sample" and site["is_observed"] for site in sites.values()):
+        warnings.warn(
+            "The model has no observed site, so that its posterior is the prior. Pass the data: "
+            "`fit(svi, rng_key, num_steps, x)`.",
+            stacklevel=2,
+        )
     if start_sharding is not None:
         _check_start_sharding(start_sharding, len(state.failed))
     steps = Steps(
