@@ -131,6 +131,8 @@ def verdicts(results, budget):
     rows = []
     for name in COMPARED:
         applies = {problem: of[name] for problem, of in results.items() if name in of and of[name].seeds}
+        if not applies:
+            continue
         within = [sum(of.error(clock, budget) <= RIGHT for of in applies.values()) for clock in CLOCKS]
         fast = [sum(_is_fastest(results[p], of, clock, budget) for p, of in applies.items()) for clock in CLOCKS]
         last = [row for of in applies.values() for row in of.last("seconds", budget) if row]
@@ -168,8 +170,8 @@ def others_win(results, budget, clock="seconds_with_compilation"):
     for problem, methods in results.items():
         times = {name: methods[name].time_to_right(clock, budget) for name in COMPARED if name in methods}
         ours = times.get("recommended", np.inf)
-        best = min(times, key=times.get)
-        if times[best] < np.inf and ours > 1.5 * times[best]:
+        best = min(times, key=times.get, default=None)
+        if best and times[best] < np.inf and ours > 1.5 * times[best]:
             rows.append([problem, f"`{best}`", number(times[best], 1), number(ours, 1)])
     header = ["problem", "fastest", "seconds to 0.1", "recommended"]
     return table(header, rows) if rows else "None."
@@ -223,8 +225,10 @@ def objectives(results):
 
 
 def picture(results, budget, path, clock="seconds"):
-    """Error against time, one panel for each problem: median over seeds."""
+    """Error against time of all seeds, one panel for each problem on which a method came to an end."""
     columns = 4
+    some = lambda of: any(of[name].error(clock, budget) < np.inf for name in COMPARED if name in of)  # noqa: E731
+    results = {problem: methods for problem, methods in results.items() if some(methods)}
     figure, axes = plt.subplots(
         -(-len(results) // columns), columns, figsize=(15, 3 * -(-len(results) // columns)), layout="constrained",
         sharex=True, sharey=True, squeeze=False,
@@ -240,7 +244,11 @@ def picture(results, budget, path, clock="seconds"):
         ax.axis("off")
     figure.supxlabel("seconds, compilation not counted")
     figure.supylabel("worst error (posterior standard deviations)")
-    lines = [plt.Line2D([], [], color=f"C{i}", marker="o", ms=3, label=name) for i, name in enumerate(COMPARED)]
+    lines = [
+        plt.Line2D([], [], color=f"C{i}", marker="o", ms=3, label=name)
+        for i, name in enumerate(COMPARED)
+        if any(name in methods for methods in results.values())
+    ]
     figure.legend(handles=lines, loc="outside upper center", ncols=len(COMPARED))
     figure.savefig(path, dpi=90)
     plt.close(figure)
