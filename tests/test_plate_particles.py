@@ -353,7 +353,7 @@ def test_named_plate_without_latents_of_its_own():
         with numpyro.plate("data", 2):
             numpyro.sample("x", dist.Normal(z, 1.0), obs=X)
 
-    with pytest.raises(ValueError, match="plate 'data', which has no latents of its own"):
+    with pytest.raises(ValueError, match="plate 'data', which has no latents that the guide samples"):
         loss({"data": 2}, model, lambda: bernoulli("z", numpyro.param("logits", 0.1)))
 
 
