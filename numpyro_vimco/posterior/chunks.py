@@ -20,10 +20,7 @@ def patient_bar(total: int, description: str | None) -> tqdm:
 
 
 def compiled(fn: Callable) -> Callable:
-    """``jax.jit(fn)`` for what runs for seconds: on CPUs with less optimisation.
-
-    Diagnostics compiled in two thirds of the time, and took as long as before (JAX 0.10.1, two posteriors).
-    """
+    """``jax.jit(fn)`` for what runs for seconds: on CPUs with less optimisation, which compiles sooner."""
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(fn, compiler_options=options)
 
