@@ -407,6 +407,23 @@ def test_a_scale_does_not_grow_without_bound_with_a_count():
     assert jnp.isfinite(loss)
 
 
+def test_a_count_does_not_grow_without_bound_with_another():
+    def model(total):
+        first = numpyro.sample("first", dist.Poisson(160.0))
+        second = numpyro.sample("second", dist.Poisson(100.0))
+        numpyro.sample("total", dist.Poisson(1.0 * first + second), obs=total)
+
+    guide = AutoMixed(model)
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(0.5, num_particles=4))
+    params = svi.get_params(svi.init(random.key(0), 250.0))
+    weights = params["second_auto_weights"]  # of shape (2, 4): logarithms of location and scale, features of the first
+    params |= {"first_auto_loc": jnp.array(400.0), "second_auto_weights": weights.at[0, 0].set(1.0)}
+    second = guide.sample_posterior(random.key(1), params, sample_shape=(1000,))["second"]
+    expected = params["second_auto_loc"] * jnp.exp(guide.coupling_speed * 3.0)
+    # The median of 1,000 draws has a standard error of 2 scales / √1000; it was 20,000 times as large.
+    assert abs(jnp.median(second) - expected) < 12 * params["second_auto_scale"] / 1000**0.5
+
+
 def test_shares_stay_inside_of_the_simplex():
     transform, ours = StickBreakingTransform(), InsideSimplex()
     x = 60 * random.normal(random.key(0), (1000, 5))

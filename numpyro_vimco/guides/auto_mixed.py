@@ -57,8 +57,8 @@ class AutoMixed(StructuralGuide):
     (Derived in this project.) The feature of a boolean is its value. The features of a finite support are the
     indicators of its values. A count k above its smallest value has four features: k, centred and scaled by the prior's
     median and scale; log(1 + k), less that of the median; 1 / (1 + k); and an indicator of 0. Counts have a W for the
-    logarithm of the location and one for that of the scale. In the scales of continuous latents a feature counts up to
-    3: beyond, they would grow exponentially with a count.
+    logarithm of the location and one for that of the scale. In scales, and in the locations of other counts, a feature
+    counts up to 3: beyond, they would grow exponentially with a count.
 
     g is 0 where the own values leave a latent without effect on all others, such as a coefficient that is multiplied by
     a switch that is off. The posterior of such a latent is its prior, whatever the others are. These values are found

@@ -35,15 +35,16 @@ from numpyro_vimco.guides.autoregressive import (
     LowRankCoupling,
 )
 from numpyro_vimco.guides.distributions import InsideSimplex
-from numpyro_vimco.guides.families import Family, jitter
+from numpyro_vimco.guides.families import Count, Family, jitter
 
 Samples = dict[str, Array]
 
 # The couplings of one site are a full matrix up to this number of entries, such as those of 360 switches with each
 # other. Beyond, they are a product of two matrices of this rank.
 FULL_ENTRIES, RANK = 2**17, 8
-# Log-scales are linear in features up to this size, that of a count three scales of its prior from the median. Beyond,
-# scales would grow without bound, and a fit that wants them larger would drive the count there.
+# Logarithms (of scales, and of the location of a count) are linear in features of discrete sites up to this size, that
+# of a count three scales of its prior from the median. Beyond, scales would grow without bound, and a fit that wants
+# them larger would drive the count there.
 LARGEST = 3.0
 
 
@@ -189,11 +190,14 @@ class Earlier:
         :param parents: the earlier sites.
         :param num_shifts: number of parameters of one element that are shifted.
         :param num_features: number of features that an element has for later ones of its site; 0 for no such couplings.
-        :param largest: up to which size features of earlier sites count; None for no limit.
+        :param largest: up to which size features of earlier discrete sites count; None for no limit.
         :return: for each earlier site, shifts of shape ``(*local, n, num_shifts)``; and the couplings of the site's
             elements to each other, None if there are none.
         """
-        features = {parent: limited(self.features[parent], largest) for parent in parents}
+        features = {
+            parent: limited(self.features[parent], largest if isinstance(self.sites[parent], DiscreteSite) else None)
+            for parent in parents
+        }
         features = {parent: value.reshape(*value.shape[:-2], -1) for parent, value in features.items()}
         n = site.elements.count(site.full_shape)
         num_features = num_features if site.is_coupled_within and n > 1 else 0
@@ -244,6 +248,11 @@ class DiscreteSite(Site):
         start = next(iter(self.start.values()))
         return jnp.shape(start)[: jnp.ndim(start) - self.family.event_dim]
 
+    @property
+    def _largest(self) -> float | None:
+        """The size of features that count: what is shifted is a logarithm for counts, and logits otherwise."""
+        return LARGEST if isinstance(self.family, Count) else None
+
     def draw(self, earlier: Earlier) -> tuple[Array, Array]:
         """Its value, and features for later sites."""
         family, elements = self.family, self.elements
@@ -259,7 +268,9 @@ class DiscreteSite(Site):
         }
         some = next(iter(params.values()))
         shape = some.shape[: some.ndim - family.event_dim]
-        shifts, within = earlier.shifts(self, "weights", self.coupled, family.num_shifts, family.num_features)
+        shifts, within = earlier.shifts(
+            self, "weights", self.coupled, family.num_shifts, family.num_features, self._largest
+        )
         if shifts:
             total = jnp.sum(jnp.stack(jnp.broadcast_arrays(*shifts.values())), axis=0)
             shifted = family.shifted(total, **{k: elements.gather(v) for k, v in params.items()})
@@ -276,7 +287,8 @@ class DiscreteSite(Site):
         ordered = {k: gather(value) for k, value in params.items()}
 
         def conditional(values: Array) -> dist.Distribution:
-            return family.distribution(**family.shifted(within.apply(family.features(values)), **ordered))
+            features = limited(family.features(values), self._largest)
+            return family.distribution(**family.shifted(within.apply(features), **ordered))
 
         start = gather(jnp.broadcast_to(jnp.asarray(self.family.low), shape))
         return AutoregressiveDiscrete(conditional, self.elements, self.family.support, start, shape)
