@@ -50,7 +50,7 @@ def test_variable_selection(name, relative_ess):
 @pytest.mark.long
 def test_change_points():
     about = problem("change_points")
-    for estimate, _, of_weights in fits(about.model, about.args, about.num_steps, "switch"):
+    for estimate, _, of_weights in fits(about.model, about.args, about.num_steps, "switch", num_starts=3):
         assert np.abs(estimate - about.truth.means["switch"]).max() < 0.03
         assert abs(of_weights["log_evidence"] - about.truth.log_evidence) < 0.1
 
@@ -66,7 +66,7 @@ def test_karate_club():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["diabetes", "strongly_correlated_design", "change_points"])
+@pytest.mark.parametrize("name", ["diabetes", "strongly_correlated_design"])
 def test_right_fits_are_called_good(name):
     one, four = measure(name, 0, 0.01, 0.5, 0.5, 0.3)
     assert one["reading"] == "usable" and four["reading"] == "good"

@@ -387,14 +387,14 @@ def counted_shares(counts):
     numpyro.sample("counts", dist.Poisson(total * shares).to_event(1), obs=counts)
 
 
-COUNTS = jnp.array([18.0, 19.0, 22.0, 19.0, 20.0, 22.0])
+KINDS = jnp.array([18.0, 19.0, 22.0, 19.0, 20.0, 22.0])
 
 
 def test_a_scale_does_not_grow_without_bound_with_a_count():
     """At a count of 400, 34 scales of the prior above its median, it was e^34 times as large; shares were 0 or NaN."""
     guide = AutoMixed(counted_shares)
     svi = SVI(counted_shares, guide, optax.adam(0.01), VIMCOStar(0.5, num_particles=4))
-    state = svi.init(random.key(0), COUNTS)
+    state = svi.init(random.key(0), KINDS)
     params = svi.get_params(state)
     params |= {
         "total_auto_loc": jnp.array(400.0),
@@ -403,7 +403,7 @@ def test_a_scale_does_not_grow_without_bound_with_a_count():
     draws = guide.sample_posterior(random.key(1), params, sample_shape=(2000,))
     width = jnp.std(InsideSimplex()._inverse(draws["shares"]), axis=0)
     assert (abs(width / (0.1 * jnp.exp(3.0)) - 1) < 0.1).all()  # six standard errors of a standard deviation
-    loss = VIMCOStar(0.5, num_particles=256).loss(random.key(2), params, counted_shares, guide, COUNTS)
+    loss = VIMCOStar(0.5, num_particles=256).loss(random.key(2), params, counted_shares, guide, KINDS)
     assert jnp.isfinite(loss)
 
 
@@ -440,10 +440,10 @@ def test_a_count_times_shares():
     """numpyro#1239. All starts ended in NaN."""
     rate = optax.warmup_cosine_decay_schedule(0.01, 0.01, 1000, 2000)
     svi = SVI(counted_shares, AutoMixed(counted_shares), optax.adam(rate), VIMCOStar(0.5, num_particles=64))
-    result = fit(svi, random.key(0), 2000, COUNTS, progress_bar=False)
-    found = importance_diagnostics(svi, result, model_args=(COUNTS,), rng_key=random.key(1), progress_bar=False)
+    result = fit(svi, random.key(0), 2000, KINDS, progress_bar=False)
+    found = importance_diagnostics(svi, result, model_args=(KINDS,), rng_key=random.key(1), progress_bar=False)
     # Shares are uniform, so that given the total n all splits of the counts are as probable.
-    n, counts = np.arange(1, 500), np.asarray(COUNTS, float)
+    n, counts = np.arange(1, 500), np.asarray(KINDS, float)
     log_joint = poisson(160).logpmf(n) + poisson(n).logpmf(counts.sum())
     exact = logsumexp(log_joint) + gammaln(counts.sum() + 1) + gammaln(6) - gammaln(counts.sum() + 6)
     assert found.reading == "good" and abs(found.log_evidence - exact) < 0.02
