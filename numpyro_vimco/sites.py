@@ -22,6 +22,8 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 Trace = dict[str, dict]
+# Distributions that only reshape or mask another one.
+WRAPPERS = dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
 
 
 def sample_sites(tr: Trace) -> list[dict]:
@@ -90,7 +92,7 @@ def has_fixed_support(fn: dist.Distribution) -> bool:
     others declare does not depend on what they are applied to. Numbers that are no JAX arrays are constants.
     Distributions and transforms that are defined outside of NumPyro may have any support.
     """
-    if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    if isinstance(fn, WRAPPERS):
         return has_fixed_support(fn.base_dist)
     if not all(_is_of_numpyro(_definer(type(fn), name)) for name in ("support", "sample", "log_prob")):
         return False
@@ -209,10 +211,6 @@ def unmasked(fn: dist.Distribution) -> dist.Distribution:
         fn = copy(fn)
         fn.base_dist = unmasked(fn.base_dist)
     return fn
-
-
-# Distributions that only reshape or mask another one.
-WRAPPERS = dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
 
 
 def unwrapped(fn: dist.Distribution) -> dist.Distribution:

@@ -44,8 +44,9 @@ def recommended(about, seed, budget, summed_out=False):
     """
     if summed_out and about.enumerated is None:
         return
-    name, model = ("summed out", about.enumerated) if summed_out else ("all sampled", about.model)
-    name = f"recommended, {name}"
+    name, model = "recommended, all sampled", about.model
+    if summed_out:
+        name, model = "recommended, summed out", about.enumerated
     quantities, proposals, runs = Quantities(about), PROPOSALS, []
     for num_steps in (500, 2000):
         if runs and num_steps > steps_within(runs, budget):

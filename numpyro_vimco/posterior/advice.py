@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # Where "good" ends: an effective sample size relative to the draws, and the same for weights of infinite variance, of
 # a k of 0.5 or more. benchmarks/agreement.py sets the last two.
 HEAVY_TAIL, LOW_ESS, HEAVY_ESS = 0.5, 0.1, 0.25
+LEAST_ESS = 100  # a smaller one tells nothing
 FEW_STATES = 8  # of a site that can be summed out
-FEW = 100  # an effective sample size that tells nothing
 # A correlation that the guide lacks is told from this size on: it lowers the ESS of a pair to √(1 - 0.3²) at most.
 CORRELATED = 0.3
 SECOND_START = (
@@ -62,15 +62,15 @@ def advise(
         parts.append(f"The starts disagree: {differences(agreement)}.")
         if reading == "usable":
             parts.append("The pooled draws have what any of them found.")
-    plate = _joint_plate(fit)
+    few = summary.ess.min() / len(weighed.continuous) < LOW_ESS
+    heavy = summary.pareto_k.max() >= HEAVY_TAIL
+    plate = _joint_plate(fit) if reading == "bad" or disagree or few or heavy else None
     if past or disagree:
         parts.append(f"What helps, in this order: {_remedies(fit, annealed, plate)}.")
     if past:
         return " ".join(parts)
-    few = summary.ess.min() / len(weighed.continuous) < LOW_ESS
-    heavy = summary.pareto_k.max() >= HEAVY_TAIL
-    if reading == "usable" and summary.ess.min() < FEW:
-        parts.append("Nothing is wrong with the weights, but so few draws tell little: take 10,000 (`num_samples`).")
+    if reading == "usable" and summary.ess.min() < LEAST_ESS:
+        parts.append("So few draws tell little: take 10,000 (`num_samples`).")
         return " ".join(parts)
     if reading == "usable":
         if not (few or heavy):
@@ -126,12 +126,10 @@ def _trusted(agreement: "xr.Dataset") -> str:
 
 def _for_plate(fit: Fitted, plate: str) -> str:
     """What helps where the elements of a plate share a weight: to sum out its latents of few states, or particles."""
-    latents = [site for site in sample_sites(fit.model_trace) if is_latent_site(site) and site["name"] in fit.sampled]
     few = [
-        f"'{site['name']}' has {states}"
-        for site in latents
-        if any(frame.name == plate for frame in site["cond_indep_stack"])
-        and site["fn"].has_enumerate_support
+        f"'{name}' has {states}"
+        for name, site in fit.latents(plate).items()
+        if site["fn"].has_enumerate_support
         and not site["fn"].event_dim
         and (states := len(site["fn"].enumerate_support(expand=False))) <= FEW_STATES
     ]
@@ -155,8 +153,7 @@ def _remedies(fit: Fitted, annealed: bool, plate: str | None) -> str:
 
 
 def _has(fit: Fitted, discrete: bool) -> bool:
-    latents = [site for site in sample_sites(fit.model_trace) if site["name"] in fit.sampled]
-    return any(is_latent_site(site) and is_discrete(site) == discrete for site in latents)
+    return any(is_discrete(site) == discrete for site in fit.latents().values())
 
 
 def _correlated_guide(fit: Fitted) -> str:

@@ -116,10 +116,10 @@ def differences(agreement: "xr.Dataset") -> str:
             if of_kind.any():
                 found = agreement.isel(start=i, quantity=int(np.argmax(of_kind)))
                 by, error = float(found["difference"]), float(found["difference_std_error"])
-                # A pool of nearly one value has next to no deviation.
-                far = abs(by) > 100 and unit != "nats"
-                amount_of = f"more than {np.sign(by) * 100:.0f}" if far else f"{by:.2f} ± {error:.2f}"
-                parts.append(f"'{found['quantity'].item()}' by {amount_of} {unit}")
+                off_by = f"{by:.2f} ± {error:.2f}"
+                if unit != "nats" and abs(by) > 100:  # a pool of nearly one value has next to no deviation
+                    off_by = "more than 100" if by > 0 else "less than -100"
+                parts.append(f"'{found['quantity'].item()}' by {off_by} {unit}")
         sentences.append(f"start {agreement['start'].values[i]} is off in {' and '.join(parts)}")
     if len(named) > NAMED:
         sentences.append(f"and {len(named) - NAMED} more")

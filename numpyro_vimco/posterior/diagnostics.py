@@ -13,7 +13,7 @@ import numpy as np
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.posterior.advice import FEW, HEAVY_ESS, HEAVY_TAIL, LOW_ESS, advise
+from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LEAST_ESS, LOW_ESS, advise
 from numpyro_vimco.posterior.agreement import compare, share_that_agrees
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
@@ -198,9 +198,10 @@ def importance_diagnostics(
 
 def _reading(k: float, ess: float, num_samples: int, agreeing: float, all_off: bool, loss_proven: bool) -> str:
     # The heavier the tail, the more the seen draws must hold: see `importance_diagnostics`.
-    share, few = ess / num_samples, ess < FEW
+    share, scarce = ess / num_samples, ess < LEAST_ESS
     tail_seen = agreeing == 1 and share >= 0.5
     heavy = k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen
-    if loss_proven or heavy or (few and share < HEAVY_ESS) or (all_off and share < LOW_ESS):
+    if loss_proven or heavy or (scarce and share < HEAVY_ESS) or (all_off and share < LOW_ESS):
         return "bad"
-    return "good" if not few and agreeing >= MOST and share >= (LOW_ESS if k < HEAVY_TAIL else HEAVY_ESS) else "usable"
+    enough = share >= (LOW_ESS if k < HEAVY_TAIL else HEAVY_ESS) and not scarce
+    return "good" if agreeing >= MOST and enough else "usable"

@@ -28,7 +28,7 @@ from numpyro_vimco.posterior.starts import initial_states
 from numpyro_vimco.posterior.steps import Steps
 from numpyro_vimco.posterior.weights import log_mean, variance_of_log_mean
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import Trace, is_latent_site
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 # Draws of each start's guide that its log evidence is estimated from.
 EVIDENCE_DRAWS = 4000
@@ -124,9 +124,9 @@ def fit(
         state = _checked_state(init_state, anneal)
         if svi.constrain_fn is None:
             svi.init(init_key, *args, init_params=init_params, **kwargs)
-    sites = _sites(svi, args, kwargs)
-    check_data(sites, find_observed(sites, set()))
-    if not any(site["type"] == "sample" and site["is_observed"] for site in sites.values()):
+    model_trace, guide_trace = _traces(svi, args, kwargs)
+    check_data(model_trace, find_observed(model_trace, set()))
+    if not any(site["is_observed"] for site in sample_sites(model_trace)):
         warnings.warn(
             "The model has no observed site, so that its posterior is the prior. Pass the data: "
             "`fit(svi, rng_key, num_steps, x)`.",
@@ -145,9 +145,10 @@ def fit(
     )
     state, losses, powers = steps.run(state, num_steps, progress_bar)
     params = jax.vmap(svi.get_params)(state.svi)
-    evidence = (np.full(len(state.failed), np.nan),) * 2
-    if _has_evidence(sites):
-        evidence = _log_evidence(svi, evidence_key, params, np.asarray(state.failed), args, kwargs, progress_bar)
+    failed = np.asarray(state.failed)
+    evidence = np.full((2, len(failed)), np.nan)
+    if _has_evidence(model_trace, guide_trace):
+        evidence = _log_evidence(svi, evidence_key, params, failed, args, kwargs, progress_bar)
     return FitResult(params, losses, state, powers, *evidence)
 
 
@@ -267,16 +268,17 @@ def _log_weights(fitted: Fitted) -> Callable[[dict[str, Any], Array, tqdm], np.n
     return log_weights
 
 
-def _sites(svi: SVI, args: tuple, kwargs: dict) -> Trace:
-    """The sites of the model, and of the guide those that the model lacks, at one draw."""
+def _traces(svi: SVI, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
+    """The model and the guide at one draw of it."""
     with seed(rng_seed=0), trace() as guide_trace:
         svi.guide(*args, **svi.static_kwargs, **kwargs)
     with seed(rng_seed=0), trace() as model_trace, replay(trace=guide_trace):
         svi.model(*args, **svi.static_kwargs, **kwargs)
-    return {**guide_trace, **model_trace}
+    return model_trace, guide_trace
 
 
-def _has_evidence(sites: Trace) -> bool:
+def _has_evidence(model_trace: Trace, guide_trace: Trace) -> bool:
     """Whether there are latents, and all data."""
-    whole = all(len(site["value"]) == site["args"][0] for site in sites.values() if site["type"] == "plate")
-    return whole and any(is_latent_site(site) for site in sites.values())
+    sites = [*guide_trace.values(), *model_trace.values()]
+    whole = all(len(site["value"]) == site["args"][0] for site in sites if site["type"] == "plate")
+    return whole and any(is_latent_site(site) for site in model_trace.values())

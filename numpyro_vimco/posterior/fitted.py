@@ -99,11 +99,23 @@ class Fitted:
         """Names of the latents that are summed out: they are marked, and the guide does not sample them."""
         return summed_sites(self.model_trace, self.sampled)
 
+    def latents(self, plate: str | None = None) -> Trace:
+        """The sites of the model that the guide samples.
+
+        :param plate: a plate that they are in. Defaults to None: all of them.
+        """
+        return {
+            name: site
+            for name, site in self.model_trace.items()
+            if is_latent_site(site)
+            and name in self.sampled
+            and (plate is None or any(frame.name == plate for frame in site["cond_indep_stack"]))
+        }
+
     @property
     def event_dims(self) -> dict[str, int]:
         """Number of dimensions of an event of each latent that the guide samples."""
-        latents = {name: site for name, site in self.model_trace.items() if is_latent_site(site)}
-        return {name: site["fn"].event_dim for name, site in latents.items() if name in self.sampled}
+        return {name: site["fn"].event_dim for name, site in self.latents().items()}
 
     @property
     def of_model(self) -> dict[str, Any]:

@@ -124,13 +124,7 @@ def _with_summed_latents_of_their_own(fit: Fitted) -> set[str]:
 
 def _particles(fit: Fitted, plate: str, number: int) -> dict[str, int]:
     """So many local particles of a plate; 1 where the guide samples nothing in it."""
-    return {plate: number if _sampled(fit, plate) else 1}
-
-
-def _sampled(fit: Fitted, plate: str) -> list[str]:
-    """The latents of a plate that the guide samples."""
-    latents = [site for site in sample_sites(fit.model_trace) if is_latent_site(site) and site["name"] in fit.sampled]
-    return [site["name"] for site in latents if plate in _stack(site)]
+    return {plate: number if fit.latents(plate) else 1}
 
 
 def _stack(site: dict) -> list[str]:
@@ -168,7 +162,7 @@ def _present(fit: Fitted, sites: set[str], dims: frozenset[int]) -> np.ndarray:
 
 def _draws_its_latents(fit: Fitted, plate: str) -> bool:
     """Whether the guide draws the latents of a plate inside of it, not as functions of draws outside of it."""
-    latents = _sampled(fit, plate)
+    latents = list(fit.latents(plate))
 
     def values(keys):
         guide = substitute(SeedLevels(fit.svi.guide, keys["outside"], {plate: keys["inside"]}), data=fit.params)
