@@ -126,7 +126,7 @@ def fit(
             svi.init(init_key, *args, init_params=init_params, **kwargs)
     model_trace, guide_trace = _traces(svi, args, kwargs)
     check_data(model_trace, find_observed(model_trace, set()))
-    if not any(site["is_observed"] for site in sample_sites(model_trace)):
+    if not any(site["is_observed"] for site in [*sample_sites(model_trace), *sample_sites(guide_trace)]):
         warnings.warn(
             "The model has no observed site, so that its posterior is the prior. Pass the data: "
             "`fit(svi, rng_key, num_steps, x)`.",
