@@ -23,6 +23,7 @@ import optax
 
 from numpyro_vimco import VIMCOStar, fit
 from numpyro_vimco.posterior.annealing import geometric
+from numpyro_vimco.posterior.chunks import compiled
 from numpyro_vimco.posterior.steps import Steps
 
 assert len(jax.devices()) == 2
@@ -64,7 +65,7 @@ if __name__ == "__main__":
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
     state = fit(svi, random.key(0), 0, x, num_starts=1, progress_bar=False).state
     steps = Steps(svi, (x,), {}, geometric, False, True, None)
-    compiled = steps.compiled(state)
-    text = compiled.func.lower(*compiled.args, state, 1).compile().as_text()
+    program = compiled(steps._chunk, state, 1)
+    text = program.func.lower(*program.args, state, 1).compile().as_text()
     assert "f32[7]" in text and "f32[14]" not in text and "f32[4,14]" not in text
     print("held", flush=True)

@@ -37,6 +37,7 @@ from helpers import Program, exact_bound, expected_estimate, initial_params, of_
 from numpyro_vimco import AutoDiscrete, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
 from numpyro_vimco.posterior import steps
 from numpyro_vimco.posterior.annealing import FIRST_POWER, Annealed
+from numpyro_vimco.posterior.chunks import compiled
 from numpyro_vimco.posterior.results import FitState
 from numpyro_vimco.posterior.starts import automatic_guides, initial_states
 
@@ -304,7 +305,7 @@ def test_result(result):
     assert result.losses.shape == result.power.shape == (3, 150) and not result.failed.any()
     assert result.params["logits"].shape == (3, 2) and len(np.unique(result.params["logits"])) == 6
     assert len(np.unique(result.losses[:, 0])) == 3  # keys of their own
-    # Five standard errors: less than once in a million; each is of 4,000 draws.
+    # Five standard errors: less than once in a million; each is of 4,096 draws.
     assert (abs(result.log_evidence - exact_log_evidence()) < 5 * result.log_evidence_std_error + 1e-6).all()
     assert (result.log_evidence_std_error < 0.05).all()
     assert (abs(-result.losses[:, -50:].mean(1) - exact_log_evidence()) < 0.2).all()
@@ -378,8 +379,8 @@ def temp_size(vectorize_starts):
     states = initial_states(svi, random.key(0), 16, (X,), {})
     state = FitState(states, jnp.array(0), jnp.zeros(16, int), jnp.zeros(16, bool))
     power = lambda step, _: jnp.ones(16)  # noqa: E731
-    compiled = steps.Steps(svi, (X,), {}, power, False, vectorize_starts, None).compiled(state)
-    return compiled.func.lower(*compiled.args, state, 1).compile().memory_analysis().temp_size_in_bytes
+    program = compiled(steps.Steps(svi, (X,), {}, power, False, vectorize_starts, None)._chunk, state, 1)
+    return program.func.lower(*program.args, state, 1).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_one_start_after_the_other_takes_the_memory_of_one():
@@ -547,7 +548,7 @@ def test_all_starts_with_nan_are_an_error():
 def test_stable_update_skips_steps_with_nan():
     with pytest.warns(
         UserWarning,
-        match="start . cannot be estimated: of 4,000 draws of its guide, 4,000 have a NaN",
+        match="start . cannot be estimated: of 4,096 draws of its guide, 4,096 have a NaN",
     ):
         result = edge(stable_update=True)(-2.0)
     assert not result.failed.any() and np.isnan(result.losses).any() and np.isfinite(result.params["loc"]).all()
@@ -698,7 +699,7 @@ def test_start_without_a_log_evidence():
 
     with pytest.warns(
         UserWarning,
-        match="of 4,000 draws of its guide, 0 have a NaN weight, and 4,000 the weight zero",
+        match="of 4,096 draws of its guide, 0 have a NaN weight, and 4,096 the weight zero",
     ):
         result = fit(
             SVI(model, guide, optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 2, num_starts=1, progress_bar=False

@@ -9,7 +9,7 @@ import warnings
 import jax
 from jaxtyping import Array
 import numpyro
-from numpyro.handlers import block, seed, substitute
+from numpyro.handlers import block, mask, seed, substitute
 from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import (
     AutoDAIS,
@@ -162,10 +162,11 @@ class AutoMixed(StructuralGuide):
             self._parts = [self.discrete(self.model, **independent, **self._arguments)]
         if continuous:
             model = self.model
-            # The density at a draw of discrete sites, summed ones too, says nothing, and may be zero.
+            # The density at a draw of discrete sites, summed ones too, says nothing, and may be zero. That of the prior
+            # alone is not needed.
             any_discrete = bool(discrete or self.model.hidden)
             if any_discrete:
-                model = block(substitute(model, data=discrete), hide_fn=_is_beside_continuous)
+                model = mask(block(substitute(model, data=discrete), hide_fn=_is_beside_continuous), mask=False)
             guide = self.continuous(model, **self._arguments)
             is_alone = not any_discrete and self.structure != "autoregressive"
             self._parts.append(guide if is_alone else _checked(guide, self.structure))

@@ -169,9 +169,14 @@ class Program:
         def draw(given: Values | None, params) -> Trace:
             return self._trace_guide(params, self._first(rng_key), given)
 
-        latents = [site for site in sample_sites(draw(None, params)) if is_latent_site(site)]
-        if not any(map(is_delta, latents)):
+        def has_delta(params) -> None:
+            found.extend(site for site in sample_sites(draw(None, params)) if is_latent_site(site) and is_delta(site))
+
+        found: list[dict] = []
+        jax.eval_shape(has_delta, params)
+        if not found:
             return {}
+        latents = [site for site in sample_sites(draw(None, params)) if is_latent_site(site)]
         # The other latents have given values, so that what is computed from them only does not depend on parameters.
         given = {site["name"]: site["value"] for site in latents if not is_delta(site)}
 

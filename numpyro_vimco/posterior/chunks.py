@@ -3,13 +3,19 @@
 
 """A function of many draws, so many at a time, with its results on the host and a progress bar."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
+import hashlib
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+# So many compiled programs are kept.
+PROGRAMS = 32
+_programs: OrderedDict[Any, Any] = OrderedDict()
 # A progress bar appears where more than this is to be waited for, in seconds.
 PATIENCE = 3
 
@@ -19,27 +25,63 @@ def patient_bar(total: int, description: str | None) -> tqdm:
     return tqdm(total=total, desc=description, delay=PATIENCE, disable=description is None, leave=False)
 
 
-def compiled(fn: Callable) -> Callable:
-    """``jax.jit(fn)`` for what runs for seconds: on CPUs with less optimisation, which compiles sooner."""
+def compiled(fn: Callable, *inputs: Any) -> Callable:
+    """``fn``, compiled for inputs such as these: on CPUs with less optimisation, which compiles sooner.
+
+    Arrays that it holds, data above all, are arguments of the program: as constants they would be part of it, and those
+    that are spread over devices would be gathered. So a program that another call of this package has compiled is used
+    again: that of a longer fit, say, or of draws that were diagnosed before.
+    """
+    closed, outputs = jax.make_jaxpr(fn, return_shape=True)(*inputs)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(outputs)
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(fn, compiler_options=options)
+
+    def run(held: list, *inputs: Any) -> Any:
+        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(jaxpr, held, *jax.tree.leaves(inputs)))
+
+    program = jax.jit(run, compiler_options=options, keep_unused=True)
+    text = program.lower(closed.consts, *inputs).as_text()
+    if _says_all(text, len(jax.tree.leaves((closed.consts, inputs)))):
+        key = hashlib.sha256(text.encode()).digest(), jax.tree.structure(inputs), structure, jax.default_backend()
+        program = _programs.setdefault(key, program)
+        _programs.move_to_end(key)
+        if len(_programs) > PROGRAMS:
+            _programs.popitem(last=False)
+    return partial(program, closed.consts)
 
 
-def chunks(fn: Callable, chunk_size: int, *inputs: Any, progress: str | None) -> Iterator[tuple[slice, Any]]:
+def _says_all(text: str, num_arguments: int) -> bool:
+    """Whether programs of this text are one: it has no function of Python, one device, and no hidden arguments."""
+    is_alone = "mhlo.num_partitions = 1 " in text and "mhlo.num_replicas = 1 " in text
+    signature = text[text.index("@main(") : text.index("->", text.index("@main("))]
+    return is_alone and "callback" not in text and signature.count("%arg") == num_arguments
+
+
+def chunks(
+    fn: Callable, chunk_size: int, *inputs: Any, progress: str | None, then: Callable = lambda outputs: outputs
+) -> Iterator[tuple[slice, Any]]:
     """``jax.vmap(fn)(*inputs)``, so many elements at a time.
 
     :param progress: what the progress bar calls it; None for no bar.
+    :param then: what is computed from a chunk. Defaults to what the function returns. It is a program of its own, so
+        that calls that want other things of the same draws have one program for them.
     :return: for each chunk, where it belongs, and NumPy arrays.
     """
     length = len(jax.tree.leaves(inputs)[0])
     chunk_size = min(chunk_size, length)
-    run = compiled(jax.vmap(fn))
     # All chunks have one shape: the last begins earlier, and what it repeats is dropped.
     begins = range(0, length, chunk_size)
     starts = [min(begin, length - chunk_size) for begin in begins]
 
+    def part(start):
+        return jax.tree.map(lambda x: x[start : start + chunk_size], inputs)
+
+    run = compiled(jax.vmap(fn), *part(0))
+
+    then = jax.jit(then)
+
     def compute(start):
-        return run(*jax.tree.map(lambda x: x[start : start + chunk_size], inputs))
+        return then(run(*part(start)))
 
     with patient_bar(length, progress) as bar:
         outputs = compute(starts[0])

@@ -14,24 +14,22 @@ from jaxtyping import Array
 import numpy as np
 from numpyro.handlers import replay, seed, trace
 from numpyro.infer import SVI
-from tqdm.auto import tqdm
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.posterior.annealing import geometric
-from numpyro_vimco.posterior.chunks import compiled, patient_bar
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
 from numpyro_vimco.posterior.observed import find_observed
-from numpyro_vimco.posterior.proposals import program_of
+from numpyro_vimco.posterior.proposals import each_start
 from numpyro_vimco.posterior.results import FitResult, FitState
-from numpyro_vimco.posterior.starts import initial_states
+from numpyro_vimco.posterior.starts import initial_states, with_known_draws
 from numpyro_vimco.posterior.steps import Steps
 from numpyro_vimco.posterior.weights import log_mean, variance_of_log_mean
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
-# Draws of each start's guide that its log evidence is estimated from.
-EVIDENCE_DRAWS = 4000
+# Draws of each start's guide that its log evidence is estimated from: as many as small models have in a chunk, so that
+# the diagnostics take the same program.
+EVIDENCE_DRAWS = 4096
 
 
 def fit(
@@ -144,12 +142,12 @@ def fit(
         start_sharding,
     )
     state, losses, powers = steps.run(state, num_steps, progress_bar)
-    params = jax.vmap(svi.get_params)(state.svi)
-    failed = np.asarray(state.failed)
-    evidence = np.full((2, len(failed)), np.nan)
+    no_evidence = np.full((2, len(state.failed)), np.nan)
+    result = FitResult(jax.vmap(svi.get_params)(state.svi), losses, state, powers, *no_evidence)
     if _has_evidence(model_trace, guide_trace):
-        evidence = _log_evidence(svi, evidence_key, params, failed, args, kwargs, progress_bar)
-    return FitResult(params, losses, state, powers, *evidence)
+        estimates, errors = _log_evidence(svi, evidence_key, result, model_trace, args, kwargs, progress_bar)
+        result = result._replace(log_evidence=estimates, log_evidence_std_error=errors)
+    return result
 
 
 def _anneal_steps(anneal: float | Sequence[float] | Callable, num_starts: int, num_steps: int) -> Array:
@@ -213,19 +211,23 @@ def _check_start_sharding(sharding: Any, num_starts: int) -> None:
         )
 
 
-def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tuple, kwargs: dict, show_bar: bool):
+def _log_evidence(svi: SVI, rng_key: Array, result: FitResult, model_trace: Trace, args, kwargs, show_bar: bool):
     """Estimates and standard errors, in nats; NaN for starts that failed."""
-    estimates, errors = np.full((2, len(failed)), np.nan)
-    starts = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params) for i in range(len(failed))]
+    estimates, errors = np.full((2, len(result.failed)), np.nan)
+    succeeded = np.flatnonzero(~result.failed)
+    # Where the model has parameters, each start has a target of its own.
+    apart = any(site["type"] == "param" for site in model_trace.values())
+    log_weights = []
     try:
-        log_weights = _log_weights(Fitted.of(svi, starts[0], args, kwargs))
-        keys = [split(key, EVIDENCE_DRAWS) for key in split(rng_key, len(failed))]
-        with patient_bar(EVIDENCE_DRAWS * int((~failed).sum()), "log evidence" if show_bar else None) as bar:
-            weights = {i: log_weights(starts[i], keys[i], bar) for i in np.flatnonzero(~failed)}
+        for of_starts in [result.start(int(i)) for i in succeeded] if apart else [result]:
+            sampler = each_start(Fitted.of(svi, of_starts, args, kwargs))
+            progress = "log evidence" if show_bar else None
+            blocks = sampler.blocks(rng_key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress)
+            log_weights += list(np.concatenate(list(blocks), axis=0).swapaxes(0, 1).astype(float))
     except (ValueError, NotImplementedError) as error:
         warnings.warn(f"The log evidence cannot be estimated. {error}", stacklevel=3)
         return estimates, errors
-    for i, log_weight in weights.items():
+    for i, log_weight in zip(succeeded, log_weights):
         nan, zero = np.isnan(log_weight).sum(0).max(), np.isneginf(log_weight).sum(0).max()
         if nan or zero == EVIDENCE_DRAWS:
             warnings.warn(
@@ -241,37 +243,10 @@ def _log_evidence(svi: SVI, rng_key: Array, params, failed: np.ndarray, args: tu
     return estimates, errors
 
 
-def _log_weights(fitted: Fitted) -> Callable[[dict[str, Any], Array, tqdm], np.ndarray]:
-    """From parameters and keys to log-weights of draws of the guide, of shape ``(keys, *plates)``: one program.
-
-    The function that it returns tells a progress bar of each draw.
-    """
-    program = program_of(fitted, fitted.plate_particles)
-
-    def log_weight(params, rng_key):
-        levels, structure = program.evaluate(params, rng_key)
-        local = [structure.sum_to_shared(cv.log_mean_weight(level.log_weight)) for level in levels.local.values()]
-        return sum(local, levels.shared.log_weight)
-
-    of_chunk = compiled(jax.vmap(log_weight, in_axes=(None, 0)))
-    # All chunks have one shape, as each is compiled.
-    largest = min(fitted.chunk_size(), EVIDENCE_DRAWS)
-    size = next(size for size in range(largest, 0, -1) if EVIDENCE_DRAWS % size == 0)
-
-    def log_weights(params, keys, bar):
-        parts = []
-        for begin in range(0, len(keys), size):
-            parts.append(jax.device_get(of_chunk(params, keys[begin : begin + size])))
-            bar.update(len(parts[-1]))
-        return np.concatenate(parts).astype(float)
-
-    return log_weights
-
-
 def _traces(svi: SVI, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
     """The model and the guide at one draw of it."""
     with seed(rng_seed=0), trace() as guide_trace:
-        svi.guide(*args, **svi.static_kwargs, **kwargs)
+        with_known_draws(svi.guide)(*args, **svi.static_kwargs, **kwargs)
     with seed(rng_seed=0), trace() as model_trace, replay(trace=guide_trace):
         svi.model(*args, **svi.static_kwargs, **kwargs)
     return model_trace, guide_trace

@@ -22,6 +22,7 @@ from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.posterior.observed import Observed, find_observed, observed_sites, present_elements
 from numpyro_vimco.posterior.results import FitResult
+from numpyro_vimco.posterior.starts import with_known_draws
 from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 # Elements of the largest array of a chunk of particles: 4 MiB in single precision, which a processor's cache holds.
@@ -70,8 +71,9 @@ class Fitted:
                 f"`model_args` and `model_kwargs` do not fit {problem}. Pass what the fit was given after the number "
                 "of steps, in a tuple: `model_args=(x,)`."
             )
-        _check_params("guide", trace(seed(svi.guide, random.key(0))).get_trace(*args, **kwargs), params)
-        guide_trace = trace(substitute(seed(svi.guide, random.key(0)), data=params)).get_trace(*args, **kwargs)
+        guide = seed(with_known_draws(svi.guide), random.key(0))
+        _check_params("guide", trace(guide).get_trace(*args, **kwargs), params)
+        guide_trace = trace(substitute(guide, data=params)).get_trace(*args, **kwargs)
         if whole:
             _check_not_subsampled(guide_trace)
         latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
@@ -91,7 +93,10 @@ class Fitted:
         starts, num_starts = None, 1
         if isinstance(result, FitResult):
             kept = np.flatnonzero(~result.failed)
-            starts, num_starts = jax.tree.map(lambda leaf: leaf[kept], result.params), len(kept)
+            starts, num_starts = (
+                jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[kept]), result.params),
+                len(kept),
+            )
         return cls(svi, params, args, kwargs, model_trace, frozenset(latents), observed, starts, num_starts)
 
     @property
@@ -165,7 +170,7 @@ def _params_of(svi: SVI, result: Result) -> dict[str, Any]:
     :raises ValueError: for anything else, and for a state of an ``svi`` that was never initialised.
     """
     if isinstance(result, FitResult):
-        return result.best.params
+        return _of_starts(result, result.best_start)
     if isinstance(result, SVIRunResult):
         return result.params
     if isinstance(result, SVIState):
@@ -181,6 +186,11 @@ def _params_of(svi: SVI, result: Result) -> dict[str, Any]:
         f"The fit is given by {type(result).__name__}, but must be a result of `fit` or of `svi.run`, a state of "
         "`svi.update`, or a dict of parameters."
     )
+
+
+def _of_starts(result: FitResult, index: int | np.ndarray) -> dict[str, Any]:
+    """Parameters of some starts. By NumPy, as JAX would compile a program for each shape."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[index]), result.params)
 
 
 def _moving_masks(svi: SVI, params, latents, args, kwargs) -> set[str]:

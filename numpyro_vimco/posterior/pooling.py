@@ -202,9 +202,13 @@ def pooled(fit: Fitted) -> Sampler:
         latents = [site for site in sample_sites(tr) if is_latent_site(site) and site["name"] in fit.model_trace]
         return chosen._replace(values={site["name"]: site["value"] for site in latents})
 
-    first = jax.tree.map(lambda leaf: leaf[0], params)
-    sites = sample_sites(mixture.trace_guide(False, first, random.key(0)))
-    event_dims = {site["name"]: site["fn"].event_dim for site in sites}
+    event_dims: dict[str, int] = {}
+
+    def look(params: dict[str, Any], rng_key: Array) -> None:
+        tr = mixture.trace_guide(False, params, rng_key)
+        event_dims.update((site["name"], site["fn"].event_dim) for site in sample_sites(tr))
+
+    jax.eval_shape(look, jax.tree.map(lambda leaf: leaf[0], params), random.key(0))
 
     def draw(rng_key: Array) -> Draw:
         order_key, draw_key = split(rng_key)

@@ -79,11 +79,8 @@ class Sampler:
 
         :param then: what is computed from a draw, and handed out.
         """
-
-        def draw(rng_key: Array) -> Any:
-            return jax.vmap(then)(self.draw(rng_key))
-
-        for _, block in chunks(draw, self.at_once, split(rng_key, num_keys), progress=progress):
+        keys, then = split(rng_key, num_keys), jax.vmap(jax.vmap(then))
+        for _, block in chunks(self.draw, self.at_once, keys, progress=progress, then=then):
             yield block
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from numpyro.handlers import substitute
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 
 from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import is_latent_site
 
 
 def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwargs: dict) -> SVIState:
@@ -32,22 +34,41 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
     :return: a state whose arrays have a leading axis for the starts.
     """
     guides = automatic_guides(svi.guide)
+    init = copy(svi)
+    init.guide = with_known_draws(svi.guide)  # what is drawn plays no part in where parameters begin
     kept = [_attributes(guide) for guide in guides]
     states = []
     try:
         for key in split(rng_key, num_starts):
             for guide in guides:
                 guide.prototype_trace = None
-            states.append(svi.init(key, *args, **kwargs))
+            states.append(init.init(key, *args, **kwargs))
             kept = [_attributes(g) if old["prototype_trace"] is None else old for g, old in zip(guides, kept)]
     finally:
         for guide, attributes in zip(guides, kept):
             guide.__dict__.clear()
             guide.__dict__.update(attributes)
+    svi.constrain_fn = init.constrain_fn
     # The optimiser begins under `vmap`, and not once for each start: states of `numpyro.optim.Minimize` do not stack.
     params = [svi.optim.get_params(state.optim_state) for state in states]
     optim_state = jax.vmap(svi.optim.init)(_stack(params))
     return SVIState(optim_state, _stack([s.mutable_state for s in states]), _stack([s.rng_key for s in states]))
+
+
+def with_known_draws(guide: Callable) -> Callable:
+    """A guide whose latents have the values that automatic guides know from their first call, where there are such.
+
+    To draw them is to compile many programs; for the structure of model and guide any values will do.
+    """
+    guides = automatic_guides(guide)
+
+    def known(site: dict) -> Array | None:
+        found = [part.prototype_trace for part in guides if site["name"] in (part.prototype_trace or {})]
+        if is_latent_site(site) and found and jnp.shape(value := found[0][site["name"]]["value"]) == site["fn"].shape():
+            return value
+        return None
+
+    return substitute(guide, substitute_fn=known)
 
 
 def _stack(trees: list) -> Any:

@@ -21,6 +21,7 @@ from numpyro.infer.svi import SVIState
 import tqdm
 
 from numpyro_vimco.posterior.annealing import Annealed
+from numpyro_vimco.posterior.chunks import compiled
 from numpyro_vimco.posterior.results import FitState
 
 # Losses are looked at after at most so many steps, and about after so many seconds.
@@ -70,7 +71,7 @@ class Steps:
             by_start = state.svi, state.anneal_steps, state.failed
             svi_state, anneal_steps, failed = jax.device_put(by_start, self.start_sharding)
             state = FitState(svi_state, jnp.asarray(np.asarray(state.step)), anneal_steps, failed)
-        chunk = self.compiled(state)
+        chunk = compiled(self._chunk, state, 1)
         done: list[tuple[FitState, Record]] = []
         taken, length = 0, 1
         with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
@@ -99,22 +100,6 @@ class Steps:
         losses = np.concatenate([none, *(np.asarray(record.loss) for _, record in done)])
         powers = np.concatenate([none, *(np.asarray(record.power) for _, record in done)])
         return done[-1][0] if done else state, losses.T, powers.T
-
-    def compiled(self, state: FitState) -> partial[tuple[FitState, Record]]:
-        """A compiled function from a state and a number of steps to the state after these steps and their record.
-
-        The number of steps is an argument of the program, so that runs of any length use the same program, and their
-        results agree bit for bit. Arrays that model and guide hold, data above all, are arguments too. As constants
-        they would be part of the program, and those that are spread over devices would be gathered.
-        """
-        closed, outputs = jax.make_jaxpr(self._chunk, return_shape=True)(state, 1)
-
-        @jax.jit
-        def run(held, *inputs):
-            flat = jax.core.eval_jaxpr(closed.jaxpr, held, *jax.tree.leaves(inputs))
-            return jax.tree.unflatten(jax.tree.structure(outputs), flat)
-
-        return partial(run, closed.consts)
 
     def _chunk(self, state: FitState, length: Int[Array, ""]) -> tuple[FitState, Record]:
         starts, names = len(state.failed), self._names(state)
