@@ -447,3 +447,27 @@ def test_a_count_times_shares():
     log_joint = poisson(160).logpmf(n) + poisson(n).logpmf(counts.sum())
     exact = logsumexp(log_joint) + gammaln(counts.sum() + 1) + gammaln(6) - gammaln(counts.sum() + 6)
     assert found.reading == "good" and abs(found.log_evidence - exact) < 0.02
+
+
+def test_many_elements_do_not_shift_a_scale_without_end():
+    def model(x):
+        with numpyro.plate("switch", 100, dim=-1):
+            z = numpyro.sample("z", dist.Bernoulli(0.5))
+        noise = numpyro.sample("noise", dist.LogNormal(0, 1))
+        numpyro.sample("x", dist.Normal(z.sum(), noise), obs=x)
+
+    def sequence(x):
+        z = numpyro.sample("z", dist.Bernoulli(jnp.full(100, 0.5)).to_event(1))
+        noise = numpyro.sample("noise", dist.LogNormal(0, 1))
+        numpyro.sample("x", dist.Normal(z.sum(), noise), obs=x)
+
+    for program, name in ((sequence, "noise_auto_log_scale_z"), (model, "noise_auto_log_scale_weights")):
+        guide = STRUCTURED(program)
+        params = start(guide, 50.0)
+        # All 100 are on, and each of them doubles the scale or more.
+        params = {**params, "z_auto_logits": jnp.full(100, 20.0), name: jnp.full_like(params[name], 3.0)}
+        draws = guide.sample_posterior(random.key(0), params, 50.0, sample_shape=(1000,))["noise"]
+        assert jnp.isfinite(draws).all() and (draws > 0).all()
+        # The standard deviation of its logarithm, of 1,000 draws, to five standard errors: 0.1 at the start.
+        scale = jnp.log(draws).std()
+        np.testing.assert_allclose(scale, 0.1 * np.exp(3), rtol=5 / np.sqrt(2000))

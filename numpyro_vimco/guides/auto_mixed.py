@@ -52,13 +52,15 @@ class AutoMixed(StructuralGuide):
         \mathrm{logits\ of}\ d_i &= b_i + \kappa \sum_{j<i} W_{ij} f_j, \\
         u_i &\sim \mathrm{Normal}\Big( m_i(\mathrm{own}) + \kappa g_i \sum_j A_{ij} f_j
                + \kappa g_i \sum_{j<i} B_{ij} g_j u_j, \;
-               s_i(\mathrm{own}) \exp \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
+               s_i(\mathrm{own}) \exp t \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
 
     (Derived in this project.) The feature of a boolean is its value. The features of a finite support are the
     indicators of its values. A count k above its smallest value has four features: k, centred and scaled by the prior's
     median and scale; log(1 + k), less that of the median; 1 / (1 + k); and an indicator of 0. Counts have a W for the
     logarithm of the location and one for that of the scale. In scales, and in the locations of other counts, a feature
-    counts up to 3: beyond, they would grow exponentially with a count.
+    counts up to 3: beyond, they would grow exponentially with a count. And t(x) = 3 tanh(x / 3), as many elements may
+    shift a scale by little each, and in a rare draw by so much that it overflows; "own" values of several elements, in
+    s, shift it inside of t.
 
     g is 0 where the own values leave a latent without effect on all others, such as a coefficient that is multiplied by
     a switch that is off. The posterior of such a latent is its prior, whatever the others are. These values are found

@@ -325,7 +325,7 @@ class ContinuousSite(Site):
         scale = earlier.param(
             self, "scale", self.start["scale"], constraint=AutoNormal.scale_constraint, event_dim=self.event_dim
         )
-        own_loc, own_log_scale = self._own_shifts(earlier)
+        own_loc, own_log_scale, of_several = self._own_shifts(earlier)
         gate = self._gate(earlier, loc.shape)
         discrete = [name for name in self.coupled if isinstance(earlier.sites[name], DiscreteSite)]
         continuous = [name for name in self.coupled if name not in discrete]
@@ -333,7 +333,7 @@ class ContinuousSite(Site):
         of_scale, _ = earlier.shifts(self, "log_scale_weights", discrete, 1, largest=LARGEST)
         of_continuous, within = earlier.shifts(self, "couplings", continuous, 1, 1)
         loc = loc + own_loc + self._sum({**of_loc, **of_continuous}, gate)
-        scale = scale * jnp.exp(own_log_scale + self._sum(of_scale, gate))
+        scale = scale * jnp.exp(own_log_scale + saturated(of_several + self._sum(of_scale, gate)))
         fn: dist.Distribution = dist.Normal(loc, scale)
         if within is not None:
             fn = AutoregressiveNormal(
@@ -344,18 +344,25 @@ class ContinuousSite(Site):
         value = earlier.statements.sample(self.name, fn)
         return value, elements.gather(gate * transform.inv(value))[..., None]
 
-    def _own_shifts(self, earlier: Earlier) -> tuple[Array | float, Array | float]:
-        """What the sites of ``own`` add to location and log-scale."""
+    def _own_shifts(self, earlier: Earlier) -> tuple[Array | float, Array | float, Array | float]:
+        """What the sites of ``own`` add to location and log-scale; the latter first by one element, then by several."""
         of_loc: Array | float = 0.0
-        of_scale: Array | float = 0.0
+        of_one: Array | float = 0.0
+        of_several: Array | float = 0.0
         for name in self.own:
             features = _features_in_plates(earlier, name, self.event_dim)
             zeros = jnp.zeros((*self.full_shape, features.shape[-1]))
             weights = earlier.param(self, f"loc_{name}", zeros, event_dim=self.event_dim + 1)
             of_loc = of_loc + jnp.sum(weights * features, axis=-1)
             weights = earlier.param(self, f"log_scale_{name}", zeros, event_dim=self.event_dim + 1)
-            of_scale = of_scale + jnp.sum(weights * limited(features, LARGEST), axis=-1)
-        return of_loc, of_scale
+            site = earlier.sites[name]
+            assert isinstance(site, DiscreteSite)
+            shift = jnp.sum(weights * limited(features, LARGEST), axis=-1)
+            if features.shape[-1] > site.family.num_features:
+                of_several = of_several + shift
+            else:
+                of_one = of_one + shift
+        return of_loc, of_one, of_several
 
     def _gate(self, earlier: Earlier, shape: tuple[int, ...]) -> Array:
         """0 for elements that have no effect at the values drawn for the sites of ``gates``, 1 for others."""
@@ -379,6 +386,14 @@ class ContinuousSite(Site):
 def limited(features: Array, largest: float | None) -> Array:
     """Features of a size of at most ``largest``; as they are for None."""
     return features if largest is None else jnp.clip(features, -largest, largest)
+
+
+def saturated(shift: Array | float) -> Array | float:
+    """A shift of a log-scale by several elements, of a size of at most :data:`LARGEST`.
+
+    Each element may shift it by little, and all together by so much that a rare draw of them overflows.
+    """
+    return LARGEST * jnp.tanh(shift / LARGEST)
 
 
 def inside(transform: Transform) -> Transform:

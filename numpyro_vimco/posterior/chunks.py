@@ -45,7 +45,7 @@ def compiled(fn: Callable, *inputs: Any) -> Callable:
         key = hashlib.sha256(text.encode()).digest(), jax.tree.structure(inputs), structure, jax.default_backend()
         program = _programs.setdefault(key, program)
         _programs.move_to_end(key)
-        if len(_programs) > PROGRAMS:
+        while len(_programs) > PROGRAMS:
             _programs.popitem(last=False)
     return partial(program, closed.consts)
 
