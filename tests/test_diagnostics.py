@@ -462,6 +462,10 @@ def test_plots_draw_what_they_are_given(comparison):
     axes[0].clear()
     plots.plot_bound([np.inf, np.nan, 5.0, 5.0], window=9, ax=axes[0])
     assert axes[0].get_title() == "2 estimates are not finite"
+    axes[1].clear()
+    assert plots.plot_bound_by_particles(found, ax=axes[1]) is axes[1]
+    np.testing.assert_allclose(axes[1].lines[0].get_xydata(), list(found.bounds.items()))
+    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["1", "4", "16"]
     plt.close(figure)
 
 

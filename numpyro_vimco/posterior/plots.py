@@ -63,6 +63,28 @@ def plot_bound(
     return ax
 
 
+def plot_bound_by_particles(diagnostics: ImportanceDiagnostics, *, ax: "Axes | None" = None) -> "Axes":
+    """
+    The importance-weighted bound of the fitted guide against the number of particles N, from the ELBO (N = 1) upwards.
+
+    It rises to the log evidence: at once for a guide that is the posterior, slowly for one that proposes it rarely.
+
+    :param ImportanceDiagnostics diagnostics: of :func:`~numpyro_vimco.importance_diagnostics`.
+    :param Axes ax: where to draw; a new figure by default.
+    """
+    ax = _axes(ax)
+    evidence, error = diagnostics.log_evidence, 2 * diagnostics.log_evidence_std_error
+    numbers = list(diagnostics.bounds)
+    ax.plot(numbers, list(diagnostics.bounds.values()), "o-", color="C0", lw=1.8, label="bound")
+    ax.axhline(evidence, color="black", ls="--", lw=1.2, label="log evidence ± 2 standard errors")
+    ax.axhspan(evidence - error, evidence + error, color="black", alpha=0.15, lw=0)
+    ax.set(xscale="log", xlabel="number of particles N", ylabel="bound (nats)")
+    ax.set_xticks(numbers, [str(n) for n in numbers], minor=False)
+    ax.minorticks_off()
+    ax.legend(loc="lower right")
+    return ax
+
+
 def plot_gradient_snr(dataset: "xr.Dataset", *, ax: "Axes | None" = None) -> "Axes":
     """
     Signal-to-noise ratio against the number of particles, one line for each objective, on logarithmic axes.
