@@ -12,6 +12,7 @@ A module has
   ``infer={"enumerate": "parallel"}``, same names, written so that NumPyro enumerates it;
 - ``given_others(key, draw, *args)``, where NumPyro cannot do it: the latents that were summed out, drawn given the
   others;
+- ``PLATE``, where a plate has latents beside global ones, of too many states to sum out: its name;
 - ``pymc_model(*args)``, where PyMC can have it: a `pymc.Model` with the same names.
 """
 
@@ -140,6 +141,7 @@ class Problem(NamedTuple):
     pymc_model: Callable | None
     num_steps: int
     given_others: Callable | None = None
+    plate: str | None = None
 
 
 @cache
@@ -155,6 +157,7 @@ def problem(name: str) -> Problem:
     return Problem(
         name, module.model, module.data(), truth, optional("asked", latents), optional("enumerated"),
         optional("pymc_model"), optional("NUM_STEPS", 4000), optional("given_others"),
+        optional("PLATE"),
     )  # fmt: skip
 
 

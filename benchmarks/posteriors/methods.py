@@ -16,6 +16,7 @@ from benchmarks.posteriors.pymc_steps import compound_step
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 
 PARTICLES, PROPOSALS, MOST_STEPS = 64, 40_000, 50_000
+LOCAL_PARTICLES = 8  # and as many global ones
 
 
 class Run(NamedTuple):
@@ -32,7 +33,7 @@ class Run(NamedTuple):
     compiling: float
 
 
-def recommended(about, seed, budget, summed_out=False):
+def recommended(about, seed, budget, form="all sampled"):
     """The line that this library recommends: runs of 500 and 2,000 steps, and longer ones until one is called "good".
 
     A run is what a user writes: `fit`, `importance_diagnostics` and `to_arviz`, each of which compiles. The third is
@@ -40,18 +41,20 @@ def recommended(about, seed, budget, summed_out=False):
     without; not where the one before did so to more than 60 %, and to four times its steps at most. Plans leave a
     quarter, as steps took up to 1.6 times as long in long runs.
 
-    :param summed_out: whether latents of few states are marked, to be summed out.
+    :param form: whether latents of few states are marked, to be ``"summed out"``, or a plate has ``"local particles"``.
     """
-    if summed_out and about.enumerated is None:
+    model = about.enumerated if form == "summed out" else about.model
+    if model is None or (form == "local particles" and about.plate is None):
         return
-    name, model = "recommended, all sampled", about.model
-    if summed_out:
-        name, model = "recommended, summed out", about.enumerated
+    objective = VIMCOStar(0.5, PARTICLES)
+    if form == "local particles":
+        objective = VIMCOStar(0.5, LOCAL_PARTICLES, plate_particles={about.plate: LOCAL_PARTICLES})
+    name = f"recommended, {form}"
     quantities, proposals, runs = Quantities(about), PROPOSALS, []
     for num_steps in (500, 2000):
         if runs and num_steps > steps_within(runs, budget):
             break
-        row, run = recommended_run(name, model, about, quantities, seed, num_steps, proposals)
+        row, run = recommended_run(name, model, objective, about, quantities, seed, num_steps, proposals)
         yield row
         runs.append(run)
         if run.after > budget / 4:
@@ -60,14 +63,14 @@ def recommended(about, seed, budget, summed_out=False):
         spent = runs[-1].of_fit + runs[-1].after + compiling
         num_steps = min(steps_within(runs, 0.75 * budget - compiling), 4 * runs[-1].num_steps)
         if row["reading"] != "good" and num_steps > runs[-1].num_steps and not 0.6 * budget < spent <= budget:
-            row, run = recommended_run(name, model, about, quantities, seed, num_steps, proposals)
+            row, run = recommended_run(name, model, objective, about, quantities, seed, num_steps, proposals)
             yield row
             runs.append(run)
 
 
-def recommended_run(name, model, about, quantities, seed, num_steps, proposals):
+def recommended_run(name, model, objective, about, quantities, seed, num_steps, proposals):
     """A row and a `Run`."""
-    svi = SVI(model, AutoMixed(model), optax.adam(learning_rate(num_steps)), VIMCOStar(0.5, PARTICLES))
+    svi = SVI(model, AutoMixed(model), optax.adam(learning_rate(num_steps)), objective)
     fit_key, weight_key, draw_key = random.split(random.key(seed), 3)
     after = {"model_args": about.args, "progress_bar": False}
     forget_compiled()
@@ -101,7 +104,8 @@ def steps_within(runs, seconds):
 
 METHODS = {
     "recommended": recommended,
-    "summed_out": partial(recommended, summed_out=True),
+    "summed_out": partial(recommended, form="summed out"),
+    "local_particles": partial(recommended, form="local particles"),
     "grid": partial(grid, num_particles=PARTICLES),
     "ELBOs": partial(elbos, num_particles=PARTICLES),
     "DiscreteHMCGibbs": discrete_hmc_gibbs,

@@ -14,6 +14,7 @@ from scipy.special import expit
 from scipy.stats import binom, norm, poisson
 
 SITES, VISITS = 30, 4
+PLATE = "site"
 # Counts that are summed over; in `enumerated` fewer, which hold all of the posterior but 1e-7 at each site.
 MOST, MOST_ENUMERATED = 250, 120
 
