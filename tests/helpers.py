@@ -36,7 +36,14 @@ def arviz_psislw(log_weight):
         return az.psislw(log_weight)
     from arviz_stats.base import array_stats
 
-    return array_stats.psislw(-log_weight)
+    smoothed, k = array_stats.psislw(-log_weight)
+    return smoothed, np.where(np.isnan(k), np.inf, k)  # NaN where its tail is far from a Pareto distribution
+
+
+def pointwise_loo(tree):
+    """``az.loo`` by element: of ArviZ 0.x, and of 1.x."""
+    found = az.loo(tree, pointwise=True)
+    return np.asarray(found.loo_i if hasattr(found, "loo_i") else found.elpd_i)
 
 
 def of_two_lengths(cases, short):

@@ -274,7 +274,8 @@ def test_standard_error_adds_up_over_elements():
 
 def test_stream_of_weights_is_what_all_weights_say():
     rng = np.random.default_rng(0)
-    log_weight = np.array([0.3, 1.0, 2.0, 5.0]) * rng.standard_t(5, size=(5000, 4)) - [0, 5, -1000, 1000]
+    # 3 √4,900 = 210 draws of tail: ArviZ rounds up, from 1.3 on down.
+    log_weight = np.array([0.3, 1.0, 2.0, 5.0]) * rng.standard_t(5, size=(4900, 4)) - [0, 5, -1000, 1000]
     log_weight[rng.random(log_weight.shape) < 0.1] = -np.inf
     log_weight[:700, 2] = -np.inf
     log_weight[3000, 1] = 900.0  # smoothed, it is far from the largest
@@ -287,7 +288,7 @@ def test_stream_of_weights_is_what_all_weights_say():
     np.testing.assert_allclose(found.pareto_k, k)
     np.testing.assert_allclose(found.ess, 1 / np.exp(2 * smoothed).sum(1))
     np.testing.assert_allclose(found.log_evidence, np.log(relative.mean(0)) + log_weight.max(0))
-    np.testing.assert_allclose(found.variance, relative.var(0, ddof=1) / 5000 / relative.mean(0) ** 2)
+    np.testing.assert_allclose(found.variance, relative.var(0, ddof=1) / 4900 / relative.mean(0) ** 2)
     worst = np.sort(relative[:, np.argmax(k)])[::-1]
     np.testing.assert_allclose(found.heaviest, worst[: len(found.heaviest)] / worst.sum())
     finite = np.where(np.isneginf(log_weight), -50.0, log_weight)
@@ -295,7 +296,7 @@ def test_stream_of_weights_is_what_all_weights_say():
     for block in np.split(finite, [1, 13, 400, 3000]):
         stream.add(block)
     for n, bound in stream.summary().bounds.items():
-        groups = finite[: 5000 // n * n].reshape(-1, n, 4)
+        groups = finite[: 4900 // n * n].reshape(-1, n, 4)
         np.testing.assert_allclose(bound, (logsumexp(groups, axis=1) - np.log(n)).mean(0).sum())
 
 

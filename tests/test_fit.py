@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import warnings
 
 import jax
 from jax import random
@@ -26,6 +27,7 @@ from numpyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
     init_to_uniform,
+    init_to_value,
 )
 from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from numpyro.infer.svi import SVIRunResult
@@ -740,3 +742,31 @@ def test_errors(options, message):
     key, num_steps = options.pop("key", random.key(0)), options.pop("num_steps", 30)
     with pytest.raises(ValueError, match=message):
         fit(switches(), key, num_steps, X, **{"num_starts": 2, "progress_bar": False, **options})
+
+
+def counted(seen):
+    """Animals at each site, of which not all are seen: a count below what was seen is impossible."""
+    rate = numpyro.sample("rate", dist.LogNormal(1.0, 0.5))
+    with numpyro.plate("site", len(seen)):
+        count = numpyro.sample("count", dist.Poisson(rate))
+        numpyro.sample("seen", dist.Binomial(count, 0.9), obs=seen)
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support|The log evidence of start")
+def test_a_guide_that_draws_what_data_rule_out_is_named():
+    seen = jnp.array([30.0, 28.0, 33.0, 31.0])
+
+    def result_of(**kwargs):
+        svi = SVI(counted, AutoMixed(counted, **kwargs), optax.adam(0.01), VIMCOStar(0.5, num_particles=8))
+        return svi, fit(svi, random.key(0), 40, seen, num_starts=2, progress_bar=False)
+
+    with pytest.warns(
+        UserWarning, match=r"In 40 of 40 steps of start 0 the loss was infinite: the guide draws what the"
+    ):
+        svi, result = result_of()
+    with pytest.raises(ValueError, match=r"None of .* draws of the guide has a density under the model"):
+        importance_diagnostics(svi, result, model_args=(seen,), rng_key=random.key(1), num_samples=100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="In .* steps")
+        # As the message says.
+        assert np.isfinite(result_of(init_loc_fn=init_to_value(values={"count": seen + 1}))[1].losses).mean() > 0.9

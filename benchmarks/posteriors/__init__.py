@@ -13,6 +13,7 @@ A module has
 - ``given_others(key, draw, *args)``, where NumPyro cannot do it: the latents that were summed out, drawn given the
   others;
 - ``PLATE``, where a plate has latents beside global ones, of too many states to sum out: its name;
+- ``begin(*args)``, where a guide must: the values of latents that it begins at;
 - ``pymc_model(*args)``, where PyMC can have it: a `pymc.Model` with the same names.
 """
 
@@ -142,6 +143,7 @@ class Problem(NamedTuple):
     num_steps: int
     given_others: Callable | None = None
     plate: str | None = None
+    begin: dict | None = None
 
 
 @cache
@@ -157,7 +159,7 @@ def problem(name: str) -> Problem:
     return Problem(
         name, module.model, module.data(), truth, optional("asked", latents), optional("enumerated"),
         optional("pymc_model"), optional("NUM_STEPS", 4000), optional("given_others"),
-        optional("PLATE"),
+        optional("PLATE"), optional("begin", lambda *args: None)(*module.data()),
     )  # fmt: skip
 
 

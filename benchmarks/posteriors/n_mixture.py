@@ -42,6 +42,11 @@ def enumerated(seen, habitat):
             numpyro.sample("seen", dist.Binomial(count, logits=logit_detection), obs=seen)
 
 
+def begin(seen, habitat):
+    """A count below what was seen is impossible."""
+    return {"count": seen.max(0) + 1}
+
+
 def asked(draw, seen, habitat):
     """Parameters, the count at each site, and that of all sites."""
     latents = {name: draw[name] for name in ("intercept", "slope", "logit_detection", "count")}

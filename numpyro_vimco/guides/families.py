@@ -236,10 +236,17 @@ def _no_automatic_guide_error(site: dict) -> NotImplementedError:
     )
 
 
-def jitter(start: Array, constraint: constraints.Constraint, rng_key: Array) -> Array:
-    """``start``, moved by :data:`JITTER` standard normals in unconstrained space."""
-    transform = biject_to(constraint)
-    return transform(transform.inv(start) + JITTER * random.normal(rng_key, jnp.shape(start)))
+def jitter(name: str, start: dict[str, Array], constraint: constraints.Constraint, rng_key: Array) -> Array:
+    """A parameter to begin with, moved by :data:`JITTER` standard normals in unconstrained space.
+
+    The location of a count moves by that share of its scale at most: by a share of itself, a large count would leave
+    what the data allow.
+
+    :param start: all parameters of the site.
+    """
+    transform, value = biject_to(constraint), start[name]
+    size = JITTER * jnp.minimum(1, start["scale"] / value) if name == "loc" else JITTER
+    return transform(transform.inv(value) + size * random.normal(rng_key, jnp.shape(value)))
 
 
 def _bound(site: dict, bound) -> Any:

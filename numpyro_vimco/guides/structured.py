@@ -260,11 +260,11 @@ class DiscreteSite(Site):
             k: earlier.param(
                 self,
                 k,
-                lambda rng_key, start=start, k=k: jitter(start, family.constraints[k], rng_key),
+                lambda rng_key, k=k: jitter(k, self.start, family.constraints[k], rng_key),
                 constraint=family.constraints[k],
                 event_dim=self.event_dim + family.event_dim,
             )
-            for k, start in self.start.items()
+            for k in self.start
         }
         some = next(iter(params.values()))
         shape = some.shape[: some.ndim - family.event_dim]

@@ -66,7 +66,8 @@ def advise(
     heavy = summary.pareto_k.max() >= HEAVY_TAIL
     plate = _joint_plate(fit) if reading == "bad" or disagree or few or heavy else None
     if past or disagree:
-        parts.append(f"What helps, in this order: {_remedies(fit, annealed, plate)}.")
+        impossible = agreement is not None and bool(np.isneginf(agreement["log_evidence"]).any())
+        parts.append(f"What helps, in this order: {_remedies(fit, annealed, plate, impossible)}.")
     if past:
         return " ".join(parts)
     if reading == "usable" and summary.ess.min() < LEAST_ESS:
@@ -139,9 +140,13 @@ def _for_plate(fit: Fitted, plate: str) -> str:
     return f"sum out sites of few states ({', '.join(few)}), by infer={{'enumerate': 'parallel'}}, or {particles}"
 
 
-def _remedies(fit: Fitted, annealed: bool, plate: str | None) -> str:
-    """What helps starts to agree, as far as it is not there yet, in the order of docs/checking_a_fit.md."""
-    found = [_for_plate(fit, plate)] if plate else []
+def _remedies(fit: Fitted, annealed: bool, plate: str | None, impossible: bool) -> str:
+    """What helps starts to agree, as far as it is not there yet, in the order of docs/checking_a_fit.md.
+
+    :param impossible: whether all draws of a start are ruled out by the data.
+    """
+    found = ["a guide that begins where the data are possible (`init_loc_fn`)"] if impossible else []
+    found += [_for_plate(fit, plate)] if plate else []
     if _has(fit, discrete=True) and _richer_guide(fit) != "one by hand":
         found.append('a structured guide (`AutoMixed(model, structure="autoregressive")`)')
     found.append("a smaller learning rate")

@@ -116,7 +116,7 @@ def differences(agreement: "xr.Dataset") -> str:
             if of_kind.any():
                 found = agreement.isel(start=i, quantity=int(np.argmax(of_kind)))
                 by, error = float(found["difference"]), float(found["difference_std_error"])
-                off_by = f"{by:.2f} ± {error:.2f}"
+                off_by = f"{by:.2f} ± {error:.2f}" if np.isfinite(by) else f"{by}"
                 if unit != "nats" and abs(by) > 100:  # a pool of nearly one value has next to no deviation
                     off_by = "more than 100" if by > 0 else "less than -100"
                 parts.append(f"'{found['quantity'].item()}' by {off_by} {unit}")

@@ -99,7 +99,8 @@ def fit(
         none, a sharding that does not divide the starts, arguments that do not fit model and guide, data that are NaN;
         and if NaN came up in all starts.
     :warns UserWarning: for a model without observed sites, for each start that is dropped since its loss or a parameter
-        became NaN, for a log evidence that cannot be estimated, and for an interruption.
+        became NaN, for a loss that is infinite in most steps, for a log evidence that cannot be estimated, and for an
+        interruption.
 
     **References**
 
@@ -142,6 +143,15 @@ def fit(
         start_sharding,
     )
     state, losses, powers = steps.run(state, num_steps, progress_bar)
+    infinite = np.isposinf(losses).sum(1)
+    if losses.size and infinite.max() > losses.shape[1] / 2:
+        warnings.warn(
+            f"In {infinite.max():,} of {losses.shape[1]:,} steps of start {infinite.argmax()} the loss was infinite: "
+            "the guide draws what the data rule out, and learns nothing from that. Let it begin where the data are "
+            'possible: `AutoMixed(model, init_loc_fn=init_to_value(values={"count": seen + 1}))` for a count of at '
+            "least what was seen. Or give such data a small probability in the model.",
+            stacklevel=2,
+        )
     no_evidence = np.full((2, len(state.failed)), np.nan)
     result = FitResult(jax.vmap(svi.get_params)(state.svi), losses, state, powers, *no_evidence)
     if _has_evidence(model_trace, guide_trace):

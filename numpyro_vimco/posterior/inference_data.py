@@ -319,6 +319,9 @@ def _dims(fit: Fitted) -> dict[str, list[str]]:
             continue  # it has dimensions of its own, or not those of its plates
         event = list(site["infer"].get("event_dims", [])) if site["type"] == "sample" else []
         dims = [plates.get(dim, f"{name}_dim_{i}") for i, dim in enumerate(batch)] + event
+        if site["type"] == "sample":
+            # By position, as ArviZ 0.x names them; ArviZ 1.x would begin with 0 again.
+            dims += [f"{name}_dim_{i}" for i in range(len(dims), len(shape) + site["fn"].event_dim)]
         if dims:
             named[fit.observed[name].name if name in fit.observed else name] = dims
     return named

@@ -75,7 +75,8 @@ class Moments:
     def ess(self) -> np.ndarray:
         """Effective sample size (Σ w)² / Σ w² of each element, of shape ``(elements,)``."""
         total, square = (x.ravel() for x in self._weights)
-        return total**2 / square
+        with np.errstate(invalid="ignore"):
+            return total**2 / square
 
     def estimates(self) -> dict[str, Estimate]:
         """Of each site, arrays of the shape of its value."""
@@ -83,8 +84,9 @@ class Moments:
         for name, ((first, second), (first_square, second_square)) in self._sums.items():
             ndim = first.ndim + 1
             total, square = (self._aligned(name, x[None], ndim)[0] for x in self._weights)
-            mean = first / total
-            variance = np.maximum(second / total - mean**2, 0)
-            error = np.maximum(second_square - 2 * mean * first_square + mean**2 * square, 0) ** 0.5 / total
+            with np.errstate(invalid="ignore"):  # where all weights are zero
+                mean = first / total
+                variance = np.maximum(second / total - mean**2, 0)
+                error = np.maximum(second_square - 2 * mean * first_square + mean**2 * square, 0) ** 0.5 / total
             found[name] = Estimate(mean + self._centres[name], error, variance**0.5)
         return found
