@@ -691,6 +691,7 @@ def test_what_is_wrong_with_the_data_is_said_before_the_fit():
         fit(SVI(prior, AutoDiscrete(prior), optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 1, num_starts=1)
 
 
+@pytest.mark.filterwarnings("ignore:In 2 of 2 steps of start 0 the loss was infinite")
 def test_start_without_a_log_evidence():
     def model():
         z = numpyro.sample("z", dist.Bernoulli(0.5))
