@@ -10,6 +10,7 @@ import hashlib
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -34,10 +35,14 @@ def compiled(fn: Callable, *inputs: Any) -> Callable:
     """
     closed, outputs = jax.make_jaxpr(fn, return_shape=True)(*inputs)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(outputs)
+    if hasattr(jaxpr, "consts"):  # since JAX 0.12 it holds its arrays, which a program that is kept must not
+        jaxpr = vars(partial_eval)["convert_constvars_jaxpr"](jaxpr)
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
 
     def run(held: list, *inputs: Any) -> Any:
-        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(jaxpr, held, *jax.tree.leaves(inputs)))
+        variables = len(jaxpr.constvars)
+        flat = jax.core.eval_jaxpr(jaxpr, held[:variables], *held[variables:], *jax.tree.leaves(inputs))
+        return jax.tree.unflatten(structure, flat)
 
     program = jax.jit(run, compiler_options=options, keep_unused=True)
     text = program.lower(closed.consts, *inputs).as_text()
