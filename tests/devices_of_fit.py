@@ -49,17 +49,18 @@ def run(num_steps, **options):
 
 if __name__ == "__main__":
     one, two = run(20), run(12, start_sharding=SPREAD)
-    np.testing.assert_allclose(two.losses, one.losses[:, :12], rtol=1e-5)
+    close = {"rtol": 1e-5, "atol": 1e-6}  # a loss near 0 is a difference of terms near 1
+    np.testing.assert_allclose(two.losses, one.losses[:, :12], **close)
     logits = two.state.svi.optim_state[1][0]["logits"]
     assert logits.sharding.is_equivalent_to(SPREAD, 2) and logits.sharding.shard_shape(logits.shape) == (1, 2)
     assert np.isfinite(two.log_evidence).all() and np.isfinite(two.best.params["logits"]).all()
     # One device goes on where two stopped.
     state = jax.device_put(two.state, jax.devices()[0])
     rest = run(8, init_state=state)
-    np.testing.assert_allclose(rest.losses, one.losses[:, 12:], rtol=1e-5)
+    np.testing.assert_allclose(rest.losses, one.losses[:, 12:], **close)
     # And two where one did.
     rest = run(8, init_state=state, start_sharding=SPREAD)
-    np.testing.assert_allclose(rest.losses, one.losses[:, 12:], rtol=1e-5)
+    np.testing.assert_allclose(rest.losses, one.losses[:, 12:], **close)
     # Data that are spread stay so: each device has 7 of 14.
     x = jax.device_put(np.linspace(-1, 1, 14, dtype=np.float32), NamedSharding(SPREAD.mesh, PartitionSpec("starts")))
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
