@@ -8,7 +8,7 @@ A *score-function site* is a latent guide site whose distribution has no reparam
 :func:`is_drawn` tells which of them a doubly reparameterised gradient may treat as draws from a fixed density.
 
 Two private parts of NumPyro's sites are read, in :func:`mask_of` and :func:`is_in_scan` only; they were seen in NumPyro
-0.19, the oldest that is admitted, and in 0.22.
+0.20, the oldest that is admitted, and in 0.22.
 """
 
 from copy import copy

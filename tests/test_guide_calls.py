@@ -34,7 +34,10 @@ def make(case):
     name, args = case
     if not hasattr(dist, name):
         pytest.skip(f"this NumPyro has no {name}")
-    return getattr(dist, name)(*args)
+    try:
+        return getattr(dist, name)(*args)
+    except AssertionError:
+        pytest.skip(f"this NumPyro admits no such {name}")
 
 
 # Transformations of JAX: what a guide keeps from its first call is no tracer.
@@ -157,7 +160,7 @@ HALVES = dist.Categorical(jnp.array([0.5, 0.5]))
 SPIKE_AND_SLAB = dist.MixtureGeneral(HALVES, [dist.Delta(0.0), dist.Normal(0, 1)], support=dist.constraints.real)
 MASSES = {
     "mixture": SPIKE_AND_SLAB,
-    "of one family": dist.MixtureSameFamily(HALVES, dist.Delta(jnp.array([0.0, 1.0]))),
+    "of one family": ("MixtureSameFamily", (HALVES, dist.Delta(jnp.array([0.0, 1.0])))),
     "in a mixture": dist.MixtureGeneral(HALVES, [SPIKE_AND_SLAB, dist.Normal(0, 1)]),
     "expanded": SPIKE_AND_SLAB.expand([3]),
     "independent": SPIKE_AND_SLAB.expand([3]).to_event(1),

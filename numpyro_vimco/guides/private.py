@@ -3,7 +3,7 @@
 
 """All that this package uses of NumPyro's automatic guides beyond their public interface.
 
-Seen in NumPyro 0.19, the oldest that is admitted, and in 0.22. Of ``AutoGuide``: ``_setup_prototype``, which the first
+Seen in NumPyro 0.20, the oldest that is admitted, and in 0.22. Of ``AutoGuide``: ``_setup_prototype``, which the first
 call runs; ``_prototype_frames``, the plates of latents; ``_prototype_frame_full_sizes``; ``_create_plates``. Of
 ``AutoNormal``: ``_init_locs``, where its sites begin in unconstrained space, of the full plates' sizes;
 ``_event_dims``, their event dimensions there; ``_init_scale``.

@@ -14,7 +14,7 @@ also ``_PREV__PREV_x``, …) and ``x``, with a dimension for time, at all others
 
 funsor is imported where there are summed sites only. Private parts of NumPyro that are used: the names ``_PREV_…`` and
 ``_time_…``; the entry ``dim_to_name`` of a site's ``infer``; ``compute_markov_factors`` of
-`numpyro.contrib.funsor.infer_util`. They were seen in NumPyro 0.19, the oldest that is admitted, and in 0.22.
+`numpyro.contrib.funsor.infer_util`. They were seen in NumPyro 0.20, the oldest that is admitted, and in 0.22.
 """
 
 from collections import defaultdict
