@@ -150,16 +150,16 @@ class Problem(NamedTuple):
 def problem(name: str) -> Problem:
     """A problem by the name of its module, with the stored truth."""
     module = import_module(f"benchmarks.posteriors.{name}")
-    truth = Truth.load(TRUTHS / f"{name}.json")
+    truth, args = Truth.load(TRUTHS / f"{name}.json"), module.data()
 
     def latents(draw, *args):
         return {quantity: draw[quantity] for quantity in truth.means}
 
     optional = lambda what, default=None: getattr(module, what, default)  # noqa: E731
     return Problem(
-        name, module.model, module.data(), truth, optional("asked", latents), optional("enumerated"),
+        name, module.model, args, truth, optional("asked", latents), optional("enumerated"),
         optional("pymc_model"), optional("NUM_STEPS", 4000), optional("given_others"),
-        optional("PLATE"), optional("begin", lambda *args: None)(*module.data()),
+        optional("PLATE"), optional("begin", lambda *args: None)(*args),
     )  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A function of many draws, so many at a time, with its results on the host and a progress bar."""
+"""A function of many draws, so many at a time, with its results on the host and a progress bar.
+
+What is compiled for it, and for the steps of a fit, is kept.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -68,8 +71,8 @@ def chunks(
     """``jax.vmap(fn)(*inputs)``, so many elements at a time.
 
     :param progress: what the progress bar calls it; None for no bar.
-    :param then: what is computed from a chunk. Defaults to what the function returns. It is a program of its own, so
-        that calls that want other things of the same draws have one program for them.
+    :param then: what is computed from a chunk, outside of its program, so that calls that want other things of the
+        same draws have one program for them. Defaults to what the function returns.
     :return: for each chunk, where it belongs, and NumPy arrays.
     """
     length = len(jax.tree.leaves(inputs)[0])
@@ -82,8 +85,6 @@ def chunks(
         return jax.tree.map(lambda x: x[start : start + chunk_size], inputs)
 
     run = compiled(jax.vmap(fn), *part(0))
-
-    then = jax.jit(then)
 
     def compute(start):
         return then(run(*part(start)))

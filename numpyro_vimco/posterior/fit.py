@@ -227,12 +227,13 @@ def _log_evidence(svi: SVI, rng_key: Array, result: FitResult, model_trace: Trac
     succeeded = np.flatnonzero(~result.failed)
     # Where the model has parameters, each start has a target of its own.
     apart = any(site["type"] == "param" for site in model_trace.values())
+    results = [result.start(int(i)) for i in succeeded] if apart else [result]
+    progress = "log evidence" if show_bar else None
     log_weights = []
     try:
-        for of_starts in [result.start(int(i)) for i in succeeded] if apart else [result]:
+        for key, of_starts in zip(split(rng_key, len(results)), results):
             sampler = each_start(Fitted.of(svi, of_starts, args, kwargs))
-            progress = "log evidence" if show_bar else None
-            blocks = sampler.blocks(rng_key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress)
+            blocks = sampler.blocks(key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress)
             log_weights += list(np.concatenate(list(blocks), axis=0).swapaxes(0, 1).astype(float))
     except (ValueError, NotImplementedError) as error:
         warnings.warn(f"The log evidence cannot be estimated. {error}", stacklevel=3)

@@ -93,10 +93,7 @@ class Fitted:
         starts, num_starts = None, 1
         if isinstance(result, FitResult):
             kept = np.flatnonzero(~result.failed)
-            starts, num_starts = (
-                jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[kept]), result.params),
-                len(kept),
-            )
+            starts, num_starts = _of_starts(result, kept), len(kept)
         return cls(svi, params, args, kwargs, model_trace, frozenset(latents), observed, starts, num_starts)
 
     @property

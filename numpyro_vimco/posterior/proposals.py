@@ -79,7 +79,7 @@ class Sampler:
 
         :param then: what is computed from a draw, and handed out.
         """
-        keys, then = split(rng_key, num_keys), jax.vmap(jax.vmap(then))
+        keys, then = split(rng_key, num_keys), jax.jit(jax.vmap(jax.vmap(then)))
         for _, block in chunks(self.draw, self.at_once, keys, progress=progress, then=then):
             yield block
 

@@ -71,6 +71,7 @@ class Steps:
             by_start = state.svi, state.anneal_steps, state.failed
             svi_state, anneal_steps, failed = jax.device_put(by_start, self.start_sharding)
             state = FitState(svi_state, jnp.asarray(np.asarray(state.step)), anneal_steps, failed)
+        # The number of steps is an argument, so that runs of any length use one program, and agree bit for bit.
         chunk = compiled(self._chunk, state, 1)
         done: list[tuple[FitState, Record]] = []
         taken, length = 0, 1
