@@ -363,6 +363,30 @@ def test_plates_with_deterministic_sites_only_and_data_that_broadcast():
     assert tree["posterior_predictive"]["x"].shape == (1, 1000, 3, 4)
 
 
+def test_data_that_cannot_be_drawn_do_not_lose_the_posterior():
+    class Hinge(dist.Distribution):
+        support = dist.constraints.real
+
+        def log_prob(self, value):
+            return -jnp.abs(value)
+
+    def model(x):
+        z = numpyro.sample("z", dist.Bernoulli(0.4))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        numpyro.sample("hinge", Hinge(), obs=0.0)
+
+    def guide(x):
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logit", 0.1)))
+
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
+    arguments = {"groups": ("posterior_predictive", "prior"), "rng_key": random.key(1), "num_samples": 10}
+    with pytest.warns(UserWarning, match="without site 'hinge', as its distribution cannot be sampled: NotImpl"):
+        tree = to_arviz(svi, {"logit": 0.0}, model_args=(1.0,), **arguments)
+    assert tree["posterior"]["z"].shape == (1, 10)
+    for group in ("posterior_predictive", "prior_predictive"):
+        assert list(tree[group].data_vars) == ["x"]
+
+
 def test_resampling_takes_what_the_weight_asks_for():
     log_weight = np.log(np.array([[0.1, 0.7], [0.2, 0.1], [0.7, 0.2]]))
     counts = [np.bincount(column, minlength=3) for column in resample(random.key(0), log_weight, 1000).T]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,8 @@ def to_arviz(
         subsampled plate, a model without latents, data that are NaN, no draws, fewer proposals than draws, proposals
         beside ``resample=False``, an unknown group, or ``rng_key`` that is no key.
     :raises NotImplementedError: for starts whose draws cannot be pooled: a Delta site at a parameter.
-    :warns UserWarning: for a plate with latents of its own that cannot be averaged out of its log-likelihood.
+    :warns UserWarning: for a plate with latents of its own that cannot be averaged out of its log-likelihood, and for
+        an observed site whose distribution cannot be sampled.
     """
     check_key(rng_key)
     num_samples = check_integer("num_samples", num_samples, 1, "it is the number of posterior draws")
@@ -292,14 +294,25 @@ def _follow(fit: Fitted, predict: bool, likelihoods: Mapping[str, Collection[str
         found = {"posterior": {name: model_trace[name]["value"] for name in shown}}
         if predict:
             keys = split_by_name(predictive_key, observed)
-            found["posterior_predictive"] = {
-                given_names[name]: whole(site).sample(keys[name]) for name, site in observed.items()
-            }
+            new = {given_names[name]: _new_data(site, keys[name]) for name, site in observed.items()}
+            found["posterior_predictive"] = {name: value for name, value in new.items() if value is not None}
         for group, names in likelihoods.items():
             found[group] = {given_names[name]: log_likelihood(observed[name]) for name in observed if name in names}
         return found
 
     return follow
+
+
+def _new_data(site: dict, rng_key: Array) -> Array | None:
+    try:
+        return whole(site).sample(rng_key)
+    except Exception as error:  # Whatever it is, the posterior must not be lost with it.
+        name, reason = site["name"], f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(
+            f"The predictive groups are without site '{name}', as its distribution cannot be sampled: {reason}",
+            stacklevel=2,
+        )
+        return None
 
 
 # Laying out.
