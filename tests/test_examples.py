@@ -39,8 +39,10 @@ def test_gaussian_mixture(tmp_path):
 
 @pytest.mark.long
 def test_n_mixture(tmp_path):
-    log_evidence, ((joint, *_), (local, *_)) = run("n_mixture", "--num-steps=1000", "--grid=40", f"--output={tmp_path}")
+    argv = ("--num-steps=1000", "--num-draws=1000", "--grid=40", f"--output={tmp_path}")
+    log_evidence, ((joint, *_), (local, *errors)) = run("n_mixture", *argv)
     assert joint < local < log_evidence
+    assert np.abs(errors).max() < 0.2  # a tenth of these in 4,000 steps
 
 
 @pytest.mark.long
