@@ -288,6 +288,10 @@ def test_median_and_quantiles(fitted):
 
 
 def test_pickle(fitted):
+    try:
+        pickle.dumps(random.key(0))
+    except TypeError:
+        pytest.skip("this version of JAX cannot pickle keys, which guides keep, those of NumPyro too")
     guide, params = fitted
     again = pickle.loads(pickle.dumps(guide))
     expected = guide.sample_posterior(random.key(3), params)
