@@ -91,7 +91,8 @@ def fit(objective, num_steps, num_draws, seen):
         svi, result, model_args=(seen,), rng_key=random.key(3), num_samples=num_draws, groups=(), progress_bar=False
     )["posterior"]
     draws = np.exp(found["log_abundance"].values[0]), expit(found["logit_detection"].values[0])
-    return -losses.mean(), losses.std() / len(losses) ** 0.5, np.stack(draws), found.attrs["ess"] / (4 * num_draws)
+    ess = found.attrs["ess"] / found.attrs["num_proposals"]
+    return -losses.mean(), losses.std() / len(losses) ** 0.5, np.stack(draws), ess
 
 
 def plot(grid, exact, draws, path):
@@ -135,7 +136,7 @@ def main(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-steps", type=int, default=4000)
-    parser.add_argument("--num-draws", type=int, default=10_000, help="posterior draws, of 4 times the proposals")
+    parser.add_argument("--num-draws", type=int, default=10_000, help="posterior draws, from four proposals each")
     parser.add_argument("--grid", type=int, default=120, help="grid points per parameter for the exact posterior")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output"))

@@ -179,7 +179,7 @@ def others_win(results, budget, clock="seconds_with_compilation"):
 
 def star_against_vimco(results):
     """Relative ESS of single starts, median (and range), by α; and who is ahead by more than the range."""
-    rows, ahead = [], np.zeros((3, len(ALPHAS)), int)
+    rows, ahead, higher = [], np.zeros((3, len(ALPHAS)), int), np.zeros((2, len(ALPHAS)), int)
     for problem, methods in results.items():
         cells = []
         for i, alpha in enumerate(ALPHAS):
@@ -190,12 +190,15 @@ def star_against_vimco(results):
                 continue
             who = 0 if min(star) > max(vimco) else 2 if min(vimco) > max(star) else 1
             ahead[who, i] += 1
+            difference = np.median(star) - np.median(vimco)
+            higher[:, i] += difference > 0, difference < 0
             shown = [_range(star), _range(vimco)]
             cells.append(" / ".join(f"**{x}**" if who == side else x for side, x in zip((0, 2), shown)))
         if set(cells) != {"–"}:
             rows.append([problem, *cells])
     for name, counts in zip(("VIMCO-⋆ ahead", "within the range", "VIMCO ahead"), ahead):
         rows.append([f"*{name}*", *counts])
+    rows.append(["*higher median*", *(f"{of_star} / {of_vimco}" for of_star, of_vimco in higher.T)])
     return table(["", *(f"α = {alpha:g}" for alpha in ALPHAS)], rows)
 
 
