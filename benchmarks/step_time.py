@@ -14,6 +14,7 @@ is XLA's temporary memory of the compiled step.
 """
 
 import argparse
+from functools import partial
 import time
 
 from common import (
@@ -91,12 +92,13 @@ def regression_guide(x, y):
         numpyro.sample("coefficient", dist.Normal(loc, jnp.exp(numpyro.param("log_width", jnp.zeros(size)))))
 
 
-def mixture(x):
+def mixture(x, is_indexed=True):
     with numpyro.plate("cluster", 5):
         mean = numpyro.sample("mean", dist.Normal(0, 5))
     with numpyro.plate("data", len(x)):
         cluster = numpyro.sample("cluster_of", dist.Categorical(logits=jnp.zeros(5)))
-        numpyro.sample("x", dist.Normal(mean[cluster], 1.0), obs=x)
+        loc = mean[cluster] if is_indexed else jax.nn.one_hot(cluster, 5) @ mean
+        numpyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
 
 def mixture_guide(x):
@@ -176,10 +178,14 @@ def main():
     compare("Spike-and-slab regression, N = 64", steps, rounds)
 
     points = mixture, mixture_guide, (3 * random.normal(random.key(5), (1000,)),)
+    one_hot = partial(mixture, is_indexed=False), *points[1:]
+    joint, local = VIMCOStar(num_particles=64), VIMCOStar(num_particles=8, plate_particles={"data": 8})
     steps = {
-        "64 joint": compile_step(VIMCOStar(num_particles=64), *points),
-        "8 × 8 local": compile_step(VIMCOStar(num_particles=8, plate_particles={"data": 8}), *points),
+        "64 joint": compile_step(joint, *points),
+        "8 × 8 local": compile_step(local, *points),
         "8 joint": compile_step(VIMCOStar(num_particles=8), *points),
+        "64 joint, one-hot": compile_step(joint, *one_hot),
+        "8 × 8 local, one-hot": compile_step(local, *one_hot),
     }
     compare("Mixture of 1,000 points", steps, rounds)
 

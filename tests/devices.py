@@ -11,8 +11,8 @@ import re
 import sys
 
 processes = sys.argv[1:]
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={1 if processes else 8} "
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    f" --xla_force_host_platform_device_count={1 if processes else 8} "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compile faster
 )
 

@@ -37,7 +37,7 @@ import pytest
 
 from helpers import Program, exact_bound, expected_estimate, initial_params, of_two_lengths, product_of
 from numpyro_vimco import AutoDiscrete, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
-from numpyro_vimco.posterior import steps
+from numpyro_vimco.posterior import starts, steps
 from numpyro_vimco.posterior.annealing import FIRST_POWER, Annealed
 from numpyro_vimco.posterior.chunks import compiled
 from numpyro_vimco.posterior.results import FitState
@@ -389,6 +389,7 @@ def test_one_start_after_the_other_takes_the_memory_of_one():
     assert temp_size(False) < temp_size(True) / 4
 
 
+@pytest.mark.long
 def test_two_devices_give_what_one_gives():
     program = [sys.executable, "tests/devices_of_fit.py"]
     env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
@@ -475,23 +476,51 @@ def test_automatic_guides_begin_where_each_start_does(case):
     np.testing.assert_allclose(kept[0], first[0], rtol=1e-5)
 
 
+def recorded(function, calls):
+    """The function, which adds to a list at each call."""
+
+    def wrapper(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
 def tracers(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.core.Tracer)]
 
 
 @pytest.mark.parametrize("structure", ["mean_field", "conditional", "autoregressive"])
-def test_mixed_guides_begin_where_each_start_does(structure):
+def test_mixed_guides_begin_where_each_start_does(structure, monkeypatch):
     def model():
         z = numpyro.sample("z", dist.Bernoulli(0.3))
         c = numpyro.sample("c", dist.Normal(z, 1.0))
         numpyro.sample("x", dist.Normal(c, 1.0), obs=1.0)
 
+    def begin(keys):
+        new = SVI(
+            model, AutoMixed(model, structure=structure, init_loc_fn=init_to_uniform), optax.adam(0.05), VIMCOStar()
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(starts, "split", lambda key, number: keys)
+            return jax.vmap(new.get_params)(initial_states(new, random.key(0), len(keys), (), {}))
+
+    # Each start is that of a guide of its own, although the structure of the model is found out in the first alone.
+    keys = random.split(random.key(0), 3)
+    traced = []
+    monkeypatch.setattr(AutoMixed, "_trace_structure", recorded(AutoMixed._trace_structure, traced))
+    together = begin(keys)
+    assert len(traced) == 1
+    jax.tree.map(
+        np.testing.assert_array_equal, together, jax.tree.map(lambda *x: jnp.concatenate(x), *map(begin, keys[:, None]))
+    )
+
     guide = AutoMixed(model, structure=structure, init_loc_fn=init_to_uniform)
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
-    starts = fit(svi, random.key(0), 0, num_starts=3, progress_bar=False).params
+    params = fit(svi, random.key(0), 0, num_starts=3, progress_bar=False).params
     result = fit(svi, random.key(0), 3, num_starts=3, progress_bar=False)
     for name in ("c_auto_loc", "z_auto_logits"):
-        assert len(np.unique(starts[name])) == 3
+        assert len(np.unique(params[name])) == 3
     for part in automatic_guides(guide):
         assert part.prototype_trace is not None and not tracers({k: v for k, v in vars(part).items() if k != "_parts"})
     guide.sample_posterior(random.key(1), result.best.params)

@@ -80,7 +80,9 @@ CONDITIONAL = partial(AutoMixed, structure="conditional")
         pytest.param(small_model, CONDITIONAL, keep_nothing, marks=pytest.mark.long),
         pytest.param(small_model, CONDITIONAL, run_mapped, marks=pytest.mark.long),
         pytest.param(small_model, partial(AutoMixed, structure="autoregressive"), run_mapped, marks=pytest.mark.long),
-        (small_model, partial(AutoMixed, continuous=AutoMultivariateNormal), keep_key_traced),
+        pytest.param(
+            small_model, partial(AutoMixed, continuous=AutoMultivariateNormal), keep_key_traced, marks=pytest.mark.long
+        ),
         (continuous_uniform, AutoMixed, keep_nothing),
         pytest.param(continuous_uniform, AutoMixed, run_mapped, marks=pytest.mark.long),
     ],

@@ -213,7 +213,9 @@ def mixed_model(x=None):
 X = jnp.array([0.3, 1.0, 2.5])
 
 
-@pytest.fixture(scope="module", params=["mean_field", "conditional", "autoregressive"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("mean_field", marks=pytest.mark.long), "conditional", "autoregressive"]
+)
 def fitted(request):
     """A guide of all kinds of sites, and its parameters after some steps."""
     guide = AutoMixed(mixed_model, structure=request.param)
@@ -413,7 +415,9 @@ def test_in_an_auto_guide_list():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("structure", ["mean_field", "conditional", "autoregressive"])
+@pytest.mark.parametrize(
+    "structure", of_two_lengths(["mean_field", "conditional", "autoregressive"], ["autoregressive"])
+)
 def test_subsampling_with_create_plates(structure):
     x = jnp.repeat(jnp.array([-2.0, 2.0]), 10)
 

@@ -58,7 +58,7 @@ def strict(request):
     "name, program",
     of_two_lengths(
         [*((name, model) for name in OBJECTIVES), ("VIMCOStar", common), ("RWS", common)],
-        [("VIMCOStar", model), ("local", model), ("VIMCOStar", common)],
+        [("VIMCOStar", model), ("VIMCOStar", common)],
     ),
 )
 def test_objectives(strict, name, program):

@@ -4,9 +4,9 @@ The components are in the order of their locations: each is a gap above the one 
 galaxies, and the posterior of their parameters is the prior. Data: Postman, Huchra & Geller, "Probes of large-scale
 structure in the Corona Borealis region", Astronomical Journal 92 (1986), as in R's `MASS::galaxies`, in 1,000 km/s.
 
-Truth: none yet, so that the problem is not in `PROBLEMS`. Two samplers for each number of components are there, with
-evidences by sequential Monte Carlo and by bridge sampling. But chains of NUTS stay in different modes even of three
-components (log evidences by chain from -232.8 to -225.8), and `truth` ends with the error that says so.
+Truth: sequential Monte Carlo for each number, weighted by its evidence, and nested sampling of all latents at once, the
+number among them, by `dynesty`. Chains of NUTS stay in different modes even of three components, and nested sampling
+with 500 live points loses some of these.
 """
 
 import jax
@@ -102,19 +102,49 @@ def given_number(velocity, number):
 
 def truth(velocity):
     from benchmarks.posteriors import agreed
-    from benchmarks.posteriors.samplers import SMC, bridge_sampling, chains_of_nuts, precise
+    from benchmarks.posteriors.samplers import SMC, average_evidence, nested_sampling, of_runs, precise
 
-    runs, chains = {}, {}
     with jax.enable_x64(True):
-        sequential = SMC(given_number, (velocity, jnp.array(1)))
-        no_u_turn = chains_of_nuts(given_number, num_draws=1000, num_warmup=500)
+        sequential, runs = SMC(given_number, (velocity, jnp.array(1))), {}
         for number in range(FEWEST, MOST + 1):
             args = velocity, jnp.array(number)
-            runs[number] = sequential(args, num_particles=400, num_runs=6)
-            draws = no_u_turn(args)
-            chains[number] = draws, bridge_sampling(given_number, args, draws)
-    one, other = over_numbers(runs, "SMC for each number"), over_numbers(chains, "NUTS and bridge sampling for each")
-    return precise(agreed(one, other))
+            runs[number] = sequential(args, num_particles=2000, num_runs=6)
+        one = over_numbers(runs, "sequential Monte Carlo for each number, 6 runs of 2000")
+        found, log_evidences = nested_sampling(nested, 3 * MOST + 1, num_live=3000, num_runs=4)
+        draws = jax.vmap(jax.vmap(lambda x: asked(latents_of(x, jnp), None)))(jnp.asarray(found))
+    draws = {name: np.asarray(x, float) for name, x in draws.items()}
+    source = "nested sampling by dynesty, 4 runs of 3000 live points"
+    return precise(agreed(one, of_runs(draws, source, *average_evidence(log_evidences))))
+
+
+def latents_of(x, np):
+    """From one vector to the latents."""
+    first, gap, scale, share = np.split(x[1:], [1, MOST, 2 * MOST])
+    return {"number": np.floor(x[0]).astype(int), "first": first[0], "gap": gap, "scale": scale, "share": share}
+
+
+def nested():
+    """The log likelihood of a vector, and how it comes from a point of the unit cube, for `dynesty`: NumPy alone."""
+    from scipy.special import gammaincinv, ndtri
+
+    velocity = np.array(VELOCITIES) / 1000
+
+    def from_cube(u):
+        first, gap, scale, share = np.split(u[1:], [1, MOST, 2 * MOST])
+        number = FEWEST + (MOST - FEWEST + 1) * u[:1]
+        return np.concatenate([
+            number, 15 + 7 * ndtri(first), gammaincinv(2, gap) / 0.4, np.exp(0.5 * ndtri(scale)), gammaincinv(2, share)
+        ])  # fmt: skip
+
+    def log_likelihood(x):
+        draw = latents_of(x, np)
+        used = draw["number"]
+        location = draw["first"] + np.concatenate([[0.0], np.cumsum(draw["gap"])])[:used]
+        scale, share = draw["scale"][:used], draw["share"][:used]
+        terms = np.exp(-0.5 * ((velocity[:, None] - location) / scale) ** 2) @ (share / share.sum() / scale)
+        return np.log(terms + 1e-300).sum() - 0.5 * len(velocity) * np.log(2 * np.pi)
+
+    return log_likelihood, from_cube
 
 
 def over_numbers(found, source):

@@ -5,7 +5,9 @@ Both sample a *summed* model: its latents are continuous, and its discrete laten
 stays there, the second comes down from the prior. Both give the log evidence.
 """
 
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 
 import jax
 from jax import random
@@ -92,6 +94,32 @@ def average_evidence(log_evidences):
     log_average = logsumexp(log_evidences) - np.log(len(log_evidences))
     ratios = np.exp(log_evidences - log_average)
     return float(log_average), float(ratios.std(ddof=1) / len(ratios) ** 0.5)
+
+
+def nested_sampling(model, dimension, num_live, num_runs):
+    """Runs of nested sampling by `dynesty`, two at a time.
+
+    :param model: a function of a module, without arguments, that returns the log likelihood of a vector and the map
+        from the unit cube to it.
+    :returns: equally weighted vectors, of shape (runs, 10_000, dimension), and log evidences, of shape (runs,).
+    """
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        runs = list(pool.map(partial(one_nested_run, model, dimension, num_live), range(num_runs)))
+    draws, log_evidences = zip(*runs)
+    return np.stack(draws), np.array(log_evidences)
+
+
+def one_nested_run(model, dimension, num_live, seed):
+    """Draws and the log evidence."""
+    from dynesty import NestedSampler
+
+    rng = np.random.default_rng(seed)
+    sampler = NestedSampler(*model(), dimension, nlive=num_live, sample="rslice", rstate=rng)
+    sampler.run_nested(dlogz=0.05, print_progress=False)
+    results = sampler.results
+    weights = np.exp(results.logwt - results.logz[-1])
+    chosen = rng.choice(len(weights), 10_000, p=weights / weights.sum())
+    return results.samples[chosen], results.logz[-1]
 
 
 class Unconstrained:

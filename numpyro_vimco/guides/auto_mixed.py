@@ -3,7 +3,8 @@
 
 """An automatic guide for all latents, discrete and continuous."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 import warnings
 
 import jax
@@ -22,7 +23,7 @@ from numpyro.infer.autoguide import (
 
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
 from numpyro_vimco.guides.options import check_couplings, check_structure
-from numpyro_vimco.guides.plan import conditional, continuous_sites
+from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites
 from numpyro_vimco.guides.point_masses import check_no_point_mass
 from numpyro_vimco.guides.private import set_up
 from numpyro_vimco.guides.structural import StructuralGuide
@@ -178,6 +179,16 @@ class AutoMixed(StructuralGuide):
                 part.create_plates = self._shared_plates
         if self.structure != "mean_field":
             self._structure_sites(discrete, continuous, *args, **kwargs)
+
+    @contextmanager
+    def _known_structure(self, args: tuple, kwargs: dict) -> Iterator[None]:
+        with super()._known_structure(args, kwargs):
+            # In each start of a fit a continuous part is without a prototype: where it begins depends on the key.
+            for part in self._parts:
+                if part.prototype_trace is None:
+                    set_up(part, *args, **kwargs)
+                    self._sites = begun_anew(self._sites, part) if self._sites else []
+            yield
 
     def _structure_sites(self, discrete: Samples, continuous: Samples, *args, **kwargs) -> None:
         """Set ``_sites``: the sites of a guide with dependences, and what each depends on."""

@@ -49,6 +49,12 @@ def continuous_sites(guide: AutoNormal) -> list[Site]:
     return sites
 
 
+def begun_anew(sites: Iterable[Site], guide: AutoNormal) -> list[Site]:
+    """Sites that begin where a guide of NumPyro does now."""
+    starts = {site.name: site.start for site in continuous_sites(guide)}
+    return [replace(site, start=starts.get(site.name, site.start)) for site in sites]
+
+
 def conditional(sites: Iterable[Site]) -> list[Site]:
     """Let continuous sites depend on the discrete sites all of whose plates they are in."""
     sites = list(sites)

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 import warnings
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 
+import numpyro_vimco
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior import weights
 from numpyro_vimco.posterior.chunks import in_chunks
@@ -143,7 +143,7 @@ def to_arviz(
     tree["posterior"].attrs.update(
         {
             "inference_library": "numpyro_vimco",
-            "inference_library_version": version("numpyro_vimco"),
+            "inference_library_version": numpyro_vimco.__version__,
             "objective": type(svi.loss).__name__,
             **{k: getattr(svi.loss, k) for k in ("alpha", "num_particles") if hasattr(svi.loss, k)},
             **({} if losses is None else {"num_steps": np.shape(losses)[-1]}),

@@ -3,7 +3,8 @@
 
 """Where the starts of a fit begin: initial states of an ``SVI`` side by side, each from a key of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 import inspect
@@ -18,6 +19,7 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 
+from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_latent_site
 
@@ -26,28 +28,26 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
     """Initial states of ``svi``, each from a key of its own.
 
     An automatic guide chooses where it begins at its first call, and keeps it. So that starts differ, its call in each
-    start is made a first one. Afterwards the guide is as it was; if it had not been called before, it is as after the
-    first start.
+    start is made a first one; but what the guides of this package find out about a model is the same in all, and found
+    out in the first. Afterwards a guide is as it was; if it had not been called before, as after the first start.
 
     :param args: arguments of ``svi.init`` after the key.
     :param kwargs: keyword arguments of ``svi.init``.
     :return: a state whose arrays have a leading axis for the starts.
     """
-    guides = automatic_guides(svi.guide)
     init = copy(svi)
     init.guide = with_known_draws(svi.guide)  # what is drawn plays no part in where parameters begin
-    kept = [_attributes(guide) for guide in guides]
-    states = []
-    try:
-        for key in split(rng_key, num_starts):
-            for guide in guides:
-                guide.prototype_trace = None
-            states.append(init.init(key, *args, **kwargs))
-            kept = [_attributes(g) if old["prototype_trace"] is None else old for g, old in zip(guides, kept)]
-    finally:
-        for guide, attributes in zip(guides, kept):
-            guide.__dict__.clear()
-            guide.__dict__.update(attributes)
+    first, *others = split(rng_key, num_starts)
+    with _restored(svi.guide):
+        for guide in automatic_guides(svi.guide):
+            guide.prototype_trace = None
+        states = [init.init(first, *args, **kwargs)]
+        with _restored(svi.guide):
+            for key in others:
+                for guide in automatic_guides(svi.guide):
+                    if not isinstance(guide, StructuralGuide):  # the parts of these are in the list too
+                        guide.prototype_trace = None
+                states.append(init.init(key, *args, **kwargs))
     svi.constrain_fn = init.constrain_fn
     # The optimiser begins under `vmap`, and not once for each start: states of `numpyro.optim.Minimize` do not stack.
     params = [svi.optim.get_params(state.optim_state) for state in states]
@@ -73,6 +73,21 @@ def with_known_draws(guide: Callable) -> Callable:
 
 def _stack(trees: list) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@contextmanager
+def _restored(guide: Callable) -> Iterator[None]:
+    """A context after which automatic guides that were called before it are as they were; after an error, all are."""
+    before = [(part, part.prototype_trace is not None, _attributes(part)) for part in automatic_guides(guide)]
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        for part, was_called, attributes in before:
+            if was_called or not is_done:
+                part.__dict__.clear()
+                part.__dict__.update(attributes)
 
 
 def _attributes(guide: AutoGuide) -> dict[str, Any]:
