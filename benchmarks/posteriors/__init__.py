@@ -50,6 +50,7 @@ PROBLEMS = (
     "capture_recapture",
     "hares",
     "old_faithful",
+    "galaxies",
 )
 
 

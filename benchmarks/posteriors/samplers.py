@@ -59,24 +59,15 @@ def precise(truth, most=0.03):
     return truth
 
 
-def nuts(model, args, num_draws, seed=0):
+def nuts(model, args, num_draws, num_chains=8):
     """Draws of latents, by name, of shape (chains, draws, *shape); call it in double precision."""
-    return chains_of_nuts(model, num_draws)(args, seed)
-
-
-def chains_of_nuts(model, num_draws, num_warmup=1000, num_chains=8):
-    """What `nuts` does, as a function of arguments (and a seed), compiled once for arguments of the same shapes."""
     kernel = NUTS(model, dense_mass=True, target_accept_prob=0.9, init_strategy=init_to_median)
     mcmc = MCMC(
-        kernel, num_warmup=num_warmup, num_samples=num_draws, num_chains=num_chains, chain_method="vectorized",
+        kernel, num_warmup=1000, num_samples=num_draws, num_chains=num_chains, chain_method="vectorized",
         progress_bar=False, jit_model_args=True,
     )  # fmt: skip
-
-    def run(args, seed=0):
-        mcmc.run(random.key(seed), *args)
-        return mcmc.get_samples(group_by_chain=True)
-
-    return run
+    mcmc.run(random.key(0), *args)
+    return mcmc.get_samples(group_by_chain=True)
 
 
 def of_runs(draws, source, log_evidence=None, log_evidence_error=0.0):
