@@ -22,7 +22,7 @@ with install_import_hook("numpyro_vimco.objectives.control_variates", "beartype.
     import numpyro_vimco  # noqa: F401
 
 
-AS_FOR_USERS = ("test_docs", "test_examples", "test_inference_data", "test_scale")
+AS_FOR_USERS = ("test_docs", "test_examples", "test_scale")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -214,7 +214,8 @@ X = jnp.array([0.3, 1.0, 2.5])
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param("mean_field", marks=pytest.mark.long), "conditional", "autoregressive"]
+    scope="module",
+    params=of_two_lengths(["mean_field", "conditional", "autoregressive"], ["autoregressive"]),
 )
 def fitted(request):
     """A guide of all kinds of sites, and its parameters after some steps."""

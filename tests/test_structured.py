@@ -390,6 +390,7 @@ def counted_shares(counts):
 KINDS = jnp.array([18.0, 19.0, 22.0, 19.0, 20.0, 22.0])
 
 
+@pytest.mark.long
 def test_a_scale_does_not_grow_without_bound_with_a_count():
     """At a count of 400, 34 scales of the prior above its median, it was e^34 times as large; shares were 0 or NaN."""
     guide = AutoMixed(counted_shares)

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import arviz as az
 import jax
 import numpy as np
+from numpyro.infer import init_to_value
 import optax
 
 TRUTHS = Path(__file__).parent / "truths"
@@ -145,6 +146,11 @@ class Problem(NamedTuple):
     given_others: Callable | None = None
     plate: str | None = None
     begin: dict | None = None
+
+    @property
+    def guide_options(self):
+        """Options of an automatic guide."""
+        return {} if self.begin is None else {"init_loc_fn": init_to_value(values=self.begin)}
 
 
 @cache

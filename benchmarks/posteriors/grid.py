@@ -36,7 +36,7 @@ def grid(about, seed, budget, num_particles=64):
     if seed:
         return
     forget_compiled()
-    guide, starts = AutoMixed(about.model), Starts(about)
+    guide, starts = AutoMixed(about.model, **about.guide_options), Starts(about)
     for name, objective in objectives(num_particles).items():
         yield from or_note(name, seed, of_objective(about, name, objective, guide, starts, STEPS, STARTS, seed))
     if about.enumerated is not None:
@@ -48,7 +48,7 @@ def elbos(about, seed, budget, num_particles=64):
 
     def graph(num_steps):
         forget_compiled()
-        objective, guide = TraceGraph_ELBO(num_particles), AutoMixed(about.model)
+        objective, guide = TraceGraph_ELBO(num_particles), AutoMixed(about.model, **about.guide_options)
         return of_objective(about, "TraceGraph_ELBO", objective, guide, Starts(about), num_steps, 1, seed)
 
     def enum(num_steps):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jax import random
 import numpy as np
-from numpyro.infer import SVI, init_to_value
+from numpyro.infer import SVI
 import optax
 
 from benchmarks.posteriors import recommended as learning_rate
@@ -70,8 +70,7 @@ def recommended(about, seed, budget, form="all sampled"):
 
 def recommended_run(name, model, objective, about, quantities, seed, num_steps, proposals):
     """A row and a `Run`."""
-    options = {} if about.begin is None else {"init_loc_fn": init_to_value(values=about.begin)}
-    svi = SVI(model, AutoMixed(model, **options), optax.adam(learning_rate(num_steps)), objective)
+    svi = SVI(model, AutoMixed(model, **about.guide_options), optax.adam(learning_rate(num_steps)), objective)
     fit_key, weight_key, draw_key = random.split(random.key(seed), 3)
     after = {"model_args": about.args, "progress_bar": False}
     forget_compiled()
