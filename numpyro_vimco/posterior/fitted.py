@@ -78,9 +78,11 @@ class Fitted:
             _check_not_subsampled(guide_trace)
         latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
         model = substitute(seed(svi.model, random.key(1)), data=latents)
-        _check_params("model", trace(model).get_trace(*args, **kwargs), params)
-        model = substitute(seed(svi.model, random.key(1)), data={**params, **latents})
         model_trace = trace(model).get_trace(*args, **kwargs)
+        _check_params("model", model_trace, params)
+        if any(site["type"] == "param" for site in model_trace.values()):
+            model = substitute(seed(svi.model, random.key(1)), data={**params, **latents})
+            model_trace = trace(model).get_trace(*args, **kwargs)
         if whole:
             _check_not_subsampled(model_trace)
         if not any(is_latent_site(site) for site in model_trace.values()):

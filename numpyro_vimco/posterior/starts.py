@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from numpyro.handlers import substitute
+from numpyro.handlers import substitute, trace
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
@@ -41,7 +41,11 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
     with _restored(svi.guide):
         for guide in automatic_guides(svi.guide):
             guide.prototype_trace = None
+        of_model: dict[str, Any] = {}
+        init.model = _traced_into(of_model, svi.model)
         states = [init.init(first, *args, **kwargs)]
+        if not any(site["type"] in ("param", "mutable") for site in of_model.values()):
+            init.model = _nothing  # nothing of the model's own has to begin anywhere
         with _restored(svi.guide):
             for key in others:
                 for guide in automatic_guides(svi.guide):
@@ -73,6 +77,22 @@ def with_known_draws(guide: Callable) -> Callable:
 
 def _stack(trees: list) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _traced_into(sites: dict[str, Any], model: Callable) -> Callable:
+    """The model, which leaves its sites in a dict."""
+
+    def traced(*args, **kwargs):
+        with trace() as tr:
+            result = model(*args, **kwargs)
+        sites.update(tr)
+        return result
+
+    return traced
+
+
+def _nothing(*args, **kwargs) -> None:
+    pass
 
 
 @contextmanager
