@@ -1,5 +1,5 @@
 # make demo       variable selection on real data: prints, and saves, what it finds
-# make test       lint, type check and the tests that take seconds: 5 minutes on 2 cores, 12 for the first time
+# make test       lint, type check and the tests that take seconds: 8 minutes on 2 cores, 5 once programs are compiled
 # make test-long  the others: examples, pages, posteriors with a known truth
 # make test-all   all tests on Python 3.11 and 3.13, which are the oldest and the newest, as far as they are found; those
 #                 of `make test` also with the oldest NumPyro, JAX and ArviZ that pyproject.toml admits
