@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+from unittest import mock
 import warnings
 
 import jax
@@ -476,16 +477,6 @@ def test_automatic_guides_begin_where_each_start_does(case):
     np.testing.assert_allclose(kept[0], first[0], rtol=1e-5)
 
 
-def recorded(function, calls):
-    """The function, which adds to a list at each call."""
-
-    def wrapper(*args, **kwargs):
-        calls.append(args)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
 def tracers(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.core.Tracer)]
 
@@ -507,10 +498,10 @@ def test_mixed_guides_begin_where_each_start_does(structure, monkeypatch):
 
     # Each start is that of a guide of its own, although the structure of the model is found out in the first alone.
     keys = random.split(random.key(0), 3)
-    traced = []
-    monkeypatch.setattr(AutoMixed, "_trace_structure", recorded(AutoMixed._trace_structure, traced))
-    together = begin(keys)
-    assert len(traced) == 1
+    trace_structure = AutoMixed._trace_structure
+    with mock.patch.object(AutoMixed, "_trace_structure", autospec=True, side_effect=trace_structure) as traced:
+        together = begin(keys)
+    assert traced.call_count == 1
     jax.tree.map(
         np.testing.assert_array_equal, together, jax.tree.map(lambda *x: jnp.concatenate(x), *map(begin, keys[:, None]))
     )

@@ -118,10 +118,10 @@ def truth(velocity):
     return precise(one._replace(source=agreed(one, other).source))
 
 
-def latents_of(x, np):
-    """From one vector to the latents."""
-    first, gap, scale, share = np.split(x[1:], [1, MOST, 2 * MOST])
-    return {"number": np.floor(x[0]).astype(int), "first": first[0], "gap": gap, "scale": scale, "share": share}
+def latents_of(x, xp):
+    """From one vector to the latents, by NumPy or by JAX's."""
+    first, gap, scale, share = xp.split(x[1:], [1, MOST, 2 * MOST])
+    return {"number": xp.floor(x[0]).astype(int), "first": first[0], "gap": gap, "scale": scale, "share": share}
 
 
 def nested():

@@ -59,11 +59,11 @@ def precise(truth, most=0.03):
     return truth
 
 
-def nuts(model, args, num_draws, num_chains=8):
+def nuts(model, args, num_draws):
     """Draws of latents, by name, of shape (chains, draws, *shape); call it in double precision."""
     kernel = NUTS(model, dense_mass=True, target_accept_prob=0.9, init_strategy=init_to_median)
     mcmc = MCMC(
-        kernel, num_warmup=1000, num_samples=num_draws, num_chains=num_chains, chain_method="vectorized",
+        kernel, num_warmup=1000, num_samples=num_draws, num_chains=8, chain_method="vectorized",
         progress_bar=False, jit_model_args=True,
     )  # fmt: skip
     mcmc.run(random.key(0), *args)
