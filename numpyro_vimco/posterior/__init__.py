@@ -10,7 +10,8 @@ pictures.
   likelihood), and draws from all of their guides (`pooling`, `widening`).
 - `inference_data`: `to_arviz` (`log_likelihoods`: of plates with latents).
 - `diagnostics`: whether a fit can be trusted (`agreement`: do its starts agree, `past`: what its losses prove,
-  `advice`: what to do if not); `gradient_noise`: was its gradient good enough; `plots`: the pictures.
+  `exchange`: do its draws have both orders of two elements, `advice`: what to do if not); `gradient_noise`: was its
+  gradient good enough; `plots`: the pictures.
 - `proposals`: draws with their importance weights (`weighing`, `weights`, `moments`: what they say, `chunks`: how many
   draws are computed at a time).
 - `results`: what a fit leaves behind; `fitted`: how parameters, arguments and data are checked (`observed`: data that

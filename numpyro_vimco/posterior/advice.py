@@ -10,6 +10,7 @@ import numpy as np
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
 from numpyro_vimco.posterior.agreement import differences, pooled_evidence
+from numpyro_vimco.posterior.exchange import LostOrder
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
@@ -38,13 +39,17 @@ def advise(
     agreement: "xr.Dataset | None",
     past: Mapping[int, Stretch],
     annealed: bool,
+    lost_order: LostOrder | None,
 ) -> str:
     """What to make of the weights, or what to do.
 
     :param agreement: of several starts; None for a single fit.
     :param past: starts that lost something for certain.
     :param annealed: whether the fit was.
+    :param lost_order: of two elements.
     """
+    if lost_order:
+        return _of_order(lost_order)
     if reading == "good":
         assert agreement is not None
         return _trusted(agreement)
@@ -123,6 +128,19 @@ def _trusted(agreement: "xr.Dataset") -> str:
     for start, evidence in zip(agreement["start"].values[off], agreement["log_evidence"].values[off]):
         parts.append(f"Start {start} is stuck: its evidence is {pooled - evidence:.2f} nats lower.")
     return " ".join(parts)
+
+
+def _of_order(lost: LostOrder) -> str:
+    """What it means that draws lack an order of two elements, and what to do."""
+    first, second = lost.pair
+    together = ", ".join(f"'{name}'" for name in lost.names)
+    return (
+        f"The model is nearly the same where elements {first} and {second} change places (in {together}), so that the "
+        f"posterior has both orders, but the draws lack one, by '{lost.latent}'. The log evidence is too low by "
+        f"{lost.lost:.2f} nats at least, and what depends on the order is of the other only. For the rest starts "
+        "agree, and the weights are good. Say in the model which element is which, by a prior or an ordered vector, "
+        "or take more starts."
+    )
 
 
 def _for_plate(fit: Fitted, plate: str) -> str:

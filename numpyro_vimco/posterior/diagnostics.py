@@ -15,6 +15,7 @@ from numpyro.infer import SVI
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LEAST_ESS, LOW_ESS, advise
 from numpyro_vimco.posterior.agreement import compare, share_that_agrees
+from numpyro_vimco.posterior.exchange import find_lost_order
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
 from numpyro_vimco.posterior.results import FitResult
@@ -52,7 +53,8 @@ class ImportanceDiagnostics:
           :func:`~numpyro_vimco.importance_diagnostics`.
         - ``"good"``, if not bad, and the ESS is 100 or more: there are two starts or more, three quarters of them
           agree, the others are stuck in less than a hundredth of the evidence, and the ESS is a tenth of the draws or
-          more, or a quarter where k is 0.5 or more.
+          more, or a quarter where k is 0.5 or more. And the draws have both orders of two elements of a plate or of
+          an event, where the posterior is found to have both (``exchange.find_lost_order``).
         - ``"usable"`` else: at best where there is one fit alone, or where starts disagree.
 
     :ivar advice: what to make of it, or what to do.
@@ -176,6 +178,12 @@ def importance_diagnostics(
     agreeing = 0.0 if agreement is None else share_that_agrees(agreement)
     all_off = agreement is not None and bool(agreement["differs"].any("quantity").all())
     reading = _reading(k, ess, num_samples, agreeing, all_off, bool(past))
+    lost_order = None
+    if reading == "good" and weighed.log_weight is not None:
+        assert weighed.moments is not None
+        kept = weighed.log_weight[: len(next(iter(weighed.draws.values())))]
+        lost_order = find_lost_order(fit, weighed.moments.estimates(), weighed.draws, kept)
+        reading = "usable" if lost_order else "good"
     if weighed.log_weight is None:
         heaviest = summary.heaviest
     else:
@@ -188,7 +196,7 @@ def importance_diagnostics(
         ess=summary.ess.reshape(weighed.shape)[()],
         pareto_k=summary.pareto_k.reshape(weighed.shape)[()],
         reading=reading,
-        advice=advise(fit, weighed, reading, agreement, past, annealed),
+        advice=advise(fit, weighed, reading, agreement, past, annealed, lost_order),
         num_samples=num_samples,
         heaviest=heaviest,
         log_weight=weighed.log_weight,

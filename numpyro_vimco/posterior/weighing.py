@@ -21,6 +21,8 @@ from numpyro_vimco.sites import element_names, is_discrete, is_latent_site
 
 # Correlations are looked for among so many continuous coordinates: these draws are kept.
 CORRELATED_SIZE = 64
+# All latents are kept of so many draws, and of the rest of their block.
+KEPT_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Weighed:
         ``(draws, coordinates)``, where weights are joint.
     :ivar coordinates: their names.
     :ivar moments: weighted means of all latents, where there are several starts; else None.
+    :ivar draws: the first draws of these, of shape ``(draws, *batch, *event)``, where weights are joint; else empty.
     """
 
     summary: WeightSummary
@@ -42,6 +45,7 @@ class Weighed:
     continuous: np.ndarray
     coordinates: list[str]
     moments: Moments | None
+    draws: Mapping[str, np.ndarray]
 
 
 def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> Weighed:
@@ -64,6 +68,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
     stream = WeightStream(num_draws, int(np.prod(shape)))
     kept: list[np.ndarray] = []
     continuous: list[np.ndarray] = []
+    draws: list[Mapping[str, np.ndarray]] = []
     taken = nan = 0
     for block in sampler.blocks(rng_key, -(-num_draws // sampler.size), weight, progress):
         log_weight, unconstrained, values = merged(block, num_draws - taken)
@@ -80,10 +85,12 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
             kept.append(flat[:, 0])
         if moments is not None:
             moments.add(log_weight, values)
+            draws += [values] if not shape and taken - len(flat) < KEPT_DRAWS else []
     check_weights(nan, not nan and stream.has_zero(), num_draws)
     names = [name for names in coordinates.values() for name in names]
     log_weight = np.concatenate(kept) if not shape else None
-    return Weighed(stream.summary(), shape, log_weight, np.concatenate(continuous), names, moments)
+    kept_draws = {name: np.concatenate([block[name] for block in draws]) for name in (draws[0] if draws else ())}
+    return Weighed(stream.summary(), shape, log_weight, np.concatenate(continuous), names, moments, kept_draws)
 
 
 def moments_of_starts(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> list[Moments]:

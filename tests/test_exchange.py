@@ -1,0 +1,180 @@
+"""Elements that may change places: a fit with one of two orders has lost a half of the evidence, and is told so.
+
+Data are of the ordered means, so that with a wide prior the posterior is known in each order: a Normal for each mean.
+"""
+
+from functools import partial
+
+from jax import random
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI
+import optax
+import pytest
+from scipy.stats import norm
+
+from helpers import fit_result
+from numpyro_vimco import VIMCOStar, importance_diagnostics
+
+PRIOR, NOISE = 10.0, 0.5
+DATA = jnp.array([-3.0, 1.0, 4.0])
+
+
+def posterior(data):
+    """Mean and standard deviation of each mean, in order."""
+    share = PRIOR**2 / (PRIOR**2 + NOISE**2)
+    return data * share, NOISE * share**0.5
+
+
+def log_evidence(data):
+    """Of K means: each order of K! has the evidence of known labels, but for a chance of 1e-5 that they overlap."""
+    return norm(0, np.hypot(PRIOR, NOISE)).logpdf(data).sum() + np.log(np.arange(1, len(data) + 1)).sum()
+
+
+def observed(mean, data):
+    numpyro.sample("y", dist.Normal(jnp.sort(mean), NOISE).to_event(1), obs=data)
+
+
+def in_plate(data):
+    with numpyro.plate("component", len(data)):
+        mean = numpyro.sample("mean", dist.Normal(0, PRIOR))
+    observed(mean, data)
+
+
+def in_event(data):
+    observed(numpyro.sample("mean", dist.Normal(0, PRIOR).expand([len(data)]).to_event(1)), data)
+
+
+def with_label(data):
+    """Which mean a further observation is of; here it is that of the smallest."""
+    with numpyro.plate("component", len(data)):
+        mean = numpyro.sample("mean", dist.Normal(0, PRIOR))
+    observed(mean, data)
+    label = numpyro.sample("label", dist.Categorical(jnp.ones(len(data)) / len(data)))
+    numpyro.sample("of_smallest", dist.Normal(mean[label] - jnp.min(mean), 1e-3), obs=0.0)
+
+
+def with_share(data):
+    """The share of the first of two: 0.7 of the smaller one."""
+    with numpyro.plate("component", 2):
+        mean = numpyro.sample("mean", dist.Normal(0, PRIOR))
+    observed(mean, data)
+    share = numpyro.sample("share", dist.Beta(2, 2))
+    numpyro.sample("of_smaller", dist.Normal(jnp.where(mean[0] < mean[1], share, 1 - share), 0.01), obs=0.7)
+
+
+def with_shares(data):
+    """The same as a vector."""
+    with numpyro.plate("component", 2):
+        mean = numpyro.sample("mean", dist.Normal(0, PRIOR))
+    observed(mean, data)
+    shares = numpyro.sample("shares", dist.Dirichlet(jnp.full(2, 2.0)))
+    numpyro.sample("of_smaller", dist.Normal(shares[jnp.argmin(mean)], 0.01), obs=0.7)
+
+
+def tilted(data, ratio):
+    """The other order of the first two is so many times as probable."""
+    mean = numpyro.sample("mean", dist.Normal(0, PRIOR).expand([len(data)]).to_event(1))
+    observed(mean, data)
+    numpyro.factor("tilt", jnp.where(mean[0] < mean[1], 0.0, jnp.log(ratio)))
+
+
+def known_by_data(data):
+    with numpyro.plate("component", len(data)):
+        mean = numpyro.sample("mean", dist.Normal(0, PRIOR))
+        numpyro.sample("y", dist.Normal(mean, NOISE), obs=data)
+
+
+def guide(data, *, means, other=None):
+    """In the order of its parameter: exact, but for the shares.
+
+    :param means: ``"plate"`` or ``"event"``.
+    :param other: a further latent.
+    """
+    locs, scale = posterior(numpyro.param("order", data))
+    if means == "plate":
+        with numpyro.plate("component", len(data)):
+            mean = numpyro.sample("mean", dist.Normal(locs, scale))
+    else:
+        mean = numpyro.sample("mean", dist.Normal(locs, scale).to_event(1))
+    smallest = jnp.argmin(mean)
+    of_first = jnp.where(smallest == 0, 0.7, 0.3)
+    if other == "label":
+        numpyro.sample("label", dist.Categorical(logits=jnp.where(jnp.arange(len(data)) == smallest, 0.0, -20.0)))
+    elif other == "share":
+        numpyro.sample("share", dist.Beta(2000 * of_first, 2000 * (1 - of_first)))
+    elif other == "shares":
+        numpyro.sample("shares", dist.Dirichlet(2000 * jnp.stack([of_first, 1 - of_first])))
+
+
+def diagnosed(model, data, orders, **latents):
+    """Of starts whose means are in these orders."""
+    svi = SVI(model, partial(guide, **latents), optax.adam(0.01), VIMCOStar(num_particles=8))
+    result = fit_result({"order": jnp.stack([data[jnp.array(order)] for order in orders])})
+    return importance_diagnostics(
+        svi, result, model_args=(data,), rng_key=random.key(1), num_samples=2000, progress_bar=False
+    )
+
+
+PLATE, EVENT = {"means": "plate"}, {"means": "event"}
+CASES = [
+    (in_plate, PLATE, 2, "'component'"),
+    (in_event, EVENT, 2, "'mean'"),
+    (with_label, {**PLATE, "other": "label"}, 2, "'component', 'label'"),
+    (with_share, {**PLATE, "other": "share"}, 2, "'component', 'share'"),
+    (with_shares, {**PLATE, "other": "shares"}, 2, "'component', 'shares'"),
+    (in_plate, PLATE, 3, "'component'"),
+    (with_label, {**PLATE, "other": "label"}, 3, "'component', 'label'"),
+]
+
+
+@pytest.mark.parametrize("model, latents, size, together", CASES)
+def test_one_order_is_not_good(model, latents, size, together):
+    data = DATA[:size]
+    found = diagnosed(model, data, [range(size)] * 2, **latents)
+    assert not found.agreement["differs"].any() and found.ess > 200
+    assert found.reading == "usable"
+    assert f"change places (in {together})" in found.advice
+
+
+@pytest.mark.parametrize("model, latents, size", [(in_plate, PLATE, 2), (in_event, EVENT, 3)])
+def test_evidence_that_is_lost(model, latents, size):
+    """As much as the text says for each pair: log K! of K."""
+    data = DATA[:size]
+    found = diagnosed(model, data, [range(size)] * 2, **latents)
+    lost = np.log(np.arange(1, size + 1)).sum()
+    # Weights vary by widened copies only: a standard error of 0.02 nats at most.
+    assert abs(found.log_evidence + lost - log_evidence(np.asarray(data))) < 0.1
+
+
+@pytest.mark.parametrize("ratio, reading", [(0.5, "usable"), (0.04, "good")])
+def test_order_that_is_less_probable(ratio, reading):
+    found = diagnosed(partial(tilted, ratio=ratio), DATA[:2], [range(2)] * 2, **EVENT)
+    assert found.reading == reading
+    assert (f"too low by {np.log1p(ratio):.2f} nats" in found.advice) == (reading == "usable")
+
+
+def test_order_that_data_tell():
+    assert diagnosed(known_by_data, DATA, [range(3)] * 2, **PLATE).reading == "good"
+
+
+def both_orders(data):
+    """The guide of `in_event` that has both."""
+    locs, scale = posterior(jnp.stack([data, data[::-1]]))
+    numpyro.param("order", data)
+    numpyro.sample(
+        "mean", dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(locs, scale).to_event(1))
+    )
+
+
+def test_both_orders_are_good():
+    data = DATA[:2]
+    svi = SVI(in_event, both_orders, optax.adam(0.01), VIMCOStar(num_particles=8))
+    result = fit_result({"order": jnp.stack([data, data])})
+    found = importance_diagnostics(
+        svi, result, model_args=(data,), rng_key=random.key(1), num_samples=2000, progress_bar=False
+    )
+    assert found.reading == "good"
+    assert abs(found.log_evidence - log_evidence(np.asarray(data))) < 0.1
