@@ -1,6 +1,7 @@
 """A quick form of each posterior with a known truth: the model on its data, what is asked, and what is known of it."""
 
 from importlib import import_module
+import itertools
 
 import jax
 from jax import random
@@ -12,7 +13,7 @@ from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 import pytest
 
-from benchmarks.posteriors import PROBLEMS, problem
+from benchmarks.posteriors import PROBLEMS, problem, trees
 from benchmarks.posteriors.measuring import Clock
 from benchmarks.posteriors.report import Runs
 from benchmarks.posteriors.results import Results, read
@@ -94,6 +95,34 @@ def test_exact_truth(name):
         np.testing.assert_allclose(found.means[quantity], known, atol=1e-9)
 
 
+def test_all_trees_once():
+    """Stepwise addition gives each of the 10,395 trees of eight species, by its splits."""
+    all_trees = list(itertools.product(*(range(2 * species - 3) for species in range(3, 8))))
+    splits = np.asarray(jax.jit(jax.vmap(lambda places: trees.splits(trees.grown(places))))(jnp.asarray(all_trees)))
+    assert (splits.sum(1) == 5).all()
+    assert len(np.unique(splits, axis=0)) == len(all_trees) == trees.NUM_TREES
+
+
+@pytest.mark.parametrize("places", [(0, 0, 0, 0, 0), (2, 4, 1, 8, 10), (1, 3, 6, 2, 9)])
+def test_likelihood_of_a_tree(places):
+    """Against the sum over the nucleotides of all inner nodes, by the tree's branches."""
+    columns, counts = trees.data()
+    lengths = np.random.default_rng(0).exponential(0.1, trees.BRANCHES)
+    tree = order, below = [np.asarray(x) for x in trees.grown(jnp.asarray(places))]
+    branches = [(0, order[0]), *((node, child) for node, pair in zip(order, below) for child in pair)]
+    assert sorted(child for _, child in branches) == list(range(1, 14))
+    stays = np.exp(-4 / 3 * lengths)
+    operands = [
+        x
+        for node, child in branches
+        for x in ((1 - stays[child - 1]) / 4 + stays[child - 1] * np.eye(4), [node, child])
+    ]
+    tips = [x for species, letters in enumerate(np.asarray(columns)) for x in (np.eye(4)[letters], [14, species])]
+    probability = np.einsum(*operands, *tips, [14], optimize=True) / 4
+    known = np.log(probability) @ np.asarray(counts)
+    np.testing.assert_allclose(trees.log_likelihood(tree, jnp.asarray(lengths), columns, counts), known, rtol=1e-5)
+
+
 def test_rows_replace_older_ones(tmp_path):
     results = Results(tmp_path, "diabetes")
     results.write([{"method": "a", "seed": 0, "error": 0.2}, {"method": "b", "seed": 0, "error": 0.3}])
@@ -102,6 +131,15 @@ def test_rows_replace_older_ones(tmp_path):
         ("b", "0.3", ""),
         ("a", "0.05", "True"),
     ]
+
+
+@pytest.mark.parametrize(
+    "error, evidence, right", [(0.05, {}, "True"), (0.2, {}, "False"), (0.05, {"evidence_error": -0.7}, "False")]
+)
+def test_good_is_right_about_means_and_evidence(tmp_path, error, evidence, right):
+    results = Results(tmp_path, "diabetes")
+    results.write([{"method": "a", "seed": 0, "error": error, "reading": "good", **evidence}])
+    assert [row["right"] for row in read(results.path)] == [right]
 
 
 def test_clock_tells_compilation_apart():

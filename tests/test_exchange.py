@@ -17,6 +17,9 @@ from scipy.stats import norm
 
 from helpers import fit_result
 from numpyro_vimco import VIMCOStar, importance_diagnostics
+from numpyro_vimco.posterior.exchange import find_lost_order
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.moments import Moments
 
 PRIOR, NOISE = 10.0, 0.5
 DATA = jnp.array([-3.0, 1.0, 4.0])
@@ -178,3 +181,20 @@ def test_both_orders_are_good():
     )
     assert found.reading == "good"
     assert abs(found.log_evidence - log_evidence(np.asarray(data))) < 0.1
+
+
+def test_shares_of_both_orders_have_errors():
+    """Draws of both orders that are right up to their weights: nothing is lost, however few they are."""
+    data, ratio, rng = DATA[:2], 0.5, np.random.default_rng(0)
+    svi = SVI(partial(tilted, ratio=ratio), partial(guide, **EVENT), optax.adam(0.01), VIMCOStar(num_particles=8))
+    about = Fitted.of(svi, {"order": data}, (data,), {})
+    locs, scale = posterior(np.asarray(data))
+    for _ in range(30):
+        # One draw in ten is of the other order, which has a third of the posterior: 1000 draws know that to 0.03.
+        other = rng.random(1000) < 0.1
+        mean = np.where(other[:, None], locs[::-1], locs) + scale * rng.normal(size=(1000, 2))
+        log_weight = np.where(other, np.log(1 / 3 / 0.1), np.log(2 / 3 / 0.9))
+        moments = Moments({"mean": 1})
+        moments.add(log_weight, {"mean": mean})
+        draws = {"mean": mean.astype(np.float32)}
+        assert find_lost_order(about, moments.estimates(), draws, log_weight) is None

@@ -52,6 +52,7 @@ PROBLEMS = (
     "hares",
     "old_faithful",
     "galaxies",
+    "trees",
 )
 
 
@@ -101,7 +102,7 @@ def of_chains(draws, source, log_evidence=None, log_evidence_error=0.0):
     :param draws: by quantity, of shape (chains, draws, *shape).
     """
     draws = {name: np.asarray(x, float) for name, x in draws.items()}
-    error = lambda x: float(az.mcse(x, method="mean")) if x.std() > 0 else 0.0  # noqa: E731
+    error = lambda x: np.asarray(az.mcse(x, method="mean")).item() if x.std() > 0 else 0.0  # noqa: E731
     errors = {
         name: np.reshape([error(x.reshape(*x.shape[:2], -1)[..., i]) for i in range(x[0, 0].size)], x.shape[2:])
         for name, x in draws.items()

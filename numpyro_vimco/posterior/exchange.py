@@ -171,17 +171,16 @@ def _largest_loss(
     :param weight: of the draws, which sum to one.
     """
     orders = np.tile(np.arange(size), (len(apart), 1))
-    shares, points = np.zeros((2, len(apart))), []
+    signs, points = np.zeros((len(apart), len(weight))), np.zeros((len(apart), DRAWS), int)
     for i, (_, change, pair, latent, where) in enumerate(apart):
         orders[i, list(pair)] = pair[::-1]
         one, other = (np.take(draws[latent], element, changes[change].axes[latent][0] + 1) for element in pair)
         sign = np.sign(one.astype(float) - other).reshape(len(one), -1)[:, where]
-        sign *= 1 if weight @ sign > 0 else -1  # 1 in the order that most draws have
-        shares[:, i] = weight @ (sign > 0), weight @ (sign < 0)
-        steps = np.cumsum(weight * (sign > 0)) / max(shares[0, i], np.finfo(float).tiny)
-        points.append(np.minimum(np.searchsorted(steps, (np.arange(DRAWS) + 0.5) / DRAWS), len(weight) - 1))
+        signs[i] = sign if weight @ sign > 0 else -sign  # 1 in the order that most draws have
+        steps = np.cumsum(weight * (signs[i] > 0))
+        points[i] = np.searchsorted(steps, (np.arange(DRAWS) + 0.5) / DRAWS * steps[-1])
     subsets = np.array(sorted(product([False, True], repeat=len(changes)), key=sum))
-    held = {name: jnp.asarray(value[np.stack(points)]) for name, value in draws.items()}
+    held = {name: jnp.asarray(value[points]) for name, value in draws.items()}
     program = program_of(fit, {})
 
     def log_joint(of_pair, point, subset) -> Array:
@@ -200,8 +199,11 @@ def _largest_loss(
     with np.errstate(invalid="ignore", over="ignore"):
         ratio = np.nan_to_num(np.exp(found - found[..., :1]), nan=0.0, posinf=0.0)  # to the density with no change
     mean, error = ratio.mean(1), ratio.std(1, ddof=1) / DRAWS**0.5
-    own, other = shares[..., None]
-    lost = own * (mean - ERRORS * error) - other
+    # What each draw says of the share that is lost: the ratio in the order that most have, minus 1 in the other.
+    terms = mean[..., None] * (signs > 0)[:, None] - (signs < 0)[:, None]
+    lost = terms @ weight
+    of_shares = np.sqrt(((terms - lost[..., None]) ** 2) @ weight**2)
+    lost -= ERRORS * np.hypot(error * ((signs > 0) @ weight)[:, None], of_shares)
     lost *= subsets[:, [about.change for about in apart]].T  # only where the pair is exchanged
     i, subset = map(int, np.unravel_index(np.argmax(np.round(lost, 3)), lost.shape))
     if lost[i, subset] < SHARE:
