@@ -52,6 +52,21 @@ def is_discrete(site: dict) -> bool:
         return True
 
 
+def states(fn: dist.Distribution) -> np.ndarray:
+    """The values that a distribution can have, of shape ``(states,)``; empty if NumPyro cannot enumerate them.
+
+    It cannot where elements have different ones, such as a Binomial of several numbers of trials, or bounds that are
+    traced; of vectors they are not asked for.
+    """
+    if not fn.has_enumerate_support or fn.event_dim:
+        return np.empty(0)
+    try:
+        with jax.ensure_compile_time_eval():
+            return np.ravel(fn.enumerate_support(expand=False))
+    except (NotImplementedError, jax.errors.JAXTypeError):
+        return np.empty(0)
+
+
 def is_score_function_site(site: dict) -> bool:
     """Whether ``site`` is latent and its distribution has no reparameterised sampler.
 

@@ -128,6 +128,28 @@ def test_collapsed_joint_weight_names_the_plate():
     assert "plate_particles" not in advice["local"][1]
 
 
+def test_advice_on_a_plate_whose_latents_numpyro_cannot_enumerate():
+    """Counts of different numbers of trials, as in an N-mixture with known maxima."""
+    trials = jnp.array([3, 5, 7, 9] * 5)
+
+    def model(y):
+        p = numpyro.sample("p", dist.Beta(1, 1))
+        with numpyro.plate("site", len(trials)):
+            number = numpyro.sample("number", dist.Binomial(trials, p))
+            numpyro.sample("y", dist.Normal(number, 0.1), obs=y)
+
+    def guide(y):
+        numpyro.sample("p", dist.Beta(1, 1))
+        with numpyro.plate("site", len(trials)):
+            numpyro.sample("number", dist.Binomial(trials, numpyro.param("share", 0.5)))
+
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
+    found = importance_diagnostics(
+        svi, {"share": jnp.array(0.5)}, model_args=(trials / 2,), rng_key=random.key(0), num_samples=1000
+    )
+    assert found.reading == "bad" and "VIMCOStar(plate_particles={'site': 8})" in found.advice
+
+
 def test_elements_of_common_plates_have_diagnostics_of_their_own():
     def model(x):
         with numpyro.plate("data", len(x)):

@@ -12,11 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_vimco.sites import Trace, is_in_scan, sample_sites
+from numpyro_vimco.sites import Trace, is_in_scan, sample_sites, states
 
 # Entries of the largest table of one particle: a gigabyte in single precision.
 MAX_ENTRIES = 2**28
@@ -152,12 +151,8 @@ def _check_support(site: dict) -> int:
             "no plate explains, so that its elements would be summed out together. Put it into a plate of each such "
             "size."
         )
-    try:
-        with jax.ensure_compile_time_eval():
-            values = np.asarray(site["fn"].enumerate_support(expand=False))
-    except (NotImplementedError, jax.errors.JAXTypeError):  # bounds that are traced, or differ between elements
-        values = np.empty(0)
-    if site["fn"].event_dim or not np.array_equal(values.reshape(-1), np.arange(max(values.size, 1))):
+    values = states(site["fn"])
+    if not np.array_equal(values, np.arange(max(values.size, 1))):
         raise ValueError(
             f"Site '{name}' is marked infer={{'enumerate': 'parallel'}}, but its values are not known to be 0, 1, …, "
             "as NumPyro's enumeration takes them to be. Write it as dist.Categorical, and compute the value that it "

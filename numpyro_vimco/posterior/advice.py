@@ -15,7 +15,7 @@ from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
 from numpyro_vimco.posterior.weighing import Weighed
-from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites
+from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites, states
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -146,11 +146,9 @@ def _of_order(lost: LostOrder) -> str:
 def _for_plate(fit: Fitted, plate: str) -> str:
     """What helps where the elements of a plate share a weight: to sum out its latents of few states, or particles."""
     few = [
-        f"'{name}' has {states}"
+        f"'{name}' has {number}"
         for name, site in fit.latents(plate).items()
-        if site["fn"].has_enumerate_support
-        and not site["fn"].event_dim
-        and (states := len(site["fn"].enumerate_support(expand=False))) <= FEW_STATES
+        if 0 < (number := len(states(site["fn"]))) <= FEW_STATES
     ]
     particles = f"give its elements particles of their own, VIMCOStar(plate_particles={{'{plate}': 8}})"
     if not few:

@@ -31,7 +31,7 @@ from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Estimate
 from numpyro_vimco.posterior.proposals import program_of
-from numpyro_vimco.sites import is_discrete, is_in_scan, support_of
+from numpyro_vimco.sites import is_discrete, is_in_scan, states, support_of
 
 # Two of so many elements at most are exchanged; all subsets of so many changes, and so many pairs, are tried.
 MOST_ELEMENTS, MOST_CHANGES, MOST_PAIRS = 8, 6, 3
@@ -105,6 +105,8 @@ def find_lost_order(
     :param draws: some of these, of shape ``(draws, *batch, *event)``.
     :param log_weight: their log-weights, of shape ``(draws,)``, in nats.
     """
+    if not np.isfinite(log_weight).any():
+        return None
     for size in range(2, MOST_ELEMENTS + 1):
         changes = list(_changes(fit, size))[:MOST_CHANGES]
         apart = sorted(_apart(changes, size, estimates), reverse=True)[:MOST_PAIRS]
@@ -138,10 +140,8 @@ def _changes(fit: Fitted, size: int) -> Iterator[Change]:
 def _other_value(site: dict, size: int) -> Callable[[Array, Array], Array] | None:
     """Another label, of so many; or of a share of two, that of the other."""
     if is_discrete(site):
-        if not site["fn"].has_enumerate_support:
-            return None
-        labels = np.ravel(site["fn"].enumerate_support(expand=False))
-        return (lambda value, order: order[value.astype(int)]) if np.array_equal(labels, np.arange(size)) else None
+        are_labels = np.array_equal(states(site["fn"]), np.arange(size))
+        return (lambda value, order: order[value.astype(int)]) if are_labels else None
     bounds = [np.asarray(getattr(support_of(site["fn"]), f"{end}_bound", np.nan)) for end in ("lower", "upper")]
     is_share = size == 2 and (bounds[0] == 0).all() and (bounds[1] == 1).all()
     return (lambda value, order: 1 - value) if is_share else None

@@ -21,8 +21,8 @@ from numpyro_vimco.sites import element_names, is_discrete, is_latent_site
 
 # Correlations are looked for among so many continuous coordinates: these draws are kept.
 CORRELATED_SIZE = 64
-# All latents are kept of so many draws, and of the rest of their block.
-KEPT_DRAWS = 1000
+# Of all latents, the first draws are kept until there are so many of them, or of their elements.
+KEPT_DRAWS, KEPT_SIZE = 1000, 2**22
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
     kept: list[np.ndarray] = []
     continuous: list[np.ndarray] = []
     draws: list[Mapping[str, np.ndarray]] = []
-    taken = nan = 0
+    taken = nan = kept_size = 0
     for block in sampler.blocks(rng_key, -(-num_draws // sampler.size), weight, progress):
         log_weight, unconstrained, values = merged(block, num_draws - taken)
         flat = log_weight.reshape(len(log_weight), -1)
@@ -85,7 +85,9 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
             kept.append(flat[:, 0])
         if moments is not None:
             moments.add(log_weight, values)
-            draws += [values] if not shape and taken - len(flat) < KEPT_DRAWS else []
+            if not shape and kept_size < KEPT_SIZE and taken - len(flat) < KEPT_DRAWS:
+                draws.append(values)
+                kept_size += sum(value.size for value in values.values())
     check_weights(nan, not nan and stream.has_zero(), num_draws)
     names = [name for names in coordinates.values() for name in names]
     log_weight = np.concatenate(kept) if not shape else None
