@@ -72,8 +72,9 @@ def of_draws(quantities, draws, num_draws, seconds):
     :param draws: those kept, of shape (chains, draws, quantities).
     :param num_draws: of all chains, also those not kept.
     """
-    # Of what is the same in all draws, and of less than four of them, ArviZ knows nothing.
-    asked = [draws[..., i] for i in np.flatnonzero(quantities.known) if draws.shape[1] >= 4 and draws[..., i].std() > 0]
+    # Of what is the same in all draws, and of less than four of them, ArviZ knows nothing, and nobody calls it good.
+    known = np.flatnonzero(quantities.known)
+    asked = [draws[..., i] for i in known if draws.shape[1] >= 4 and draws[..., i].std() > 0]
     with np.errstate(all="ignore"):
         ess, rhat = [az.ess(x, method="bulk") for x in asked], [az.rhat(x) for x in asked]
     ess, rhat = (
@@ -81,7 +82,8 @@ def of_draws(quantities, draws, num_draws, seconds):
     )
     return {
         **quantities.error(draws.astype(float).mean((0, 1))), "relative_ess": ess / num_draws,
-        "ess_per_second": ess / seconds, "rhat": rhat, "reading": "good" if rhat < 1.01 and ess > 400 else "bad",
+        "ess_per_second": ess / seconds, "rhat": rhat,
+        "reading": "good" if rhat < 1.01 and ess > 400 and len(asked) == len(known) else "bad",
     }  # fmt: skip
 
 
