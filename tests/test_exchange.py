@@ -115,10 +115,15 @@ def guide(data, *, means, other=None):
 def diagnosed(model, data, orders, **latents):
     """Of starts whose means are in these orders."""
     svi = SVI(model, partial(guide, **latents), optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = fit_result({"order": jnp.stack([data[jnp.array(order)] for order in orders])})
+    result = starts_at(jnp.stack([data[jnp.array(order)] for order in orders]))
     return importance_diagnostics(
         svi, result, model_args=(data,), rng_key=random.key(1), num_samples=2000, progress_bar=False
     )
+
+
+def starts_at(order):
+    """Two starts or more, whose losses prove nothing."""
+    return fit_result({"order": order}, losses=np.full((len(order), 1), 1e4))
 
 
 PLATE, EVENT = {"means": "plate"}, {"means": "event"}
@@ -163,6 +168,147 @@ def test_order_that_data_tell():
     assert diagnosed(known_by_data, DATA, [range(3)] * 2, **PLATE).reading == "good"
 
 
+# Posteriors that have one order only, with exact guides; each was once said to lack another.
+
+
+def chain():
+    """Transitions of a chain of known states: to exchange rows and columns exchanges what has been seen."""
+    rows = numpyro.sample("rows", dist.Dirichlet(jnp.ones((2, 2))).to_event(1))
+    numpyro.factor("transitions", (TRANSITIONS * jnp.log(rows)).sum())
+
+
+TRANSITIONS = jnp.array([[10.0, 2.0], [3.0, 12.0]])
+
+
+def chain_guide():
+    numpyro.param("order", 0.0)
+    numpyro.sample("rows", dist.Dirichlet(1 + TRANSITIONS).to_event(1))
+
+
+def coins():
+    """Two coins, with 2 and 8 heads of 10: the other coin with heads and tails exchanged is the same again."""
+    with numpyro.plate("coin", 2):
+        p = numpyro.sample("p", dist.Beta(1.0, 1.0))
+    numpyro.factor("heads", (jnp.log(p) * HEADS + jnp.log1p(-p) * (10 - HEADS)).sum())
+
+
+HEADS = jnp.array([2.0, 8.0])
+
+
+def coins_guide():
+    numpyro.param("order", 0.0)
+    with numpyro.plate("coin", 2):
+        numpyro.sample("p", dist.Beta(1 + HEADS, 11 - HEADS))
+
+
+def imputed():
+    """Observed places have dummies in the guide, which are in no order."""
+    slope = numpyro.sample("slope", dist.Normal(0, 1))
+    with numpyro.plate("time", 5):
+        numpyro.sample("x", dist.Normal(slope * TIMES, 0.5), obs=jnp.nan_to_num(SEEN), obs_mask=~jnp.isnan(SEEN))
+
+
+TIMES, SEEN = jnp.arange(5.0), jnp.array([0.1, 1.0, jnp.nan, 2.9, 4.1])
+
+
+def imputed_guide():
+    times, seen = (np.asarray(x)[~np.isnan(SEEN)] for x in (TIMES, SEEN))
+    precision = 1 + (times**2).sum() / 0.25
+    slope = numpyro.sample("slope", dist.Normal((times * seen).sum() / 0.25 / precision, precision**-0.5))
+    numpyro.param("order", 0.0)
+    with numpyro.plate("time", 5):
+        numpyro.sample("x_unobserved", dist.Normal(slope * TIMES, 0.5))
+
+
+@pytest.mark.parametrize("model, guide", [(chain, chain_guide), (coins, coins_guide), (imputed, imputed_guide)])
+def test_one_order_of_the_posterior_is_good(model, guide):
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(num_particles=8))
+    result = starts_at(jnp.zeros(2))
+    found = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=2000, progress_bar=False)
+    assert found.reading == "good", found.advice
+
+
+def beside_others(data):
+    """Beside effects that are known far better, and may not change places."""
+    in_plate(data)
+    with numpyro.plate("year", len(data)):
+        effect = numpyro.sample("effect", dist.Normal(0, 100))
+    numpyro.sample("of_years", dist.Normal(effect, 0.1).to_event(1), obs=50 * data)
+
+
+def beside_others_guide(data):
+    guide(data, means="plate")
+    with numpyro.plate("year", len(data)):
+        numpyro.sample("effect", dist.Normal(50 * data, 0.1))
+
+
+def test_elements_that_are_known_better_do_not_hide_others():
+    svi = SVI(beside_others, beside_others_guide, optax.adam(0.01), VIMCOStar(num_particles=8))
+    result = starts_at(jnp.stack([DATA, DATA]))
+    arguments = {"model_args": (DATA,), "rng_key": random.key(1), "num_samples": 2000, "progress_bar": False}
+    found = importance_diagnostics(svi, result, **arguments)
+    assert found.reading == "usable" and "change places (in 'component')" in found.advice
+
+
+def test_a_guide_without_latents():
+    def model():
+        on = numpyro.sample("on", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        numpyro.sample("x", dist.Normal(on, 1.0), obs=1.0)
+
+    svi = SVI(model, lambda: numpyro.param("order", 0.0), optax.adam(0.01), VIMCOStar(num_particles=8))
+    result = starts_at(jnp.zeros(2))
+    found = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=2000, progress_bar=False)
+    assert found.reading == "good"
+
+
+class OfUnknownSupport(dist.Normal):
+    """Its support cannot be asked whether it has a value."""
+
+    support = dist.constraints.dependent(is_discrete=False, event_dim=0)
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, self.scale).log_prob(value)
+
+
+def test_a_support_that_cannot_be_asked():
+    def model():
+        with numpyro.plate("component", 2):
+            mean = numpyro.sample("mean", OfUnknownSupport(0.0, PRIOR))
+        observed(mean, DATA[:2])
+
+    def guide():
+        locs, scale = posterior(numpyro.param("order", DATA[:2]))
+        with numpyro.plate("component", 2):
+            numpyro.sample("mean", OfUnknownSupport(locs, scale))
+
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(num_particles=8))
+    result = starts_at(jnp.stack([DATA[:2]] * 2))
+    found = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=2000, progress_bar=False)
+    assert found.reading == "usable" and "change places" in found.advice
+
+
+def with_event_of_labels(data):
+    """Which mean some further observations are of, as a vector."""
+    with numpyro.plate("component", 2):
+        mean = numpyro.sample("mean", dist.Normal(0, PRIOR))
+    observed(mean, data)
+    label = numpyro.sample("label", dist.Categorical(jnp.ones((3, 2)) / 2).to_event(1))
+    numpyro.sample("of_smallest", dist.Normal(mean[label] - jnp.min(mean), 1e-3).to_event(1), obs=jnp.zeros(3))
+
+
+def event_of_labels_guide(data):
+    guide(data, means="plate")
+    numpyro.sample("label", dist.Categorical(logits=jnp.tile(jnp.array([0.0, -20.0]), (3, 1))).to_event(1))
+
+
+def test_labels_of_an_event():
+    svi = SVI(with_event_of_labels, event_of_labels_guide, optax.adam(0.01), VIMCOStar(num_particles=8))
+    result = starts_at(jnp.stack([DATA[:2]] * 2))
+    arguments = {"model_args": (DATA[:2],), "rng_key": random.key(1), "num_samples": 2000, "progress_bar": False}
+    found = importance_diagnostics(svi, result, **arguments)
+    assert "change places (in 'component', 'label')" in found.advice
+
+
 def both_orders(data):
     """The guide of `in_event` that has both."""
     locs, scale = posterior(jnp.stack([data, data[::-1]]))
@@ -175,7 +321,7 @@ def both_orders(data):
 def test_both_orders_are_good():
     data = DATA[:2]
     svi = SVI(in_event, both_orders, optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = fit_result({"order": jnp.stack([data, data])})
+    result = starts_at(jnp.stack([data, data]))
     found = importance_diagnostics(
         svi, result, model_args=(data,), rng_key=random.key(1), num_samples=2000, progress_bar=False
     )

@@ -135,11 +135,10 @@ def _of_order(lost: LostOrder) -> str:
     first, second = lost.pair
     together = ", ".join(f"'{name}'" for name in lost.names)
     return (
-        f"The model is nearly the same where elements {first} and {second} change places (in {together}), so that the "
-        f"posterior has both orders, but the draws lack one, by '{lost.latent}'. The log evidence is too low by "
-        f"{lost.lost:.2f} nats at least, and what depends on the order is of the other only. For the rest starts "
-        "agree, and the weights are good. Say in the model which element is which, by a prior or an ordered vector, "
-        "or take more starts."
+        f"The posterior has elements {first} and {second} in both orders, as they can change places (in {together}), "
+        f"but the draws lack one, by '{lost.latent}'. The log evidence is too low by {lost.lost:.2f} nats at least, "
+        "and what depends on the order is mostly of the other. For the rest starts agree, and the weights are good. "
+        "Say in the model which element is which, by a prior or an ordered vector, or take more starts."
     )
 
 

@@ -53,8 +53,8 @@ class ImportanceDiagnostics:
           :func:`~numpyro_vimco.importance_diagnostics`.
         - ``"good"``, if not bad, and the ESS is 100 or more: there are two starts or more, three quarters of them
           agree, the others are stuck in less than a hundredth of the evidence, and the ESS is a tenth of the draws or
-          more, or a quarter where k is 0.5 or more. And the draws have both orders of two elements of a plate or of
-          an event, where the posterior is found to have both (``exchange.find_lost_order``).
+          more, or a quarter where k is 0.5 or more. And no two elements of a plate or of an event were found that
+          the posterior has in both orders, and the draws in one (``posterior/exchange`` says what is tried).
         - ``"usable"`` else: at best where there is one fit alone, or where starts disagree.
 
     :ivar advice: what to make of it, or what to do.
@@ -179,8 +179,8 @@ def importance_diagnostics(
     all_off = agreement is not None and bool(agreement["differs"].any("quantity").all())
     reading = _reading(k, ess, num_samples, agreeing, all_off, bool(past))
     lost_order = None
-    if reading == "good" and weighed.log_weight is not None:
-        assert weighed.moments is not None
+    if reading == "good" and weighed.draws:
+        assert weighed.moments is not None and weighed.log_weight is not None
         kept = weighed.log_weight[: len(next(iter(weighed.draws.values())))]
         lost_order = find_lost_order(fit, weighed.moments.estimates(), weighed.draws, kept)
         reading = "usable" if lost_order else "good"

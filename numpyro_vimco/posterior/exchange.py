@@ -4,17 +4,18 @@
 r"""Two elements in one order, where the posterior has both: what starts that all agree may have lost together.
 
 Let T exchange two elements of a plate, or of events of that size, and with them, where the model asks for it, the
-labels of what belongs to them, or a share s for 1 - s. T keeps volumes. So of the draws z of the posterior whose
-elements are in one order, A, the other order has the probability
+labels of what belongs to them, or a share s for 1 - s. T keeps volumes. So if A are the draws z of the posterior whose
+elements are in one order, and B those in the other, at least
 
-.. math:: P(TA) = P(A) \, E\big[\, p(x, Tz) / p(x, z) \mid A \,\big],
+.. math:: P(A) \, E\big[\, \mathbb 1\{Tz \in B\} \; p(x, Tz) / p(x, z) \mid A \,\big] \le P(B)
 
-where the ratio is 1 if the model does not tell the elements apart. If the draws have less of the other order, it was
-lost: of two orders that are apart, a half of the evidence, log 2 nats. Weights and starts do not show that. (Derived
-here.)
+is the probability of the other order; the ratio is 1 if the model does not tell the elements apart. If the draws have
+less of B, it was lost: of two orders that are apart, a half of the evidence, log 2 nats. Weights and starts do not show
+that. (Derived here.)
 
-What is not found: other symmetries, such as a change of signs, those of more than eight elements, and those that change
-more than is tried.
+What is not tried: other symmetries, such as a change of signs; more than eight elements, more than the two pairs that
+are farthest apart in a plate or an event, or more changes at a time than five; sites in `scan`, masked ones, and models
+whose sites are all in a common plate, where each element has weights of its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,16 +26,17 @@ from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
+from numpyro.distributions import constraints
 from scipy.special import softmax
 
 from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Estimate
 from numpyro_vimco.posterior.proposals import program_of
-from numpyro_vimco.sites import is_discrete, is_in_scan, states, support_of
+from numpyro_vimco.sites import is_discrete, is_in_scan, mask_of, support_of
 
-# Two of so many elements at most are exchanged; all subsets of so many changes, and so many pairs, are tried.
-MOST_ELEMENTS, MOST_CHANGES, MOST_PAIRS = 8, 6, 3
+# Two of so many elements at most are exchanged; all subsets of so many changes, and so many pairs of each, are tried.
+MOST_ELEMENTS, MOST_CHANGES, MOST_PAIRS = 8, 5, 2
 # Only elements whose means differ by more than this, in posterior standard deviations, and four standard errors.
 TOLERANCE, ERRORS = 0.2, 4.0
 # From so many draws, at least this share of the posterior is lost for certain, by so many standard errors.
@@ -109,7 +111,7 @@ def find_lost_order(
         return None
     for size in range(2, MOST_ELEMENTS + 1):
         changes = list(_changes(fit, size))[:MOST_CHANGES]
-        apart = sorted(_apart(changes, size, estimates), reverse=True)[:MOST_PAIRS]
+        apart = [pair for i in range(len(changes)) for pair in _apart(i, changes[i], size, estimates)]
         if apart and (found := _largest_loss(fit, changes, size, apart, draws, softmax(log_weight))):
             return found
     return None
@@ -117,7 +119,9 @@ def find_lost_order(
 
 def _changes(fit: Fitted, size: int) -> Iterator[Change]:
     """Of plates, of values, and of events, if they have so many elements."""
-    latents = {name: site for name, site in fit.latents().items() if not is_in_scan(site)}
+    latents = {
+        name: site for name, site in fit.latents().items() if not is_in_scan(site) and mask_of(site["fn"]) is None
+    }
     plates: dict[str, dict[str, tuple[int, ...]]] = {}
     values: list[Change] = []
     events: list[Change] = []
@@ -139,28 +143,30 @@ def _changes(fit: Fitted, size: int) -> Iterator[Change]:
 
 def _other_value(site: dict, size: int) -> Callable[[Array, Array], Array] | None:
     """Another label, of so many; or of a share of two, that of the other."""
-    if is_discrete(site):
-        are_labels = np.array_equal(states(site["fn"]), np.arange(size))
-        return (lambda value, order: order[value.astype(int)]) if are_labels else None
-    bounds = [np.asarray(getattr(support_of(site["fn"]), f"{end}_bound", np.nan)) for end in ("lower", "upper")]
-    is_share = size == 2 and (bounds[0] == 0).all() and (bounds[1] == 1).all()
-    return (lambda value, order: 1 - value) if is_share else None
+    support = support_of(site["fn"])
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    names = ("lower_bound", "upper_bound")
+    low, high = (0, 1) if support is constraints.boolean else (getattr(support, name, np.nan) for name in names)
+    if is_discrete(site) and np.all(low == 0) and np.all(high == size - 1):
+        return lambda value, order: order[value.astype(int)]
+    if not is_discrete(site) and np.all(low == 0) and np.all(high == 1) and size == 2:
+        return lambda value, order: 1 - value
+    return None
 
 
-def _apart(changes: list[Change], size: int, estimates: Mapping[str, Estimate]) -> Iterator[Apart]:
-    """For each change that exchanges elements and each pair of them: where their means differ most, if they do."""
-    for (i, change), pair in product(enumerate(changes), combinations(range(size), 2)):
-        found = []
-        for name, axes in change.axes.items():
-            for axis in axes[:1]:
-                of_pair = [[np.ravel(np.take(x, element, axis)) for x in estimates[name]] for element in pair]
-                (mean, error, std), (other_mean, other_error, other_std) = of_pair
-                unit = np.maximum(np.maximum(std, other_std), np.finfo(np.float32).tiny)
-                by = np.abs(mean - other_mean) / unit
-                by = np.where(by > TOLERANCE + ERRORS * (error + other_error) / unit, by, 0)
-                found.append(Apart(float(by.max()), i, pair, name, int(by.argmax())))
-        if found and max(found).by > 0:
-            yield max(found)
+def _apart(i: int, change: Change, size: int, estimates: Mapping[str, Estimate]) -> list[Apart]:
+    """The pairs of elements that a change exchanges whose means differ most, and where."""
+    found = []
+    for (name, axes), pair in product(change.axes.items(), combinations(range(size), 2)):
+        for axis in axes[:1]:
+            of_pair = [[np.ravel(np.take(x, element, axis)) for x in estimates[name]] for element in pair]
+            (mean, error, std), (other_mean, other_error, other_std) = of_pair
+            unit = np.maximum(np.maximum(std, other_std), np.finfo(np.float32).tiny)
+            by = np.abs(mean - other_mean) / unit
+            by = np.where(by > TOLERANCE + ERRORS * (error + other_error) / unit, by, 0)
+            found.append(Apart(float(by.max()), i, pair, name, int(by.argmax())))
+    return [pair for pair in sorted(found, reverse=True)[:MOST_PAIRS] if pair.by > 0]
 
 
 def _largest_loss(
@@ -172,10 +178,9 @@ def _largest_loss(
     """
     orders = np.tile(np.arange(size), (len(apart), 1))
     signs, points = np.zeros((len(apart), len(weight))), np.zeros((len(apart), DRAWS), int)
-    for i, (_, change, pair, latent, where) in enumerate(apart):
-        orders[i, list(pair)] = pair[::-1]
-        one, other = (np.take(draws[latent], element, changes[change].axes[latent][0] + 1) for element in pair)
-        sign = np.sign(one.astype(float) - other).reshape(len(one), -1)[:, where]
+    for i, about in enumerate(apart):
+        orders[i, list(about.pair)] = about.pair[::-1]
+        sign = _order_of(about, changes, draws[about.latent], 1, np)
         signs[i] = sign if weight @ sign > 0 else -sign  # 1 in the order that most draws have
         steps = np.cumsum(weight * (signs[i] > 0))
         points[i] = np.searchsorted(steps, (np.arange(DRAWS) + 0.5) / DRAWS * steps[-1])
@@ -183,30 +188,52 @@ def _largest_loss(
     held = {name: jnp.asarray(value[points]) for name, value in draws.items()}
     program = program_of(fit, {})
 
-    def log_joint(of_pair, point, subset) -> Array:
+    def exchanged(of_pair, point, subset) -> tuple[Array, Array]:
+        """The log joint density, and the order by each of the pairs."""
         values = {name: value[of_pair, point] for name, value in held.items()}
         for i, change in enumerate(changes):
             changed = change(values, jnp.asarray(orders)[of_pair])
             values = {name: jnp.where(jnp.asarray(subsets)[subset, i], changed[name], values[name]) for name in values}
         sites = program.at(fit.params, random.key(0), values)
-        # Distributions do not look whether a value is in their support.
-        changing = [sites.model_trace[name] for change in changes for name in change.axes]
-        inside = [jnp.all(support(site["value"])) for site in changing if (support := support_of(site["fn"]))]
-        return jnp.where(jnp.all(jnp.stack([jnp.array(True), *inside])), jnp.sum(sites.of_model().shared), -jnp.inf)
+        # Where validation is off, distributions do not look whether a value is in their support.
+        inside = jnp.array([_is_inside(sites.model_trace[name]) for name in fit.latents()])
+        order = jnp.array([_order_of(about, changes, values[about.latent], 0, jnp) for about in apart])
+        return jnp.where(inside.all(), jnp.sum(sites.of_model().shared), -jnp.inf), order
 
     shape = len(apart), DRAWS, len(subsets)
-    found = in_chunks(log_joint, fit.chunk_size(), *map(np.ravel, np.indices(shape))).astype(float).reshape(shape)
+    log_joint, order = in_chunks(exchanged, fit.chunk_size(), *map(np.ravel, np.indices(shape)))
+    log_joint = log_joint.astype(float).reshape(shape)
+    order = np.stack([order.reshape(*shape, -1)[i, ..., i] for i in range(len(apart))])
     with np.errstate(invalid="ignore", over="ignore"):
-        ratio = np.nan_to_num(np.exp(found - found[..., :1]), nan=0.0, posinf=0.0)  # to the density with no change
+        ratio = np.nan_to_num(np.exp(log_joint - log_joint[..., :1]), nan=0.0, posinf=0.0)
+    ratio *= order * order[..., :1] < 0  # only where the order is another
     mean, error = ratio.mean(1), ratio.std(1, ddof=1) / DRAWS**0.5
     # What each draw says of the share that is lost: the ratio in the order that most have, minus 1 in the other.
     terms = mean[..., None] * (signs > 0)[:, None] - (signs < 0)[:, None]
     lost = terms @ weight
     of_shares = np.sqrt(((terms - lost[..., None]) ** 2) @ weight**2)
     lost -= ERRORS * np.hypot(error * ((signs > 0) @ weight)[:, None], of_shares)
-    lost *= subsets[:, [about.change for about in apart]].T  # only where the pair is exchanged
     i, subset = map(int, np.unravel_index(np.argmax(np.round(lost, 3)), lost.shape))
     if lost[i, subset] < SHARE:
         return None
     names = [change.name for change, chosen in zip(changes, subsets[subset]) if chosen]
-    return LostOrder(names, apart[i].pair, apart[i].latent, float(np.log1p(lost[i, subset])))
+    return LostOrder(list(dict.fromkeys(names)), apart[i].pair, apart[i].latent, float(np.log1p(lost[i, subset])))
+
+
+def _order_of(about: Apart, changes: list[Change], value, leading: int, numpy):
+    """Which of the two elements is larger: -1, 0 or 1.
+
+    :param value: of the latent, with so many leading axes.
+    :param numpy: NumPy, or that of JAX.
+    """
+    axis = changes[about.change].axes[about.latent][0] + leading
+    one, other = (numpy.take(value, element, axis).astype(float) for element in about.pair)
+    return numpy.sign(one - other).reshape(*value.shape[:leading], -1)[..., about.where]
+
+
+def _is_inside(site: dict) -> Array:
+    """Whether a value is in the support of its distribution; True if that does not know."""
+    try:
+        return jnp.all(site["fn"].support(site["value"]))
+    except (NotImplementedError, ValueError):
+        return jnp.array(True)
