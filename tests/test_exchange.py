@@ -132,9 +132,9 @@ CASES = [
     (in_event, EVENT, 2, "'mean'"),
     (with_label, {**PLATE, "other": "label"}, 2, "'component', 'label'"),
     (with_share, {**PLATE, "other": "share"}, 2, "'component', 'share'"),
-    (with_shares, {**PLATE, "other": "shares"}, 2, "'component', 'shares'"),
+    pytest.param(with_shares, {**PLATE, "other": "shares"}, 2, "'component', 'shares'", marks=pytest.mark.long),
     (in_plate, PLATE, 3, "'component'"),
-    (with_label, {**PLATE, "other": "label"}, 3, "'component', 'label'"),
+    pytest.param(with_label, {**PLATE, "other": "label"}, 3, "'component', 'label'", marks=pytest.mark.long),
 ]
 
 

@@ -243,6 +243,7 @@ def picture(results, budget, path, clock="seconds"):
                 ax.loglog(times, errors, f"C{i}o-", ms=3, lw=1 if i else 2.5, alpha=0.8)
         ax.axhline(RIGHT, color="black", lw=0.8, ls=":")
         ax.set(title=problem, xlim=(0.5, 1.5 * budget), ylim=(1e-3, 30))
+        ax.tick_params(labelbottom=True)  # also above a place that is empty
     for ax in axes.flat[len(results) :]:
         ax.axis("off")
     figure.supxlabel("seconds, compilation not counted")
