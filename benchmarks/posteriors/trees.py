@@ -1,17 +1,16 @@
 """How are eight mammals related? Trees of a part of the gene BRCA1, under the model of Jukes and Cantor.
 
 An unrooted tree of eight species is made by stepwise addition: each species after the third is placed on one of the
-3, 5, … 11 branches that are there, so that all 10,395 trees are as probable. Branch lengths are exponential, as by
-default in MrBayes. Whether bat, cow, dog or mole are nearer to each other is not known from so few sites.
+3, 5, … 11 branches that are there, so that all 10,395 trees are as probable. Branch lengths are exponential, as was
+long the default of MrBayes. Whether bat, cow, dog or mole are nearer to each other is not known from so few sites.
 
 Data: sites of the first 1,000 columns of an alignment of 55 mammals without a gap in these eight (`brca1.fasta` of the
-package `cogent3`, which is BSD-3; sequences of Madsen et al., "Parallel adaptive radiations in two major clades of
-placental mammals", Nature 409, 2001, and Murphy et al., "Molecular phylogenetics and the origins of placental mammals",
-the same volume). As the model takes all nucleotides for the same, a site is written as its pattern: ``a`` for the first
-nucleotide, ``b`` for the next other one, and so on; a number says how often.
+package `cogent3`, which is BSD-3; the tree beside it is named after Murphy et al., "Molecular phylogenetics and the
+origins of placental mammals", Nature 409, 2001). As the model takes all nucleotides for the same, a site is written as
+its pattern: ``a`` for the first nucleotide, ``b`` for the next other one, and so on; a number says how often.
 
 Truth: importance sampling of the branch lengths of each tree, and chains that interchange neighbours. (NumPyro's
-`DiscreteHMCGibbs` places one species at a time; its chains of 20,000 draws stay with different trees.)
+`DiscreteHMCGibbs` places one species at a time, and its chains stay with different trees: see the results.)
 """
 
 import itertools

@@ -87,12 +87,12 @@ class Apart(NamedTuple):
     """Where the means of a pair of elements differ most.
 
     :ivar by: how much, in posterior standard deviations.
-    :ivar change: index of the change that exchanges them.
+    :ivar axis: of the latent's value, along which they are.
     :ivar where: of the difference, among those of the latent's elements, flat.
     """
 
     by: float
-    change: int
+    axis: int
     pair: tuple[int, int]
     latent: str
     where: int
@@ -111,7 +111,7 @@ def find_lost_order(
         return None
     for size in range(2, MOST_ELEMENTS + 1):
         changes = list(_changes(fit, size))[:MOST_CHANGES]
-        apart = [pair for i in range(len(changes)) for pair in _apart(i, changes[i], size, estimates)]
+        apart = [pair for change in changes for pair in _apart(change, size, estimates)]
         if apart and (found := _largest_loss(fit, changes, size, apart, draws, softmax(log_weight))):
             return found
     return None
@@ -155,7 +155,7 @@ def _other_value(site: dict, size: int) -> Callable[[Array, Array], Array] | Non
     return None
 
 
-def _apart(i: int, change: Change, size: int, estimates: Mapping[str, Estimate]) -> list[Apart]:
+def _apart(change: Change, size: int, estimates: Mapping[str, Estimate]) -> list[Apart]:
     """The pairs of elements that a change exchanges whose means differ most, and where."""
     found = []
     for (name, axes), pair in product(change.axes.items(), combinations(range(size), 2)):
@@ -165,7 +165,7 @@ def _apart(i: int, change: Change, size: int, estimates: Mapping[str, Estimate])
             unit = np.maximum(np.maximum(std, other_std), np.finfo(np.float32).tiny)
             by = np.abs(mean - other_mean) / unit
             by = np.where(by > TOLERANCE + ERRORS * (error + other_error) / unit, by, 0)
-            found.append(Apart(float(by.max()), i, pair, name, int(by.argmax())))
+            found.append(Apart(float(by.max()), axis, pair, name, int(by.argmax())))
     return [pair for pair in sorted(found, reverse=True)[:MOST_PAIRS] if pair.by > 0]
 
 
@@ -180,7 +180,7 @@ def _largest_loss(
     signs, points = np.zeros((len(apart), len(weight))), np.zeros((len(apart), DRAWS), int)
     for i, about in enumerate(apart):
         orders[i, list(about.pair)] = about.pair[::-1]
-        sign = _order_of(about, changes, draws[about.latent], 1, np)
+        sign = _order_of(about, draws[about.latent], 1, np)
         signs[i] = sign if weight @ sign > 0 else -sign  # 1 in the order that most draws have
         steps = np.cumsum(weight * (signs[i] > 0))
         points[i] = np.searchsorted(steps, (np.arange(DRAWS) + 0.5) / DRAWS * steps[-1])
@@ -197,7 +197,7 @@ def _largest_loss(
         sites = program.at(fit.params, random.key(0), values)
         # Where validation is off, distributions do not look whether a value is in their support.
         inside = jnp.array([_is_inside(sites.model_trace[name]) for name in fit.latents()])
-        order = jnp.array([_order_of(about, changes, values[about.latent], 0, jnp) for about in apart])
+        order = jnp.array([_order_of(about, values[about.latent], 0, jnp) for about in apart])
         return jnp.where(inside.all(), jnp.sum(sites.of_model().shared), -jnp.inf), order
 
     shape = len(apart), DRAWS, len(subsets)
@@ -220,14 +220,13 @@ def _largest_loss(
     return LostOrder(list(dict.fromkeys(names)), apart[i].pair, apart[i].latent, float(np.log1p(lost[i, subset])))
 
 
-def _order_of(about: Apart, changes: list[Change], value, leading: int, numpy):
+def _order_of(about: Apart, value, leading: int, numpy):
     """Which of the two elements is larger: -1, 0 or 1.
 
     :param value: of the latent, with so many leading axes.
     :param numpy: NumPy, or that of JAX.
     """
-    axis = changes[about.change].axes[about.latent][0] + leading
-    one, other = (numpy.take(value, element, axis).astype(float) for element in about.pair)
+    one, other = (numpy.take(value, element, about.axis + leading).astype(float) for element in about.pair)
     return numpy.sign(one - other).reshape(*value.shape[:leading], -1)[..., about.where]
 
 
