@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.distributions.util import periodic_repeat
 from numpyro.handlers import seed, substitute
 from numpyro.infer import init_to_median
 
@@ -152,14 +151,6 @@ class AutoDiscrete(StructuralGuide):
             subsampled = [f for f in site["cond_indep_stack"] if f.size != self._full_plate_size(f.name)]
             if subsampled and not has_common_bounds(family):
                 raise bounds_error(site, f"differ between elements of the plate '{subsampled[0].name}', a subsample")
-
-    def _full_size(self, site: dict, value: Array, event_dim: int) -> Array:
-        """Repeat the values of a subsample for the whole plate."""
-        for frame in site["cond_indep_stack"]:
-            size = self._full_plate_size(frame.name)
-            if size != frame.size:
-                value = periodic_repeat(value, size, frame.dim - event_dim)
-        return value
 
     def __call__(self, *args, **kwargs) -> dict[str, Array]:
         """

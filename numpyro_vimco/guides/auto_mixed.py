@@ -10,6 +10,7 @@ import warnings
 import jax
 from jaxtyping import Array
 import numpyro
+from numpyro.distributions import biject_to
 from numpyro.handlers import block, mask, seed, substitute
 from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import (
@@ -25,9 +26,10 @@ from numpyro_vimco.guides.auto_discrete import AutoDiscrete
 from numpyro_vimco.guides.options import check_couplings, check_structure
 from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites
 from numpyro_vimco.guides.point_masses import check_no_point_mass
-from numpyro_vimco.guides.private import set_up
+from numpyro_vimco.guides.private import set_up, unconstrained_event_dim
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.guides.structured import ContinuousSite, Sampler, Samples, Site
+from numpyro_vimco.guides.units import location_and_scale, prior_draws
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, is_latent_site
 
@@ -132,6 +134,7 @@ class AutoMixed(StructuralGuide):
         structure: str | None = None,
         coupling_speed: float = 0.3,
         rank: int | None = None,
+        init_scale: float = 1.0,
         **kwargs,
     ):
         if structure is None:  # the others need these two
@@ -142,6 +145,7 @@ class AutoMixed(StructuralGuide):
         super().__init__(model, **kwargs)
         self.continuous, self.discrete = continuous, discrete
         self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
+        self.init_scale = init_scale
         self._arguments = kwargs
         self._sites: list[Site] = []
         self._parts: list[AutoGuide] = []
@@ -170,14 +174,16 @@ class AutoMixed(StructuralGuide):
             any_discrete = bool(discrete or self.model.hidden)
             if any_discrete:
                 model = mask(block(substitute(model, data=discrete), hide_fn=_is_beside_continuous), mask=False)
-            guide = self.continuous(model, **self._arguments)
+            scale = {"init_scale": self.init_scale} if self.continuous is AutoNormal else {}
+            guide = self.continuous(model, **scale, **self._arguments)
             is_alone = not any_discrete and self.structure != "autoregressive"
             self._parts.append(guide if is_alone else _checked(guide, self.structure))
         for part in self._parts:
             set_up(part, *args, **kwargs)
             if len(self._parts) == 2:
                 part.create_plates = self._shared_plates
-        if self.structure != "mean_field":
+        in_parts = self.discrete is not AutoDiscrete or (continuous and type(self._parts[-1]) is not AutoNormal)
+        if not in_parts:
             self._structure_sites(discrete, continuous, *args, **kwargs)
 
     @contextmanager
@@ -194,7 +200,10 @@ class AutoMixed(StructuralGuide):
         """Set ``_sites``: the sites of a guide with dependences, and what each depends on."""
         sites = self._parts[0].sites if discrete else []
         if continuous:
-            sites = [*sites, *continuous_sites(self._parts[-1])]
+            sites = [*sites, *continuous_sites(self._parts[-1], self._units(continuous, *args, **kwargs))]
+        if self.structure == "mean_field":
+            self._sites = sites
+            return
         if self.structure == "autoregressive":
             self._sites = self._couple(sites, *args, **kwargs)
             return
@@ -205,6 +214,16 @@ class AutoMixed(StructuralGuide):
                 why = f"the model has no {'continuous' if discrete else 'discrete'} latent"
             warnings.warn(f"structure='conditional' changes nothing: {why}. Leave it out.", stacklevel=2)
             self._sites = []
+
+    def _units(self, names: Iterable[str], *args, **kwargs) -> dict[str, tuple[Array, Array]]:
+        """Location and scale of the prior of continuous sites, in unconstrained space and for full plates."""
+        units = {}
+        for name, draws in prior_draws(self.model, args, kwargs, names).items():
+            site = self.prototype_trace[name]
+            location, scale = location_and_scale(jax.vmap(biject_to(site["fn"].support).inv)(draws))
+            event_dim = unconstrained_event_dim(self._parts[-1], name)
+            units[name] = tuple(self._full_size(site, x, event_dim) for x in (location, scale))
+        return units
 
     def _sampler(self) -> Sampler:
         return Sampler(tuple(self._sites), self.prefix, self.coupling_speed, self.rank)

@@ -218,32 +218,36 @@ class AutoregressiveDiscrete(dist.Distribution):
 
 class AutoregressiveNormal(dist.Distribution):
     r"""
-    Normal elements, each with a mean that is linear in those before it:
-    :math:`u_i \sim \mathrm{Normal}(loc_i + g_i \sum_{j<i} C_{ij} g_j u_j, \; scale_i)`.
+    Normal elements, each with a mean that is linear in those before it: with :math:`e_i = (u_i - loc_i) / unit_i`,
+    :math:`e_i \sim \mathrm{Normal}(shift_i + g_i \sum_{j<i} C_{ij} g_j e_j, \; scale_i)`.
 
-    :param loc: location given that all earlier u are 0, of shape ``(*local, n)``.
-    :param scale: standard deviation given the earlier elements, of the same shape.
+    :param loc: where e is 0, of shape ``(*local, n)``.
+    :param unit: the unit of e, of the same shape.
+    :param shift: mean of e given that all earlier e are 0, of the same shape.
+    :param scale: standard deviation of e given the earlier elements, of the same shape.
     :param gate: g, of the same shape.
     :param coupling: C.
     :param elements: the order of elements.
     :param shape: shape of values, ``(*batch, *event)``; the distribution has no event dimensions.
     """
 
-    pytree_data_fields = ("loc", "scale", "gate")
+    pytree_data_fields = ("loc", "unit", "shift", "scale", "gate")
     pytree_aux_fields = ("coupling", "elements")
     support = constraints.real
     has_rsample = True
 
-    def __init__(self, loc: Array, scale: Array, gate: Array, coupling: Coupling, elements: Elements, shape):
-        self.loc, self.scale, self.gate, self.coupling, self.elements = loc, scale, gate, coupling, elements
+    def __init__(self, loc, unit, shift, scale, gate: Array, coupling: Coupling, elements: Elements, shape):
+        self.loc, self.unit, self.shift, self.scale, self.gate = loc, unit, shift, scale, gate
+        self.coupling, self.elements = coupling, elements
         super().__init__(batch_shape=shape)
 
     def sample(self, key, sample_shape=()):
         """Draw values of shape ``(*sample_shape, *batch)``, differentiable."""
 
         def draw(noise):
-            right = self.loc + self.scale * self.elements.gather(noise)
-            return self.elements.scatter(self.coupling.solve(right, self.gate), self.batch_shape)
+            right = self.shift + self.scale * self.elements.gather(noise)
+            e = self.coupling.solve(right, self.gate)
+            return self.elements.scatter(self.loc + self.unit * e, self.batch_shape)
 
         for _ in sample_shape:
             draw = jax.vmap(draw)
@@ -251,6 +255,7 @@ class AutoregressiveNormal(dist.Distribution):
 
     def log_prob(self, value):
         """Log-density of each element given those before it, in nats."""
-        u = self.elements.gather(value)
-        loc = self.loc + self.gate * self.coupling.apply((self.gate * u)[..., None])[..., 0]
-        return self.elements.scatter(dist.Normal(loc, self.scale).log_prob(u), jnp.shape(value))
+        e = (self.elements.gather(value) - self.loc) / self.unit
+        mean = self.shift + self.gate * self.coupling.apply((self.gate * e)[..., None])[..., 0]
+        log_prob = dist.Normal(mean, self.scale).log_prob(e) - jnp.log(self.unit)
+        return self.elements.scatter(log_prob, jnp.shape(value))

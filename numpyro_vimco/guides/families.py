@@ -21,6 +21,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.util import not_jax_tracer
 
 from numpyro_vimco.guides.distributions import DiscretizedLogistic, IntervalCategorical
+from numpyro_vimco.guides.units import PositiveInUnits
 from numpyro_vimco.sites import unwrapped
 
 # At the start: the probability that is spread evenly over a finite support, the standard deviation of moves in
@@ -33,7 +34,6 @@ class Boolean:
     """Bernoulli."""
 
     support: ClassVar = constraints.boolean
-    constraints: ClassVar = {"logits": constraints.real}
     event_dim: ClassVar = 0
     low: ClassVar = 0
     num_values: ClassVar = 2
@@ -44,6 +44,14 @@ class Boolean:
         """Parameters to begin with, one for each element of the site's value."""
         log_probs = _start_log_probs(site, 0, 1, given)
         return {"logits": log_probs[..., 1] - log_probs[..., 0]}
+
+    def constraints(self, start: dict[str, Array], stem: str) -> dict[str, constraints.Constraint]:
+        """Of each parameter.
+
+        :param start: parameters to begin with, of full plates.
+        :param stem: what the names of parameters begin with in the guide.
+        """
+        return {"logits": constraints.real}
 
     def distribution(self, logits: Array) -> dist.Distribution:
         """The distribution with these parameters."""
@@ -78,11 +86,13 @@ class Interval:
 
     low: Any
     high: Any
-    constraints: ClassVar = {"logits": constraints.real_vector}
     event_dim: ClassVar = 1
 
     def start(self, site, given):
         return {"logits": _start_log_probs(site, self.low, self.high, given)}
+
+    def constraints(self, start, stem):
+        return {"logits": constraints.real_vector}
 
     def distribution(self, logits):
         return IntervalCategorical(logits, self.low, self.high)
@@ -127,7 +137,6 @@ class Count:
     low: Any
     loc: Array
     scale: Array
-    constraints: ClassVar = {"loc": constraints.positive, "scale": constraints.positive}
     event_dim: ClassVar = 0
     num_shifts: ClassVar = 2
     num_features: ClassVar = 4
@@ -153,11 +162,16 @@ class Count:
     def start(self, site, given):
         return {"loc": self.loc if given is None else jnp.maximum(given - self.low, 0.5), "scale": self.scale}
 
+    def constraints(self, start, stem):
+        unit = _relative(**start)
+        return {"loc": PositiveInUnits(jnp.log(start["loc"]), unit, f"{stem}_scale"), "scale": constraints.positive}
+
     def distribution(self, loc, scale):
         return DiscretizedLogistic(self.low + loc, scale, self.low)
 
     def shifted(self, shifts, loc, scale):
-        return {"loc": loc * jnp.exp(shifts[..., 0]), "scale": scale * jnp.exp(shifts[..., 1])}
+        of_loc = _relative(loc, scale) * shifts[..., 0]
+        return {"loc": loc * jnp.exp(of_loc), "scale": scale * jnp.exp(shifts[..., 1])}
 
     def over(self, arrange):
         low = arrange(self.low) if isinstance(self.low, np.ndarray) else self.low
@@ -236,17 +250,18 @@ def _no_automatic_guide_error(site: dict) -> NotImplementedError:
     )
 
 
-def jitter(name: str, start: dict[str, Array], constraint: constraints.Constraint, rng_key: Array) -> Array:
-    """A parameter to begin with, moved by :data:`JITTER` standard normals in unconstrained space.
+def _relative(loc: Array, scale: Array) -> Array:
+    """The unit of the logarithm of a count's location: a step moves it by a share of its scale, and of itself at most.
 
-    The location of a count moves by that share of its scale at most: by a share of itself, a large count would leave
-    what the data allow.
-
-    :param start: all parameters of the site.
+    By a share of itself, a large count would leave what the data allow.
     """
-    transform, value = biject_to(constraint), start[name]
-    size = JITTER * jnp.minimum(1, start["scale"] / value) if name == "loc" else JITTER
-    return transform(transform.inv(value) + size * random.normal(rng_key, jnp.shape(value)))
+    return jnp.minimum(scale / loc, 1)
+
+
+def jitter(start: Array, constraint: constraints.Constraint, rng_key: Array) -> Array:
+    """A parameter to begin with, moved by :data:`JITTER` standard normals in unconstrained space."""
+    transform = biject_to(constraint)
+    return transform(transform.inv(start) + JITTER * random.normal(rng_key, jnp.shape(start)))
 
 
 def _bound(site: dict, bound) -> Any:

@@ -37,22 +37,35 @@ def discrete_sites(tr: Trace, families: dict[str, Family], starts: dict[str, Sam
     return sites
 
 
-def continuous_sites(guide: AutoNormal) -> list[Site]:
-    """The sites of a guide of NumPyro, which depend on nothing."""
+def continuous_sites(guide: AutoNormal, units: dict[str, tuple[Array, Array]]) -> list[Site]:
+    """The sites of a guide of NumPyro, which depend on nothing.
+
+    :param units: of each site, location and scale of its prior in unconstrained space.
+    """
     sites: list[Site] = []
     for name, site in guide.prototype_trace.items():
         if is_latent_site(site):
             loc, event_dim = init_locs(guide)[name], unconstrained_event_dim(guide, name)
-            start = {"loc": loc, "scale": jnp.full(jnp.shape(loc), init_scale(guide))}
+            centre, unit = units[name]
             elements = Elements(jnp.ndim(loc) - event_dim, event_dim, ())
-            sites.append(ContinuousSite(name=name, site=site, start=start, event_dim=event_dim, elements=elements))
+            sites.append(
+                ContinuousSite(
+                    name=name,
+                    site=site,
+                    start={"loc": loc, "scale": init_scale(guide) * unit},
+                    event_dim=event_dim,
+                    elements=elements,
+                    centre=centre,
+                    unit=unit,
+                )
+            )
     return sites
 
 
 def begun_anew(sites: Iterable[Site], guide: AutoNormal) -> list[Site]:
     """Sites that begin where a guide of NumPyro does now."""
-    starts = {site.name: site.start for site in continuous_sites(guide)}
-    return [replace(site, start=starts.get(site.name, site.start)) for site in sites]
+    locs = init_locs(guide)
+    return [replace(s, start={**s.start, "loc": locs[s.name]}) if s.name in locs else s for s in sites]
 
 
 def conditional(sites: Iterable[Site]) -> list[Site]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
+from numpyro.distributions.util import periodic_repeat
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from numpyro.primitives import CondIndepStackFrame, Messenger
 
@@ -38,6 +39,17 @@ class PrototypeGuide(AutoGuide):
 
     def _full_plate_size(self, plate: str) -> int:
         return self._prototype_frame_full_sizes[plate]
+
+    def _full_size(self, site: dict, value: Array, event_dim: int) -> Array:
+        """Repeat the values of a subsample for the whole plate.
+
+        :param event_dim: number of dimensions of ``value`` after those of the plates.
+        """
+        for frame in site["cond_indep_stack"]:
+            size = self._full_plate_size(frame.name)
+            if size != frame.size:
+                value = periodic_repeat(value, size, frame.dim - event_dim)
+        return value
 
     def _plates_of_call(self, *args, **kwargs) -> dict[str, numpyro.plate]:
         """The plates of latents in this call, by name."""

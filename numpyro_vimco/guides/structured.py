@@ -22,9 +22,8 @@ from jaxtyping import Array
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from numpyro.distributions import biject_to
+from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import StickBreakingTransform, Transform
-from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_vimco.guides.autoregressive import (
     AutoregressiveDiscrete,
@@ -36,6 +35,7 @@ from numpyro_vimco.guides.autoregressive import (
 )
 from numpyro_vimco.guides.distributions import InsideSimplex
 from numpyro_vimco.guides.families import Count, Family, jitter
+from numpyro_vimco.guides.units import RealInUnits
 
 Samples = dict[str, Array]
 
@@ -256,12 +256,13 @@ class DiscreteSite(Site):
     def draw(self, earlier: Earlier) -> tuple[Array, Array]:
         """Its value, and features for later sites."""
         family, elements = self.family, self.elements
+        constraints = family.constraints(self.start, f"{self.name}_{earlier.sampler.prefix}")
         params = {
             k: earlier.param(
                 self,
                 k,
-                lambda rng_key, k=k: jitter(k, self.start, family.constraints[k], rng_key),
-                constraint=family.constraints[k],
+                lambda rng_key, k=k: jitter(self.start[k], constraints[k], rng_key),
+                constraint=constraints[k],
                 event_dim=self.event_dim + family.event_dim,
             )
             for k in self.start
@@ -298,12 +299,16 @@ class DiscreteSite(Site):
 class ContinuousSite(Site):
     """A continuous site: Normal in unconstrained space, linear in the features of earlier elements.
 
+    :ivar centre: location of draws of the prior in unconstrained space, of shape ``full_shape``.
+    :ivar unit: their scale, of the same shape.
     :ivar own: discrete sites all of whose plates it is in. It depends on the same element of these plates, with
         coefficients that learn at full speed.
     :ivar gates: for some of ``own``, at which of their values the site has an effect (1) or none (0).
     :ivar prior: earlier sites that its prior depends on. It depends on these where it has no effect, too.
     """
 
+    centre: Array
+    unit: Array
     own: tuple[str, ...] = ()
     gates: dict[str, np.ndarray] = field(default_factory=dict)
     prior: frozenset[str] = frozenset()
@@ -321,28 +326,36 @@ class ContinuousSite(Site):
     def draw(self, earlier: Earlier) -> tuple[Array, Array]:
         """Its value, and features for later sites."""
         elements = self.elements
-        loc = earlier.param(self, "loc", self.start["loc"], event_dim=self.event_dim)
+        loc = self._in_units(earlier, "loc", self.start["loc"], self.centre, self.unit)
         scale = earlier.param(
-            self, "scale", self.start["scale"], constraint=AutoNormal.scale_constraint, event_dim=self.event_dim
+            self, "scale", self.start["scale"], constraint=constraints.positive, event_dim=self.event_dim
         )
         own_loc, own_log_scale, of_several = self._own_shifts(earlier)
+        loc, unit = loc + own_loc, scale * jnp.exp(own_log_scale)
         gate = self._gate(earlier, loc.shape)
         discrete = [name for name in self.coupled if isinstance(earlier.sites[name], DiscreteSite)]
         continuous = [name for name in self.coupled if name not in discrete]
         of_loc, _ = earlier.shifts(self, "loc_weights", discrete, 1)
         of_scale, _ = earlier.shifts(self, "log_scale_weights", discrete, 1, largest=LARGEST)
         of_continuous, within = earlier.shifts(self, "couplings", continuous, 1, 1)
-        loc = loc + own_loc + self._sum({**of_loc, **of_continuous}, gate)
-        scale = scale * jnp.exp(own_log_scale + saturated(of_several + self._sum(of_scale, gate)))
-        fn: dist.Distribution = dist.Normal(loc, scale)
-        if within is not None:
-            fn = AutoregressiveNormal(
-                elements.gather(loc), elements.gather(scale), elements.gather(gate), within, elements, loc.shape
-            )
+        shift = self._sum({**of_loc, **of_continuous}, gate)
+        spread = jnp.exp(saturated(of_several + self._sum(of_scale, gate)))
+        if within is None:
+            fn: dist.Distribution = dist.Normal(loc + unit * shift, unit * spread)
+        else:
+            parts = (elements.gather(jnp.broadcast_to(x, gate.shape)) for x in (loc, unit, shift, spread, gate))
+            fn = AutoregressiveNormal(*parts, within, elements, gate.shape)
         transform = inside(biject_to(self.site["fn"].support))
         fn = dist.TransformedDistribution(fn.to_event(self.event_dim), transform)
         value = earlier.statements.sample(self.name, fn)
-        return value, elements.gather(gate * transform.inv(value))[..., None]
+        return value, elements.gather(gate * (transform.inv(value) - loc) / unit)[..., None]
+
+    def _in_units(self, earlier: Earlier, name: str, start: Array, centre: Any, unit: Array, own: str = "") -> Array:
+        """A location, or what an own site adds to it."""
+        stem = f"{self.name}_{earlier.sampler.prefix}"
+        log_scale = f"{stem}_log_scale_{own}" if own else None
+        constraint = RealInUnits(centre, unit, f"{stem}_scale", log_scale)
+        return earlier.param(self, name, start, constraint=constraint, event_dim=self.event_dim + bool(own))
 
     def _own_shifts(self, earlier: Earlier) -> tuple[Array | float, Array | float, Array | float]:
         """What the sites of ``own`` add to location and log-scale; the latter first by one element, then by several."""
@@ -352,7 +365,7 @@ class ContinuousSite(Site):
         for name in self.own:
             features = _features_in_plates(earlier, name, self.event_dim)
             zeros = jnp.zeros((*self.full_shape, features.shape[-1]))
-            weights = earlier.param(self, f"loc_{name}", zeros, event_dim=self.event_dim + 1)
+            weights = self._in_units(earlier, f"loc_{name}", zeros, 0.0, self.unit[..., None], name)
             of_loc = of_loc + jnp.sum(weights * features, axis=-1)
             weights = earlier.param(self, f"log_scale_{name}", zeros, event_dim=self.event_dim + 1)
             site = earlier.sites[name]

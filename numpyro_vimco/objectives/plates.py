@@ -82,9 +82,9 @@ def plate_structure(
     """
     sites = sample_sites(model_trace) + sample_sites(guide_trace)
     plate_sites = {**guide_trace, **model_trace}
-    common = _common_plates(sites, joint_plates)
+    common = common_plates(sites, joint_plates)
     local = {
-        name: _common_plates([site for site in sites if level_of(site, plate_particles) == name], joint_plates)
+        name: common_plates([site for site in sites if level_of(site, plate_particles) == name], joint_plates)
         for name in plate_particles
     }
     scale, local_scale = 1.0, dict.fromkeys(local, 1.0)
@@ -114,7 +114,7 @@ def aligned_shape(plates: tuple[int, ...], batch_ndim: int, event_dim: int) -> t
     return (1,) * (batch_ndim - len(plates)) + plates[max(len(plates) - batch_ndim, 0) :] + (1,) * event_dim
 
 
-def _common_plates(sites: list[dict], joint_plates: frozenset[str]) -> set:
+def common_plates(sites: list[dict], joint_plates: frozenset[str]) -> set:
     """The plates that all sites are in and whose elements have weights of their own."""
     common = set.intersection(*(set(site["cond_indep_stack"]) for site in sites)) if sites else set()
     return {frame for frame in common if frame.name not in joint_plates}

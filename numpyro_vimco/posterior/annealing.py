@@ -6,16 +6,24 @@
 The target is p(z) p(x | z)^β, and β rises while a fit goes on, so that a guide is wide before it has to choose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from numpyro.handlers import block, seed, trace
 from numpyro.primitives import Messenger
 
+from numpyro_vimco.guides.units import FromPrior, location_and_scale
+from numpyro_vimco.objectives.plates import common_plates
 from numpyro_vimco.objectives.tempered import Tempered
+from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import sample_sites
 
-# Where the power begins.
-FIRST_POWER = 0.001
+# The power begins at the first number; or lower, where the log-likelihood of draws of the prior spreads so much that it
+# would move log-weights by more than the second number of nats. The third is the lowest.
+FIRST_POWER, SPREAD, LOWEST = 1e-3, 0.1, 1e-9
+DRAWS = 100  # of the prior
 
 
 class Annealed(Messenger):
@@ -39,7 +47,34 @@ class Annealed(Messenger):
             msg["fn"] = Tempered(msg["fn"], self.power)
 
 
-def geometric(step: Int[Array, ""], num_steps: Int[Array, "*starts"]) -> Float[Array, "*starts"]:
-    """A power that rises geometrically from 0.001 to 1 over ``num_steps`` steps, and stays there."""
+def geometric(
+    step: Int[Array, ""], num_steps: Int[Array, "*starts"], first: Float[Array, ""]
+) -> Float[Array, "*starts"]:
+    """A power that rises geometrically from ``first`` to 1 over ``num_steps`` steps, and stays there."""
     rest = 1 - step / jnp.maximum(num_steps, 1)
-    return jnp.where(step < num_steps, FIRST_POWER**rest, 1.0)
+    return jnp.where(step < num_steps, first**rest, 1.0)
+
+
+def first_power(model: Callable, args: tuple, kwargs: dict, joint_plates: Collection[str]) -> Float[Array, ""]:
+    """The power at which the data hardly count: a guide is then as wide as the prior when they begin to.
+
+    :param joint_plates: plates whose elements share one weight.
+    """
+
+    def log_likelihood(rng_key: Array) -> Array:
+        with block():
+            sites = sample_sites(trace(FromPrior(seed(model, rng_key))).get_trace(*args, **kwargs))
+        kept = {frame.dim for frame in common_plates(sites, frozenset(joint_plates))}
+        total = jnp.zeros(())
+        for site in filter(lambda site: site["is_observed"], sites):
+            log_prob = site["fn"].log_prob(site["value"])
+            axes = [i for i in range(jnp.ndim(log_prob)) if i - jnp.ndim(log_prob) not in kept]
+            total = total + jnp.sum(log_prob, axis=axes, keepdims=True)
+        return total
+
+    def first(rng_key: Array) -> Array:
+        draws = jax.vmap(log_likelihood)(split(rng_key, DRAWS))
+        spread = jnp.max(location_and_scale(draws)[1])
+        return jnp.clip(SPREAD / spread, LOWEST, FIRST_POWER)
+
+    return jax.jit(first)(jax.random.key(0))

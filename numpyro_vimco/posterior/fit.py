@@ -16,7 +16,8 @@ from numpyro.handlers import replay, seed, trace
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.posterior.annealing import geometric
+from numpyro_vimco.guides.units import units_of
+from numpyro_vimco.posterior.annealing import first_power, geometric
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
 from numpyro_vimco.posterior.observed import find_observed
 from numpyro_vimco.posterior.proposals import each_start
@@ -118,7 +119,11 @@ def fit(
         num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
         anneal_steps = _anneal_steps(anneal, num_starts, num_steps)
         states = initial_states(svi, init_key, num_starts, args, {"init_params": init_params, **kwargs})
-        state = FitState(states, jnp.array(0), anneal_steps, jnp.zeros(num_starts, bool))
+        first = jnp.ones(())
+        if anneal_steps.max() > 0:
+            all_kwargs = {**svi.static_kwargs, **kwargs}
+            first = first_power(svi.model, args, all_kwargs, getattr(svi.loss, "joint_plates", ()))
+        state = FitState(states, jnp.array(0), anneal_steps, first, jnp.zeros(num_starts, bool))
     else:
         state = _checked_state(init_state, anneal)
         if svi.constrain_fn is None:
@@ -137,6 +142,7 @@ def fit(
         svi,
         args,
         {"forward_mode_differentiation": forward_mode_differentiation, **kwargs},
+        units_of(guide_trace),
         _power(anneal, state, num_steps),
         stable_update,
         vectorize_starts,
@@ -182,11 +188,11 @@ def _power(anneal: float | Sequence[float] | Callable, state: FitState, num_step
         return geometric
     shape = state.failed.shape
 
-    def power(step, _):
+    def power(step, *_):
         return jnp.broadcast_to(jnp.asarray(anneal(step), float), shape)
 
     steps = int(state.step) + np.arange(num_steps)
-    for step, given in zip(steps, np.asarray(jax.jit(jax.vmap(lambda step: power(step, None)))(steps))):
+    for step, given in zip(steps, np.asarray(jax.jit(jax.vmap(lambda step: power(step)))(steps))):
         if not (given > 0).all() or not np.isfinite(given).all():
             raise ValueError(
                 f"`anneal` gives the power {given.min()} at step {step}, but it must be positive and finite: at 0 data "

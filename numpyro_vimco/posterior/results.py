@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 from numpyro.infer.svi import SVIRunResult, SVIState
 
@@ -19,12 +19,14 @@ class FitState(NamedTuple):
     :ivar step: number of steps taken.
     :ivar anneal_steps: number of steps over which the power of each start rises, of shape ``(starts,)``; -1 where
         ``anneal`` is a function.
+    :ivar first_power: the power at step 0; 1 where ``anneal`` is a function.
     :ivar failed: whether each start was dropped, of shape ``(starts,)``.
     """
 
     svi: SVIState
     step: Int[Array, ""]
     anneal_steps: Int[Array, " starts"]
+    first_power: Float[Array, ""]
     failed: Bool[Array, " starts"]
 
 

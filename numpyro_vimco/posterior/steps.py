@@ -4,7 +4,6 @@
 """Steps of several fits side by side: one compiled program, a progress bar, and what to do about NaN."""
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -20,8 +19,10 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 import tqdm
 
+from numpyro_vimco.guides.units import RealInUnits
 from numpyro_vimco.posterior.annealing import Annealed
 from numpyro_vimco.posterior.chunks import compiled
+from numpyro_vimco.posterior.renewing import in_renewed_units
 from numpyro_vimco.posterior.results import FitState
 
 # Losses are looked at after at most so many steps, and about after so many seconds.
@@ -50,12 +51,14 @@ class Steps:
 
     :ivar args: arguments of model and guide.
     :ivar kwargs: keyword arguments of ``svi.update``.
+    :ivar units: of the guide's locations.
     :ivar power: from a step and ``anneal_steps`` to the power of each start.
     """
 
     svi: SVI
     args: tuple
     kwargs: dict[str, Any]
+    units: dict[str, RealInUnits]
     power: Callable[[Array, Array], Array]
     stable_update: bool
     vectorize_starts: bool
@@ -70,7 +73,8 @@ class Steps:
         if self.start_sharding is not None:
             by_start = state.svi, state.anneal_steps, state.failed
             svi_state, anneal_steps, failed = jax.device_put(by_start, self.start_sharding)
-            state = FitState(svi_state, jnp.asarray(np.asarray(state.step)), anneal_steps, failed)
+            step, first = (jnp.asarray(np.asarray(x)) for x in (state.step, state.first_power))
+            state = FitState(svi_state, step, anneal_steps, first, failed)
         # The number of steps is an argument, so that runs of any length use one program, and agree bit for bit.
         chunk = compiled(self._chunk, state, 1)
         done: list[tuple[FitState, Record]] = []
@@ -111,7 +115,7 @@ class Steps:
 
         def step(i, carry):
             state, record = carry
-            power = self.power(state.step, state.anneal_steps)
+            power = self.power(state.step, state.anneal_steps, state.first_power)
             svi_state, loss, nan = advance(state.svi, power)
             fails = ~state.failed & nan.any(1)
             record = Record(
@@ -124,13 +128,13 @@ class Steps:
             svi_state = jax.tree.map(partial(_where, failed), state.svi, svi_state)
             if self.start_sharding is not None:
                 svi_state = jax.lax.with_sharding_constraint(svi_state, self.start_sharding)
-            return FitState(svi_state, state.step + 1, state.anneal_steps, failed), record
+            return state._replace(svi=svi_state, step=state.step + 1, failed=failed), record
 
         return jax.lax.fori_loop(0, length, step, (state, record))
 
     def _advance(self, svi_state: SVIState, power: Array) -> tuple[SVIState, Array, Array]:
         """One step of one start: its state, its loss, and whether the loss and each parameter are NaN."""
-        svi = copy(self.svi)
+        svi = in_renewed_units(self.svi, self.units, svi_state.optim_state)
         svi.model = Annealed(self.svi.model, power)
         update = svi.stable_update if self.stable_update else svi.update
         svi_state, loss = update(svi_state, *self.args, **self.kwargs)
