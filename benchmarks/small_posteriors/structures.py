@@ -237,7 +237,7 @@ PROBLEMS = [
         "spike_and_slab",
         spike_and_slab,
         (PREDICTORS, RESPONSE),
-        {"included": vector(SWITCH, 3), "beta": vector(line(-6, 6, 0.2), 3)},
+        {"included": vector(SWITCH, 3), "beta": vector(line(-5, 5, 0.2), 3)},
         spike_and_slab_log_joint,
         {
             **{f"included[{i}]": element("included", i) for i in range(3)},
