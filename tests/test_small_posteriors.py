@@ -128,13 +128,13 @@ def verdict(reading, right):
 
 
 def test_table_counts_right_and_wrong_by_reading():
-    lines = table([verdict("good", True), verdict("good", False), verdict("bad", False), verdict("KeyError", False)])
+    lines = table([verdict("good", True), verdict("good", False), verdict("bad", False), verdict("error", False)])
     assert lines.splitlines()[1] == "1 of 4 right"
     assert [line.split() for line in lines.splitlines()[3:]] == [
         ["good", "1", "1"],
         ["usable", "0", "0"],
         ["bad", "0", "1"],
-        ["KeyError", "0", "1"],
+        ["error", "0", "1"],
     ]
 
 
@@ -158,7 +158,8 @@ def test_a_call_that_fails_is_wrong(monkeypatch, coin):
         raise ValueError("no")
 
     monkeypatch.setattr("benchmarks.small_posteriors.running.run", run)
-    assert (judge(coin).reading, judge(coin).right) == ("ValueError", False)
+    found = judge(coin)
+    assert (found.reading, found.worst, found.right) == ("error", "ValueError", False)
 
 
 def test_line_is_exact_for_a_normal():
