@@ -259,3 +259,12 @@ class AutoregressiveNormal(dist.Distribution):
         mean = self.shift + self.gate * self.coupling.apply((self.gate * e)[..., None])[..., 0]
         log_prob = dist.Normal(mean, self.scale).log_prob(e) - jnp.log(self.unit)
         return self.elements.scatter(log_prob, jnp.shape(value))
+
+
+def is_autoregressive(fn: dist.Distribution) -> bool:
+    """Whether elements of a distribution depend on each other, as those of this module do."""
+    while not isinstance(fn, AutoregressiveDiscrete | AutoregressiveNormal):
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+    return True

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
 from numpyro.distributions.util import periodic_repeat
-from numpyro.infer.autoguide import AutoGuide, AutoNormal
+from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
 from numpyro.primitives import CondIndepStackFrame, Messenger
 
 from numpyro_vimco.randomness import split
@@ -93,3 +93,13 @@ def unconstrained_event_dim(guide: AutoNormal, name: str) -> int:
 def init_scale(guide: AutoNormal) -> float:
     """The scale that a guide begins with."""
     return guide._init_scale
+
+
+def latents_of(guide: AutoContinuous) -> list[str]:
+    """Names of the latents that a guide of NumPyro draws jointly."""
+    return list(guide._init_locs)
+
+
+def packed(guide: AutoContinuous, unconstrained: dict[str, Array]) -> Array:
+    """The value of its auxiliary site that gives these latents, in unconstrained space."""
+    return guide._unpack_latent.pack_fn(unconstrained, guide._unpack_latent.unpack_fn.keywords["shape_dict"])

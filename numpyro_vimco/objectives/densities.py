@@ -188,6 +188,14 @@ class SiteDensities:
 
         return self._sum(filter(is_in_rest, sample_sites(guide_trace or self.guide_trace)), log_prob)
 
+    def of_latent(self, name: str) -> Array:
+        """Log-density of a latent given its parents in the model, never scaled, of each element; 0 where masked.
+
+        It is the density that the model draws the latent from, but for the masks: see :meth:`of_guide_site`.
+        """
+        site = self.model_trace[name]
+        return log_prob_of(site if name in self.masks else {**site, "fn": unmasked(site["fn"])})
+
     def _of_model_site(self, site: dict) -> Array:
         name, scale = site["name"], self._scale(site)
         if name in self.guide_trace and is_latent_site(site) and name not in self.masks:

@@ -127,9 +127,12 @@ class Program:
         return map_local(log_weights, lambda local: self._by_site(traces(local)[:2]), local)
 
     def densities(
-        self, params: dict[str, Any], rng_key: Array, values: Levels[Values]
-    ) -> tuple[Levels[Densities], Structure]:
-        """Evaluate one particle at given values, as :meth:`evaluate` does at values of its own."""
+        self, params: dict[str, Any], rng_key: Array, values: Levels[Values], combine: Callable[[SiteDensities], Levels]
+    ) -> tuple[Levels, Structure]:
+        """Evaluate one particle at given values, as :meth:`evaluate` does at values of its own.
+
+        :param combine: from the densities of sites to what is returned of them.
+        """
         keys = particle_keys(rng_key, self.plate_particles)
 
         def traces(local) -> tuple[Trace, Trace]:
@@ -140,7 +143,7 @@ class Program:
 
         def densities(local):
             sites = self._sites(params, _of_locals(keys, local), *traces(local))
-            return self._densities(sites), sites.structure
+            return combine(sites), sites.structure
 
         local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
         return map_local(densities, lambda local: self._by_site(traces(local)), local)

@@ -1,20 +1,19 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Draws from the guides of several starts, weighted with the density of their mixture.
+r"""Draws from the guides of several starts, defended, weighted with the density of their mixture.
 
 With :math:`\pi_k` the share of the draws that come from guide k, every draw has the weight
 :math:`w(z) = p(x, z) / \sum_k \pi_k q_k(z)`, whichever guide it is from: the balance heuristic [1]. Its mean is p(x),
-and it is large only where *no* guide proposes enough: what one start lost, another proposes. Of each guide there is
-also a *widened* copy (:mod:`~numpyro_vimco.posterior.widening`), for the tails; it may be any distribution, as its
-density is in the mixture.
+and it is large only where *no* guide proposes enough: what one start lost, another proposes. Each guide is defended
+(:mod:`~numpyro_vimco.posterior.defence`): :math:`q_k` is the density of its own mixture with defensive components.
 
 - Where plates are common to all sites, guides factorise over their elements, and so does the mixture: each element has
   a weight, with a mixture of its own.
 - Where a plate has particles of its own (derived here), what is shared, g, comes from the mixture of the guides'
-  :math:`q_k(g)`; for each element i there are then :math:`M_k` local particles from every :math:`q_k(e_i | g)`,
-  weighted with :math:`v_{im} = p(x_i, e_{im} | g) / \sum_k (M_k / M) q_k(e_{im} | g)`. Given g, the mean of
-  :math:`v_{im}` over all M particles is an unbiased estimate of :math:`p(x_i | g)`, so that
+  :math:`q_k(g)`; for each element i there are then :math:`M_k` local particles from every :math:`q_k(e_i | g)`, and
+  :math:`M_0` from the model, weighted with :math:`v_{im} = p(x_i, e_{im} | g) / \sum_k (M_k / M) q_k(e_{im} | g)`.
+  Given g, the mean of :math:`v_{im}` over all M particles is an unbiased estimate of :math:`p(x_i | g)`, so that
   :math:`\hat Z = p(g) / q(g) \prod_i \frac1M \sum_m v_{im}` is one of p(x), and g with one particle for each element,
   chosen in proportion to :math:`v_{im}`, is properly weighted by it. Which guide proposed g has no part in this.
 
@@ -22,7 +21,7 @@ density is in the mixture.
    and Effective Importance Sampling*, for mixtures with fixed shares
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -31,10 +30,10 @@ from jax.nn import logsumexp
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.handlers import seed, substitute, trace
 
-from numpyro_vimco.objectives.levels import Levels, level_of, map_levels
+from numpyro_vimco.objectives.levels import Levels, level_of
 from numpyro_vimco.objectives.plates import Structure
+from numpyro_vimco.posterior.defence import SHARE, Defence, find_defence
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.proposals import (
     Draw,
@@ -45,25 +44,22 @@ from numpyro_vimco.posterior.proposals import (
     program_of,
     structure_of,
 )
-from numpyro_vimco.posterior.widening import Widened
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites
 
-# Of ten draws so many come from the guide of a start, and from its widened copy.
-OWN, WIDENED = 7, 3
-
 Values = dict[str, Array]
-Bool = Array | np.ndarray | bool
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The guides of several starts and their widened copies: its *components*, the copies last.
+    """The defended guides of several starts.
 
     :ivar fit: of all starts.
+    :ivar defence: of each guide.
     """
 
     fit: Fitted
+    defence: Defence
 
     def __post_init__(self) -> None:
         """Raise unless each guide has a density at the draws of the others.
@@ -72,7 +68,7 @@ class Mixture:
         """
         deltas = program_of(self.fit, {}).deltas_at_parameters(self.fit.params, random.key(0))
         for name, parents in deltas.items():
-            if of_guide := parents - self.fit.of_model.keys():
+            if self.num_starts > 1 and (of_guide := parents - self.fit.of_model.keys()):
                 raise NotImplementedError(
                     f"Site '{name}' of the guide is a Delta whose value depends on the parameter '{min(of_guide)}', so "
                     "that the guide of one start has no density at the draws of another, and they cannot be pooled. "
@@ -87,35 +83,20 @@ class Mixture:
 
     @property
     def num_starts(self) -> int:
-        """Number of starts; there are twice as many components."""
+        """Number of starts."""
         return self.fit.num_starts
 
-    @property
-    def log_shares(self) -> Array:
-        """Logarithm of the share of the draws that each component takes, of shape ``(components,)``."""
-        return jnp.log(np.repeat([OWN, WIDENED], self.num_starts) / (OWN + WIDENED) / self.num_starts)
-
     def local_counts(self, plate: str) -> tuple[int, int]:
-        """How many local particles of a plate each start takes, and each widened copy; one at least."""
-        each = self.fit.plate_particles[plate] / self.num_starts / (OWN + WIDENED)
-        return max(round(OWN * each), 1), max(round(WIDENED * each), 1)
+        """How many local particles of a plate each start takes, one at least; and how many come from the model."""
+        number = self.fit.plate_particles[plate]
+        of_model = max(round(SHARE * number), 1) if self.defence.local[plate] else 0
+        return max((number - of_model) // self.num_starts, 1), of_model
 
-    def trace_guide(self, wide: Bool, params: dict[str, Any], rng_key: Array, given: Values | None = None) -> Trace:
-        """A draw of a component, with one particle for each local element.
+    def draw(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[Values], Trace]:
+        """A draw of one defended guide, with local particles of all; sites that are Delta are left out.
 
-        :param wide: whether of the widened copy.
-        :param given: values of some sites.
-        """
-        guide = seed(
-            substitute(Widened(self.fit.svi.guide, wide), data={**params, **self.fit.of_model, **(given or {})}),
-            rng_key,
-        )
-        return trace(guide).get_trace(*self.fit.args, **self.fit.kwargs)
-
-    def draw(self, wide: Bool, params: dict[str, Any], rng_key: Array) -> Levels[Values]:
-        """A draw of a component, with local particles of all components; sites that are Delta are left out.
-
-        :param params: of the component.
+        :param params: of the guide.
+        :return: values, and the trace of the guide that the shared ones are from.
         """
         shared_key, local_key = split(rng_key)
         plates = self.fit.plate_particles
@@ -123,49 +104,58 @@ class Mixture:
         def values_of(tr: Trace, level: str | None) -> Values:
             return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) == level}
 
-        shared = values_of(self.trace_guide(wide, params, shared_key), None)
+        guide_trace = self.defence.draw({**params, **self.fit.of_model}, shared_key)
+        shared = values_of(guide_trace, None)
+        latents = {s["name"]: s["value"] for s in sample_sites(guide_trace) if level_of(s, plates) is None}
         local: dict[str, Values] = {}
         for plate, key in split_by_name(local_key, plates).items():
-            wide_of_each = np.repeat([False, True], self.local_counts(plate))
+            of_start, of_model = self.local_counts(plate)
+            guide_key, model_key = split(key)
 
-            def particle(wide, params, rng_key, plate=plate):
-                return values_of(self.trace_guide(wide, params, rng_key, shared), plate)
+            def from_guide(params, rng_key, plate=plate):
+                params = {**params, **self.fit.of_model}
+                return values_of(self.defence.trace_guide(params, rng_key, shared), plate)
 
-            of_start = jax.vmap(particle, in_axes=(0, None, 0))
-            keys = split(key, (self.num_starts, len(wide_of_each)))
-            found = jax.vmap(of_start, in_axes=(None, 0, 0))(wide_of_each, self.params, keys)
-            local[plate] = merged(found)
-        return Levels(shared, local)
+            def from_model(rng_key, plate=plate):
+                return self.defence.draw_local(plate, self.fit.of_model, rng_key, latents)
 
-    def densities(self, values: Levels[Values]) -> tuple[Levels[tuple[Array, Array]], Structure]:
+            keys = split(guide_key, (self.num_starts, of_start))
+            local[plate] = merged(jax.vmap(jax.vmap(from_guide, in_axes=(None, 0)))(self.params, keys))
+            if of_model:
+                more = jax.vmap(from_model)(split(model_key, of_model))
+                local[plate] = {name: jnp.concatenate([x, more[name]]) for name, x in local[plate].items()}
+        return Levels(shared, local), guide_trace
+
+    def densities(self, values: Levels[Values]) -> tuple[Levels[tuple[Array, Array]], Array, Structure]:
         """Log p and the mixture's log q, of what is shared and of all local particles.
 
         :param values: as of :meth:`draw`.
+        :return: these, the mixture's log q without its defensive components, and how plates combine densities.
         """
         structures: list[Structure] = []
-
         number = {name: len(next(iter(local.values()))) for name, local in values.local.items()}
+        program = program_of(self.fit, number)
 
-        def under(wide: Bool, params: dict[str, Any]) -> Levels[tuple[Array, Array]]:
-            program = replace(program_of(self.fit, number), guide=Widened(self.fit.svi.guide, wide))
+        def under(params: dict[str, Any]) -> Levels[dict[str, Any]]:
+            params = {**params, **self.fit.of_model}
             # The key is not used: all sites that are drawn have their value.
-            levels, structure = program.densities({**params, **self.fit.of_model}, random.key(0), values)
+            levels, structure = program.densities(params, random.key(0), values, self.defence.densities)
             structures.append(structure)
-            return map_levels(lambda densities: (densities.model, densities.log_guide), levels)
+            return levels._replace(shared=(levels.shared["model"], *self.defence.mixed(levels.shared)))
 
-        of_starts = jax.vmap(under, in_axes=(None, 0), axis_size=self.num_starts)
-        levels = merged(jax.vmap(of_starts, in_axes=(0, None))(np.array([False, True]), self.params))
-
-        def mixed(densities: tuple[Array, Array], log_shares: Array) -> tuple[Array, Array]:
-            log_p, log_q = densities
-            shares = log_shares.reshape(-1, *(1,) * (log_q.ndim - 1))
-            return log_p[0], logsumexp(shares + log_q, axis=0)
-
+        levels = jax.vmap(under, axis_size=self.num_starts)(self.params)
+        log_p, alone, mixture = levels.shared
+        alone, mixture = (logsumexp(x, axis=0) - np.log(self.num_starts) for x in (alone, mixture))
         local = {}
-        for name in values.local:
-            counts = np.repeat(self.local_counts(name), self.num_starts)
-            local[name] = mixed(levels.local[name], jnp.log(counts / counts.sum()))
-        return Levels(mixed(levels.shared, self.log_shares), local), structures[0]
+        for name, found in levels.local.items():
+            of_start, of_model = self.local_counts(name)
+            counts, log_q = [of_start] * self.num_starts, list(found["guide"])
+            if of_model:
+                counts, log_q = [*counts, of_model], [*log_q, found["prior"][0]]
+            log_q = jnp.stack(log_q)
+            shares = jnp.log(np.array(counts) / sum(counts)).reshape(-1, *(1,) * (log_q.ndim - 1))
+            local[name] = found["model"][0], logsumexp(shares + log_q, axis=0)
+        return Levels((log_p[0], mixture), local), alone, structures[0]
 
 
 def drawn(tr: Trace) -> Values:
@@ -174,58 +164,41 @@ def drawn(tr: Trace) -> Values:
 
 
 def pooled(fit: Fitted) -> Sampler:
-    """Draws from the guides of several starts, weighted with the density of their mixture.
+    """Draws from the defended guides of several starts, weighted with the density of their mixture.
 
-    A key gives seven draws of the guide of each start and three of its widened copy, in random order.
+    A key gives one draw of each start.
 
     :raises NotImplementedError: for a guide with a Delta site whose value depends on parameters.
     """
-    mixture = Mixture(fit)
-    plates = fit.plate_particles
-    num_starts, params = mixture.num_starts, mixture.params
-    size = (OWN + WIDENED) * num_starts
-    # The guides' densities are evaluated for all components at a time.
-    at_once = max(fit.chunk_size() // (2 * num_starts), 1)
+    plates, num_starts = fit.plate_particles, fit.num_starts
+    program = program_of(fit, plates)
+    check_independent(program, fit)
+    structure = structure_of(program, fit)
+    mixture = Mixture(fit, find_defence(fit, structure))
+    event_dims = fit.event_dims
 
-    def particle(start: Array, params: dict[str, Any], wide: Array, rng_key: Array) -> Draw:
+    def particle(start: Array, params: dict[str, Any], rng_key: Array) -> Draw:
         draw_key, choice_key, rest_key = split(rng_key, 3)
-        values = mixture.draw(wide, params, draw_key)
-        levels, structure = mixture.densities(values)
+        values, guide_trace = mixture.draw(params, draw_key)
+        levels, alone, structure = mixture.densities(values)
         log_p, log_q = levels.shared
         draws = Levels(
-            Draw(values.shared, log_p, log_q, log_ratio(log_p, log_q), start + wide * num_starts),
+            Draw(values.shared, log_p, log_q, log_ratio(log_p, log_q), start),
             {name: Draw(values.local[name], p, q, log_ratio(p, q)) for name, (p, q) in levels.local.items()},
         )
         chosen = choose(draws, choice_key, structure, event_dims)
-        # The guide once more, for the sites that are functions of these.
-        tr = mixture.trace_guide(wide, params, rest_key, chosen.values)
-        latents = [site for site in sample_sites(tr) if is_latent_site(site) and site["name"] in fit.model_trace]
-        return chosen._replace(values={site["name"]: site["value"] for site in latents})
-
-    event_dims: dict[str, int] = {}
-
-    def look(params: dict[str, Any], rng_key: Array) -> None:
-        tr = mixture.trace_guide(False, params, rng_key)
-        event_dims.update((site["name"], site["fn"].event_dim) for site in sample_sites(tr))
-
-    jax.eval_shape(look, jax.tree.map(lambda leaf: leaf[0], params), random.key(0))
+        if plates:
+            # The guide once more, for the sites that are functions of these.
+            params = {**params, **fit.of_model}
+            guide_trace = mixture.defence.trace_guide(params, rest_key, chosen.values)
+        latents = [s for s in sample_sites(guide_trace) if is_latent_site(s) and s["name"] in fit.model_trace]
+        return chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=alone - log_q)
 
     def draw(rng_key: Array) -> Draw:
-        order_key, draw_key = split(rng_key)
-        wide = np.repeat([False, True], [OWN, WIDENED])
+        return jax.lax.map(lambda x: particle(*x), (jnp.arange(num_starts), mixture.params, split(rng_key, num_starts)))
 
-        def of_start(inputs):
-            start, params, keys = inputs
-            return jax.lax.map(lambda x: particle(start, params, *x), (wide, keys), batch_size=min(at_once, len(wide)))
-
-        inputs = jnp.arange(num_starts), params, split(draw_key, (num_starts, len(wide)))
-        draws = merged(jax.lax.map(of_start, inputs))
-        order = random.permutation(order_key, size)
-        return jax.tree.map(lambda x: x[order], draws)
-
-    program = program_of(fit, plates)
-    check_independent(program, fit)
-    return Sampler(draw, size, max(at_once // size, 1), structure_of(program, fit))
+    # The guides' densities are evaluated for all starts at a time.
+    return Sampler(draw, num_starts, max(fit.chunk_size() // num_starts**2, 1), structure)
 
 
 def log_ratio(log_p: Array, log_q: Array) -> Array:

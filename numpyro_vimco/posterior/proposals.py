@@ -38,7 +38,9 @@ class Draw(NamedTuple):
     :ivar log_p: log p(x, z), of shape ``(*plates,)``, of size 1 where a plate is not common to all sites; in nats.
     :ivar log_q: log q(z), likewise.
     :ivar log_weight: log-weight, likewise; log_p - log_q but for local particles.
-    :ivar component: which guide it is from; None for local particles.
+    :ivar component: which start's guide it is from; None for local particles.
+    :ivar log_guide_share: of pooled draws, the logarithm of the share of the mixture's density that guides have without
+        their defence; of the shape of ``log_weight``.
     """
 
     values: dict[str, Any]
@@ -46,6 +48,7 @@ class Draw(NamedTuple):
     log_q: Any
     log_weight: Any
     component: Any = None
+    log_guide_share: Any = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def choose(draws: Levels[Draw], rng_key: Array, structure: Structure, event_dims
     :param draws: arrays of named plates have a leading axis for local particles.
     :param event_dims: for each local site, the number of dimensions of an event.
     """
-    values, log_p, log_q, log_weight, component = draws.shared
+    values, log_p, log_q, log_weight, component, _ = draws.shared
     values = dict(values)
     for plate, key in split_by_name(rng_key, draws.local).items():
         local = draws.local[plate]

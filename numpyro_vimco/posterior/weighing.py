@@ -53,7 +53,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
 
     :raises ValueError: for NaN weights, and where all are zero.
     """
-    sampler = each_start(fit) if fit.starts is None else pooled(fit)
+    sampler = pooled(fit)
     structure, sizes = sampler.structure, plate_sizes(fit)
     shape = tuple(sizes[name] for name in plate_names(fit, structure.dims))
     coordinates = _coordinates(fit) if not shape else {}

@@ -1,0 +1,357 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Defensive draws: some latents are drawn from the model in place of the guide.
+
+Weights tell only of values that somebody draws. So one tenth of the draws come from *defensive components* [1]. Each
+has a set S of latents. A draw takes the latents before S from the guide q, in the guide's order; then S from the model,
+given the parents of each latent there; and then the others from the guide, given all of these. With a share
+:math:`w_S` for each set, and :math:`w_0` for the guide alone,
+
+.. math:: \mathrm{mixture}(z) = q(z) \Big[ w_0 + \sum_S w_S \prod_{s \in S}
+          \frac{p_s(z_s \mid \mathrm{parents})}{q_s(z_s \mid \mathrm{before})} \Big].
+
+(Derived here.) A weight p(x, z) / mixture(z) is at most :math:`1 / w_0` times that of the guide alone, and at most
+:math:`1 / w_S` times the ratio without S. So a good guide loses the defence's share of its effective sample size, and a
+latent whose tail is too light in the guide does no harm.
+
+There is a set for each latent, and one of all latents. A set has, beside its latent, the parents that the guide does
+not draw before it. Where a site has several elements that the guide draws independently, its set is one of its
+elements, each as likely; its density is the mean over elements. A block of latents that a guide draws jointly counts as
+one latent.
+
+Not defended are latents with an improper prior, Delta sites of model or guide, latents whose prior depends on a site
+that is summed out, and those in `scan` alone (they are in the set of all latents).
+
+1. Hesterberg 1995, *Weighted Average Importance Sampling and Defensive Mixture Distributions*, Technometrics 37(2), for
+   a mixture with a component that bounds the weights
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import random
+from jax.nn import logsumexp
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+from numpyro.distributions import biject_to
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.autoguide import AutoContinuous
+
+from numpyro_vimco.guides.couplings import Graph, log_densities
+from numpyro_vimco.guides.autoregressive import is_autoregressive
+from numpyro_vimco.guides.private import latents_of, packed
+from numpyro_vimco.objectives.densities import SiteDensities
+from numpyro_vimco.objectives.levels import Levels
+from numpyro_vimco.objectives.plates import Structure
+from numpyro_vimco.posterior.fitted import Fitted
+from numpyro_vimco.posterior.starts import automatic_guides
+from numpyro_vimco.randomness import split, split_by_name
+from numpyro_vimco.sites import Trace, is_delta, is_in_scan, is_latent_site, sample_sites
+
+# The share of the draws that are defensive.
+SHARE = 0.1
+
+Values = dict[str, Array]
+Params = dict[str, Any]
+Choose = Callable[[dict], Any]
+
+
+def _nothing(site: dict) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Block:
+    """Latents that the guide draws jointly; mostly one.
+
+    :ivar latents: their names.
+    :ivar pack: from their values to that of the guide's auxiliary site; None where there is none.
+    """
+
+    latents: tuple[str, ...]
+    pack: Callable[[Values], Array] | None = None
+
+
+@dataclass(frozen=True)
+class Component:
+    """A defensive component.
+
+    :ivar sites: the guide's sites of the blocks that come from the model.
+    :ivar before: those that come from the guide before these.
+    :ivar element: whether one element of the only site is drawn from the model.
+    """
+
+    sites: frozenset[str]
+    before: frozenset[str]
+    element: bool = False
+
+
+@dataclass(frozen=True)
+class Defence:
+    """The defensive components of a fit: :func:`find_defence`.
+
+    :ivar kept: dimensions of common plates, whose elements have a weight each, and so a draw of their own.
+    :ivar blocks: by the guide's site, all blocks of shared latents that have a density, in the order of the guide.
+    :ivar components: may be none.
+    :ivar local: by named plate, the latents that can all be drawn from the model; empty if they cannot.
+    """
+
+    fit: Fitted
+    kept: frozenset[int]
+    blocks: dict[str, Block]
+    components: tuple[Component, ...]
+    local: dict[str, tuple[str, ...]]
+
+    @property
+    def log_shares(self) -> Array:
+        """Logarithm of the shares of the guide alone and of each component, of shape ``(1 + components,)``."""
+        n = len(self.components)
+        return jnp.log(jnp.array([1 - SHARE] + [SHARE / n] * n)) if n else jnp.zeros(1)
+
+    # Drawing.
+
+    def draw(self, params: Params, rng_key: Array) -> Trace:
+        """A draw from the mixture with one guide, as a trace of the guide.
+
+        :param params: of this guide and of the model.
+        """
+        names = "component", "first", "model", "elements", "again"
+        keys = dict(zip(names, split(rng_key, len(names))))
+        first = self.trace_guide(params, keys["first"], {})
+        if not self.components:
+            return first
+        component = random.categorical(keys["component"], self.log_shares)
+        values = self._with_latents_of_model(component, params, keys["model"], keys["elements"], first)
+        given = {name: block.pack(values) if block.pack else values[name] for name, block in self.blocks.items()}
+        if any(is_in_scan(first[name]) for name in given):  # the only component is of all latents
+            return self.trace_guide(params, keys["again"], given)
+        is_kept = self._by_component(lambda c, name: name in c.sites | c.before, component, guide=True)
+        again = split_by_name(keys["again"], given)
+
+        def choose(site: dict) -> Array | None:
+            if (name := site["name"]) not in given:
+                return None
+            return jnp.where(is_kept[name], given[name], site["fn"].sample(again[name]))
+
+        return self.trace_guide(params, keys["first"], {}, choose)
+
+    def draw_local(self, plate: str, params: Params, rng_key: Array, shared: Values) -> Values:
+        """Latents of a named plate from the model, given the shared ones."""
+        model_trace = self._trace_model(params, rng_key, shared)
+        return {name: model_trace[name]["value"] for name in self.local[plate]}
+
+    def trace_guide(self, params: Params, rng_key: Array, given: Values, choose: Choose = _nothing) -> Trace:
+        """The guide at given values of some sites; the others are drawn."""
+        guide = substitute(seed(self.fit.svi.guide, rng_key), data={**params, **given})
+        return trace(substitute(guide, substitute_fn=choose)).get_trace(*self.fit.args, **self.fit.kwargs)
+
+    def _trace_model(self, params: Params, rng_key: Array, given: Values, choose: Choose = _nothing) -> Trace:
+        model = substitute(seed(self.fit.svi.model, rng_key), data={**params, **given})
+        return trace(substitute(model, substitute_fn=choose)).get_trace(*self.fit.args, **self.fit.kwargs)
+
+    def _with_latents_of_model(self, component: Array, params: Params, rng_key: Array, element_key: Array, first: Trace):
+        """All latents of a draw of the guide, but the component's from the model."""
+        values = {name: first[name]["value"] for name in self.fit.latents()}
+        of_block = self._by_component(lambda c, name: name in c.sites, component, guide=False)
+        from_model = {name: of_block[site] for site, block in self.blocks.items() for name in block.latents}
+        is_element = jnp.array([False, *(c.element for c in self.components)])[component]
+        some_key, all_key = split(rng_key)
+        keys, element_keys = (split_by_name(key, from_model) for key in (some_key, element_key))
+        in_scan = {name: value for name, value in values.items() if is_in_scan(self.fit.model_trace[name])}
+
+        def choose(site: dict) -> Array | None:
+            name = site["name"]
+            if name not in from_model or name in in_scan:
+                return values.get(name) if name not in in_scan else None
+            shape = jnp.shape(values[name])
+            ndim = len(shape) - site["fn"].event_dim
+            chosen = from_model[name] & (_one_element(element_keys[name], shape[:ndim], self.kept) | ~is_element)
+            chosen = chosen.reshape(*chosen.shape, *(1,) * site["fn"].event_dim)
+            return jnp.where(chosen, site["fn"].sample(keys[name]), values[name])
+
+        model_trace = self._trace_model(params, some_key, in_scan, choose)
+        found = {name: model_trace[name]["value"] for name in values}
+        if in_scan.keys() & from_model.keys():  # all latents, then
+            is_all = from_model[next(iter(in_scan.keys() & from_model.keys()))]
+            model_trace = self._trace_model(params, all_key, {})
+            found |= {name: jnp.where(is_all, model_trace[name]["value"], found[name]) for name in from_model}
+        return found
+
+    def _by_component(self, holds: Callable[[Component, str], bool], component: Array, guide: bool) -> dict[str, Array]:
+        """For each block, whether something holds at the drawn component.
+
+        :param guide: whether it holds where the guide alone is drawn.
+        """
+        return {
+            name: jnp.array([guide, *(holds(each, name) for each in self.components)])[component]
+            for name in self.blocks
+        }
+
+    # Densities.
+
+    def densities(self, sites: SiteDensities) -> Levels:
+        """Log-densities that :meth:`mixed` takes, of each level, at one guide."""
+        latents = {name for block in self.blocks.values() for name in block.latents} | self.blocks.keys()
+        rest = sites.of_guide_rest(lambda site: site["name"] in latents)
+        of_model, of_guide = sites.of_model(), sites.of_guide(lambda site: site["name"] in latents)
+        guide, model, element = {}, {}, {}
+        one_of = {name for c in self.components if c.element for name in c.sites}
+        for name, block in self.blocks.items():
+            parts = {name, *block.latents}
+            guide[name] = sites.of_guide(lambda site, parts=parts: site["name"] in parts).shared
+            of_latents = [sites.of_latent(latent) for latent in block.latents]
+            model[name] = sum(sites.structure.sum_to_level(log_prob, None) for log_prob in of_latents)
+            if name in one_of:
+                own = sites.of_guide_site(sites.guide_trace[name])
+                element[name] = _with_one_of_model(of_latents[0], own, self.kept, sites.structure)
+        local = {
+            plate: {
+                "model": of_model.local[plate],
+                "guide": of_guide.local[plate] + rest.local[plate],
+                "prior": sum(sites.structure.sum_to_level(sites.of_latent(name), plate) for name in latents),
+            }
+            for plate, latents in self.local.items()
+        }
+        shared = {"model": of_model.shared, "rest": rest.shared, "guide": guide, "prior": model, "element": element}
+        return Levels(shared, local)
+
+    def mixed(self, shared: dict[str, Any]) -> tuple[Array, Array]:
+        """The log-density of the guide alone with its share, and of the mixture with one guide."""
+        guide, prior = shared["guide"], shared["prior"]
+        terms = [shared["rest"] + sum(guide.values())]
+        for each in self.components:
+            others = shared["rest"] + sum(value for name, value in guide.items() if name not in each.sites)
+            terms.append(others + sum((shared["element"] if each.element else prior)[name] for name in each.sites))
+        terms = jnp.stack(jnp.broadcast_arrays(*terms)) + self.log_shares.reshape(-1, *(1,) * jnp.ndim(terms[0]))
+        return terms[0], logsumexp(terms, axis=0)
+
+
+def find_defence(fit: Fitted, structure: Structure) -> Defence:
+    """The defensive components of a fit.
+
+    :param structure: of its program.
+    """
+    guide = substitute(seed(fit.svi.guide, random.key(0)), data=fit.params)
+    guide_trace = trace(guide).get_trace(*fit.args, **fit.kwargs)
+    blocks = _blocks(fit, guide_trace)
+    drawable = _drawable(fit)
+    local = {}
+    for plate in fit.plate_particles:
+        latents = tuple(fit.latents(plate))
+        local[plate] = latents if drawable.keys() >= set(latents) and blocks.keys() >= set(latents) else ()
+    of_plates = {name for plate in fit.plate_particles for name in fit.latents(plate)}
+    blocks = {name: block for name, block in blocks.items() if not of_plates & set(block.latents)}
+    components = _components(fit, guide_trace, blocks, drawable, structure.dims)
+    return Defence(fit, structure.dims, blocks, tuple(components), local)
+
+
+def _blocks(fit: Fitted, guide_trace: Trace) -> dict[str, Block]:
+    """The blocks of a guide that have a density, by site, in its order."""
+    joint = {f"_{part.prefix}_latent": part for part in automatic_guides(fit.svi.guide) if isinstance(part, AutoContinuous)}
+    blocks = {}
+    for site in filter(is_latent_site, sample_sites(guide_trace)):
+        name = site["name"]
+        if name in fit.model_trace and not is_delta(site):
+            blocks[name] = Block((name,))
+        elif name in joint:
+            latents = tuple(latents_of(joint[name]))
+            supports = {latent: fit.model_trace[latent]["fn"].support for latent in latents}
+
+            def pack(values: Values, guide=joint[name], supports=supports) -> Array:
+                return packed(guide, {latent: biject_to(s).inv(values[latent]) for latent, s in supports.items()})
+
+            blocks[name] = Block(latents, pack)
+    return blocks
+
+
+def _drawable(fit: Fitted) -> dict[str, set[str]]:
+    """The latents that can be drawn from the model given their parents, and these."""
+    latents = {name: site["value"] for name, site in fit.model_trace.items() if is_latent_site(site)}
+    graph = Graph.of(log_densities(substitute(fit.svi.model, data=fit.params), fit.args, fit.kwargs), latents)
+    found = {}
+    for name, site in fit.latents().items():
+        parents = graph.factors[name] - {name}
+        if parents <= fit.sampled and not is_delta(site) and _has_sampler(site):
+            found[name] = parents
+    return found
+
+
+def _has_sampler(site: dict) -> bool:
+    try:
+        jax.eval_shape(site["fn"].sample, random.key(0))
+    except NotImplementedError:  # an improper prior
+        return False
+    return True
+
+
+def _components(fit: Fitted, guide_trace: Trace, blocks: Mapping[str, Block], drawable, kept) -> list[Component]:
+    """A component for each block as far as it can be drawn, and one of all."""
+    parents = {}
+    home = {latent: name for name, block in blocks.items() for latent in block.latents}
+    for name, block in blocks.items():
+        if drawable.keys() >= set(block.latents):
+            of_block = {parent for latent in block.latents for parent in drawable[latent]} - set(block.latents)
+            # A parent without a block, a Delta, is as good as drawn last.
+            parents[name] = {home.get(parent, "") for parent in of_block}
+    order = list(blocks)
+    components = []
+    in_scan = {name for name, block in blocks.items() if any(is_in_scan(fit.model_trace[x]) for x in block.latents)}
+    if not any(is_in_scan(guide_trace[name]) for name in blocks):
+        for name in blocks:
+            found = _closed(name, parents, order)
+            if found is None or found[0] & in_scan or len(found[0]) == len(blocks):
+                continue
+            is_one = len(found[0]) == 1 and _has_independent_elements(guide_trace[name], blocks[name], kept)
+            components.append(Component(*found, element=is_one))
+    if blocks.keys() == parents.keys() and all("" not in of_block for of_block in parents.values()):
+        components.append(Component(frozenset(blocks), frozenset()))
+    return list(dict.fromkeys(components))
+
+
+def _closed(name: str, parents: Mapping[str, set[str]], order: list[str]) -> tuple[frozenset, frozenset] | None:
+    """A block with the parents that the guide does not draw before, and the blocks before all of these; or None."""
+    chosen, todo = {name}, [name]
+    while todo:
+        if (block := todo.pop()) not in parents:
+            return None
+        first = min(map(order.index, chosen))
+        missing = {parent for other in chosen for parent in parents.get(other, ())} - chosen - set(order[:first])
+        chosen |= missing
+        todo += missing
+    first = min(map(order.index, chosen))
+    return frozenset(chosen), frozenset(order[:first])
+
+
+def _has_independent_elements(site: dict, block: Block, kept: frozenset[int]) -> bool:
+    """Whether the guide draws several elements of a block's only site independently, beside those of common plates."""
+    shape = jnp.shape(site["value"])
+    batch = shape[: len(shape) - site["fn"].event_dim]
+    elements = [size for dim, size in zip(range(-len(batch), 0), batch) if dim not in kept]
+    return block.pack is None and np.prod(elements) > 1 and not is_autoregressive(site["fn"])
+
+
+def _one_element(rng_key: Array, batch: tuple[int, ...], kept: frozenset[int]) -> Array:
+    """True for one element, each as likely, of shape ``batch``; along kept dimensions each has one of its own."""
+    noise = random.uniform(rng_key, batch)
+    axes = tuple(i for i in range(len(batch)) if i - len(batch) not in kept)
+    return noise == noise.max(axes, keepdims=True) if axes else jnp.ones(batch, bool)
+
+
+def _with_one_of_model(of_model: Array, of_guide: Array, kept: frozenset[int], structure: Structure) -> Array:
+    """Log-density of elements of which one is drawn from the model, each as likely, and the others from the guide.
+
+    :param of_model: log-density of each element, of shape ``batch``.
+    """
+    of_model, of_guide = jnp.broadcast_arrays(of_model, of_guide)
+    axes = tuple(i for i in range(of_guide.ndim) if i - of_guide.ndim not in kept)
+    is_zero = jnp.isneginf(of_guide)
+    finite = jnp.where(is_zero, 0, of_guide)
+    others = jnp.sum(finite, axes, keepdims=True) - finite
+    others = jnp.where(jnp.sum(is_zero, axes, keepdims=True) > is_zero, -jnp.inf, others)
+    number = np.prod([of_guide.shape[axis] for axis in axes])
+    found = logsumexp(others + of_model, axis=axes, keepdims=True) - np.log(number)
+    return structure.sum_to_level(found, None)
