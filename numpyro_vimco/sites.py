@@ -67,6 +67,16 @@ def states(fn: dist.Distribution) -> np.ndarray:
         return np.empty(0)
 
 
+def log_prob_at_value(site: dict) -> Array:
+    """Log-density of a site at its value, in nats, without its scale.
+
+    NumPyro checks a value that is an array of NumPy by NumPy, which fails where JAX traces the bounds of the support, as
+    those of a ``Binomial`` with a latent count. So data become arrays of JAX here.
+    """
+    value = jnp.asarray(site["value"])
+    return site["fn"].log_prob(value, site["intermediates"]) if site["intermediates"] else site["fn"].log_prob(value)
+
+
 def is_score_function_site(site: dict) -> bool:
     """Whether ``site`` is latent and its distribution has no reparameterised sampler.
 

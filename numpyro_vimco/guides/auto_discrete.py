@@ -3,7 +3,8 @@
 
 """An automatic guide for discrete latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -88,12 +89,14 @@ class AutoDiscrete(StructuralGuide):
         structure: str = "autoregressive",
         coupling_speed: float = 0.3,
         rank: int | None = None,
+        num_components: Mapping[str, int] = MappingProxyType({}),
         init_loc_fn: Callable = init_to_median,
         create_plates: Callable | None = None,
     ):
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn, create_plates=create_plates)
         self.structure = check_structure(structure, ["mean_field", "autoregressive"])
         self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
+        self.num_components = num_components
         self.families: dict[str, Family] = {}
         self._start: dict[str, dict[str, Array]] = {}
         self.sites: list[Site] = []
@@ -120,7 +123,7 @@ class AutoDiscrete(StructuralGuide):
         prior_keys = split_by_name(keys["priors"], [site["name"] for site in sites])
         for site in sites:
             name, event_dim = site["name"], site["fn"].event_dim
-            self.families[name] = family = family_of(site, prior_keys[name])
+            self.families[name] = family = family_of(site, prior_keys[name], self.num_components.get(name, 1))
             start = family.start(site, given.get(name))
             self._start[name] = {k: self._full_size(site, v, event_dim + family.event_dim) for k, v in start.items()}
         self._check_bounds(*args, **kwargs)

@@ -3,8 +3,9 @@
 
 """An automatic guide for all latents, discrete and continuous."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 import warnings
 
 import jax
@@ -23,6 +24,7 @@ from numpyro.infer.autoguide import (
 )
 
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
+from numpyro_vimco.guides.components import Components, components_of_prior, spread_components
 from numpyro_vimco.guides.options import check_couplings, check_structure
 from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites
 from numpyro_vimco.guides.point_masses import check_no_point_mass
@@ -135,6 +137,7 @@ class AutoMixed(StructuralGuide):
         coupling_speed: float = 0.3,
         rank: int | None = None,
         init_scale: float = 1.0,
+        num_components: Mapping[str, int] = MappingProxyType({}),
         **kwargs,
     ):
         if structure is None:  # the others need these two
@@ -145,7 +148,7 @@ class AutoMixed(StructuralGuide):
         super().__init__(model, **kwargs)
         self.continuous, self.discrete = continuous, discrete
         self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
-        self.init_scale = init_scale
+        self.init_scale, self.num_components = init_scale, num_components
         self._arguments = kwargs
         self._sites: list[Site] = []
         self._parts: list[AutoGuide] = []
@@ -165,7 +168,9 @@ class AutoMixed(StructuralGuide):
             )
         self._check_continuous(continuous, {**discrete, **continuous}, *args, **kwargs)
         if discrete:
-            independent = {"structure": "mean_field"} if self.discrete is AutoDiscrete else {}
+            independent: dict = {}
+            if self.discrete is AutoDiscrete:
+                independent = {"structure": "mean_field", "num_components": self.num_components}
             self._parts = [self.discrete(self.model, **independent, **self._arguments)]
         if continuous:
             model = self.model
@@ -200,7 +205,8 @@ class AutoMixed(StructuralGuide):
         """Set ``_sites``: the sites of a guide with dependences, and what each depends on."""
         sites = self._parts[0].sites if discrete else []
         if continuous:
-            sites = [*sites, *continuous_sites(self._parts[-1], self._units(continuous, *args, **kwargs))]
+            units = self._units(continuous, *args, **kwargs)
+            sites = [*sites, *continuous_sites(self._parts[-1], units, self._components(continuous, units))]
         if self.structure == "mean_field":
             self._sites = sites
             return
@@ -224,6 +230,21 @@ class AutoMixed(StructuralGuide):
             event_dim = unconstrained_event_dim(self._parts[-1], name)
             units[name] = tuple(self._full_size(site, x, event_dim) for x in (location, scale))
         return units
+
+    def _components(self, names: Iterable[str], units: Mapping[str, tuple[Array, Array]]) -> dict[str, Components]:
+        """Where mixture components begin, of continuous sites with a prior of several humps, or where asked for."""
+        found = {}
+        for name in names:
+            site = self.prototype_trace[name]
+            number = self.num_components.get(name)
+            if number is None:
+                components = components_of_prior(site, biject_to(site["fn"].support).inv)
+            else:
+                components = spread_components(*units[name], number) if number > 1 else None
+            if components is not None:
+                event_dim = unconstrained_event_dim(self._parts[-1], name) + 1
+                found[name] = Components(*(self._full_size(site, x, event_dim) for x in components))
+        return found
 
     def _sampler(self) -> Sampler:
         return Sampler(tuple(self._sites), self.prefix, self.coupling_speed, self.rank)

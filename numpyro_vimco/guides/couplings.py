@@ -19,7 +19,7 @@ import numpy as np
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_vimco.dependence import dependence
-from numpyro_vimco.sites import Trace, sample_sites
+from numpyro_vimco.sites import Trace, log_prob_at_value, sample_sites
 
 Samples = dict[str, Array]
 
@@ -30,7 +30,7 @@ def log_densities(model: Callable, args: tuple, kwargs: dict) -> Callable[[Sampl
     def evaluate(latents: Samples) -> Samples:
         with block():
             tr = trace(substitute(seed(model, jax.random.key(0)), data=latents)).get_trace(*args, **kwargs)
-        return {site["name"]: site["fn"].log_prob(site["value"]) for site in sample_sites(tr)}
+        return {site["name"]: log_prob_at_value(site) for site in sample_sites(tr)}
 
     return evaluate
 

@@ -4,7 +4,7 @@
 """Distributions over integers for guides: flexible, cheap to sample, and exact in float32; and a transform."""
 
 from jax import lax, random
-from jax.nn import log_sigmoid, log_softmax
+from jax.nn import log_sigmoid, log_softmax, logsumexp
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -12,6 +12,8 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import StickBreakingTransform
 from numpyro.distributions.util import promote_shapes, validate_sample
 from numpyro.util import not_jax_tracer
+
+from numpyro_vimco.randomness import split
 
 __all__ = ["DiscretizedLogistic", "IntervalCategorical"]
 
@@ -159,6 +161,51 @@ class DiscretizedLogistic(dist.Distribution):
         difference = jnp.ceil(self.loc - jnp.floor(self.loc) + self.scale * logit - 0.5)
         largest = jnp.iinfo(jnp.result_type(int)).max - jnp.maximum(self._whole, 0)
         return jnp.maximum(self._whole + jnp.minimum(difference.astype(largest.dtype), largest), self.low)
+
+
+class DiscretizedLogisticMixture(dist.Distribution):
+    """
+    A mixture of K discretised logistic distributions on the same integers.
+
+    :param logits: of the weights, of shape ``(*batch, K)``.
+    :param loc: centres, as in :class:`DiscretizedLogistic`, of the same shape.
+    :param scale: scales, of the same shape.
+    :param low: smallest integer, of a shape that broadcasts to ``batch``. Defaults to 0.
+    """
+
+    arg_constraints = {
+        "logits": constraints.real_vector,
+        "loc": constraints.real_vector,
+        "scale": constraints.independent(constraints.positive, 1),
+        "low": constraints.dependent(is_discrete=True, event_dim=0),
+    }
+    pytree_data_fields = ("logits", "loc", "scale", "low")
+
+    def __init__(self, logits, loc, scale, low=0, *, validate_args=None):
+        self.logits, self.loc, self.scale = jnp.broadcast_arrays(logits, loc, scale)
+        self.low = low
+        super().__init__(batch_shape=self.logits.shape[:-1], validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self):
+        """All integers from ``low`` on."""
+        return constraints.integer_greater_than(self.low)
+
+    @property
+    def _components(self):
+        return DiscretizedLogistic(self.loc, self.scale, jnp.asarray(self.low)[..., None])
+
+    def sample(self, key, sample_shape=()):
+        """Draw integers of shape ``(*sample_shape, *batch)``."""
+        which_key, value_key = split(key)
+        which = random.categorical(which_key, self.logits, shape=sample_shape + self.batch_shape)
+        values = self._components.sample(value_key, sample_shape)
+        return jnp.take_along_axis(values, which[..., None], axis=-1)[..., 0]
+
+    @validate_sample
+    def log_prob(self, value):
+        """Log-probability in nats."""
+        return logsumexp(log_softmax(self.logits) + self._components.log_prob(jnp.asarray(value)[..., None]), axis=-1)
 
 
 class InsideSimplex(StickBreakingTransform):

@@ -20,13 +20,16 @@ import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.util import not_jax_tracer
 
-from numpyro_vimco.guides.distributions import DiscretizedLogistic, IntervalCategorical
+from numpyro_vimco.guides.components import Components, components_of_prior, spread_components
+from numpyro_vimco.guides.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, IntervalCategorical
 from numpyro_vimco.guides.units import PositiveInUnits
 from numpyro_vimco.sites import unwrapped
 
 # At the start: the probability that is spread evenly over a finite support, the standard deviation of moves in
 # unconstrained space, and the probability of a value that `init_loc_fn` gives.
 SPREAD, JITTER, GIVEN = 0.01, 0.1, 0.9
+# The least location, above the smallest value, and scale that a component of counts begins with: nearly all at zero.
+LEAST_LOC = 0.1
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,10 @@ class Count:
     num_features: ClassVar = 4
 
     @classmethod
-    def of_prior(cls, site: dict, low: Any, rng_key: Array) -> "Count":
+    def of_prior(cls, site: dict, low: Any, rng_key: Array, number: int = 1) -> "Count":
         """The family for a prior. Location and scale are quantiles of draws, as not all priors have moments.
+
+        :param number: of mixture components, where the prior is no mixture.
 
         :raises ValueError: for counts that are too large for single precision.
         """
@@ -157,7 +162,11 @@ class Count:
                 f"The counts of site '{site['name']}' reach about {reach:.1e} under their prior, which is too far for "
                 "single precision. Call `numpyro.enable_x64()` before anything else, or count in larger units."
             )
-        return cls(low, jnp.maximum(median, 0.5), scale)
+        loc = jnp.maximum(median, 0.5)
+        components = components_of_prior(site, lambda draws: (draws - low).astype(float))
+        if number > 1:
+            components = spread_components(loc, scale, number)
+        return cls(low, loc, scale) if components is None else CountMixture(low, loc, scale, components)
 
     def start(self, site, given):
         return {"loc": self.loc if given is None else jnp.maximum(given - self.low, 0.5), "scale": self.scale}
@@ -193,6 +202,39 @@ class Count:
         return jnp.stack([standardized, logarithm, 1 / (1 + above), (above == 0).astype(float)], axis=-1)
 
 
+@dataclass(frozen=True)
+class CountMixture(Count):
+    """A mixture of discretised logistic distributions, for counts whose prior has several humps.
+
+    Methods and attributes are those of :class:`Count`. Shifts move all components.
+
+    :ivar components: where they begin, above ``low``.
+    """
+
+    components: Components
+    event_dim: ClassVar = 1
+
+    def start(self, site, given):
+        logits, loc, scale = self.components
+        return {"logits": logits, "loc": jnp.maximum(loc, LEAST_LOC), "scale": jnp.maximum(scale, LEAST_LOC)}
+
+    def constraints(self, start, stem):
+        location = {name: start[name] for name in ("loc", "scale")}
+        return {"logits": constraints.real_vector, **super().constraints(location, stem)}
+
+    def distribution(self, logits, loc, scale):
+        return DiscretizedLogisticMixture(logits, jnp.asarray(self.low)[..., None] + loc, scale, self.low)
+
+    def shifted(self, shifts, logits, loc, scale):
+        return {"logits": logits, **super().shifted(shifts[..., None, :], loc=loc, scale=scale)}
+
+    def over(self, arrange):
+        return CountMixture(super().over(arrange).low, self.loc, self.scale, self.components)
+
+    def quantile(self, q, **params):
+        raise NotImplementedError("The guide of a count with several components has no closed quantiles.")
+
+
 Family = Boolean | Interval | Count
 
 
@@ -201,8 +243,10 @@ def has_common_bounds(family: Family) -> bool:
     return not any(isinstance(getattr(family, bound, None), np.ndarray) for bound in ("low", "high"))
 
 
-def family_of(site: dict, rng_key: Array) -> Family:
+def family_of(site: dict, rng_key: Array, number: int = 1) -> Family:
     """The family for a discrete site.
+
+    :param number: of mixture components of a count.
 
     :raises NotImplementedError: for a support without a family.
     :raises ValueError: for bounds that are traced.
@@ -218,7 +262,7 @@ def family_of(site: dict, rng_key: Array) -> Family:
     if isinstance(support, constraints.integer_interval):
         return Interval(_bound(site, support.lower_bound), _bound(site, support.upper_bound))
     if isinstance(support, constraints.integer_greater_than):
-        return Count.of_prior(site, _bound(site, support.lower_bound), rng_key)
+        return Count.of_prior(site, _bound(site, support.lower_bound), rng_key, number)
     raise _no_automatic_guide_error(site)
 
 

@@ -3,7 +3,7 @@
 
 """The order in which a structured guide draws its sites, and what each depends on. For reasons see `AutoMixed`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_vimco.guides.autoregressive import Elements
+from numpyro_vimco.guides.components import Components
 from numpyro_vimco.guides.couplings import Graph
 from numpyro_vimco.guides.families import Boolean, Family, Interval, has_common_bounds
 from numpyro_vimco.guides.private import init_locs, init_scale, unconstrained_event_dim
@@ -37,10 +38,13 @@ def discrete_sites(tr: Trace, families: dict[str, Family], starts: dict[str, Sam
     return sites
 
 
-def continuous_sites(guide: AutoNormal, units: dict[str, tuple[Array, Array]]) -> list[Site]:
+def continuous_sites(
+    guide: AutoNormal, units: dict[str, tuple[Array, Array]], components: Mapping[str, Components]
+) -> list[Site]:
     """The sites of a guide of NumPyro, which depend on nothing.
 
     :param units: of each site, location and scale of its prior in unconstrained space.
+    :param components: of sites that have several mixture components.
     """
     sites: list[Site] = []
     for name, site in guide.prototype_trace.items():
@@ -57,6 +61,7 @@ def continuous_sites(guide: AutoNormal, units: dict[str, tuple[Array, Array]]) -
                     elements=elements,
                     centre=centre,
                     unit=unit,
+                    components=components.get(name),
                 )
             )
     return sites
@@ -96,7 +101,8 @@ def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list
             site,
             elements=replace(site.elements, local_dims=dims),
             coupled=tuple(other.name for other in reached if other.name in parents),
-            is_coupled_within=graph.is_coupled_within(site.name),
+            # A mixture has no couplings of its elements.
+            is_coupled_within=getattr(site, "components", None) is None and graph.is_coupled_within(site.name),
         )
         if isinstance(site, ContinuousSite):
             own = tuple(name for name in site.own if name in parents)

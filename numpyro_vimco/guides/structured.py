@@ -33,8 +33,9 @@ from numpyro_vimco.guides.autoregressive import (
     FullCoupling,
     LowRankCoupling,
 )
+from numpyro_vimco.guides.components import Components
 from numpyro_vimco.guides.distributions import InsideSimplex
-from numpyro_vimco.guides.families import Count, Family, jitter
+from numpyro_vimco.guides.families import Count, CountMixture, Family, jitter
 from numpyro_vimco.guides.units import RealInUnits
 
 Samples = dict[str, Array]
@@ -249,6 +250,11 @@ class DiscreteSite(Site):
         return jnp.shape(start)[: jnp.ndim(start) - self.family.event_dim]
 
     @property
+    def depends(self) -> bool:
+        """Whether any element depends on another, on an earlier site, or on its mixture component."""
+        return isinstance(self.family, CountMixture) or super().depends
+
+    @property
     def _largest(self) -> float | None:
         """The size of features that count: what is shifted is a logarithm for counts, and logits otherwise."""
         return LARGEST if isinstance(self.family, Count) else None
@@ -301,6 +307,7 @@ class ContinuousSite(Site):
 
     :ivar centre: location of draws of the prior in unconstrained space, of shape ``full_shape``.
     :ivar unit: their scale, of the same shape.
+    :ivar components: where mixture components begin, in unconstrained space; None for a single Normal.
     :ivar own: discrete sites all of whose plates it is in. It depends on the same element of these plates, with
         coefficients that learn at full speed.
     :ivar gates: for some of ``own``, at which of their values the site has an effect (1) or none (0).
@@ -309,6 +316,7 @@ class ContinuousSite(Site):
 
     centre: Array
     unit: Array
+    components: Components | None = None
     own: tuple[str, ...] = ()
     gates: dict[str, np.ndarray] = field(default_factory=dict)
     prior: frozenset[str] = frozenset()
@@ -321,18 +329,18 @@ class ContinuousSite(Site):
     @property
     def depends(self) -> bool:
         """Whether any element depends on another, or on an earlier site."""
-        return bool(self.own) or super().depends
+        return bool(self.own) or self.components is not None or super().depends
 
     def draw(self, earlier: Earlier) -> tuple[Array, Array]:
         """Its value, and features for later sites."""
         elements = self.elements
-        loc = self._in_units(earlier, "loc", self.start["loc"], self.centre, self.unit)
-        scale = earlier.param(
-            self, "scale", self.start["scale"], constraint=constraints.positive, event_dim=self.event_dim
-        )
+        params = self._params(earlier)
         own_loc, own_log_scale, of_several = self._own_shifts(earlier)
-        loc, unit = loc + own_loc, scale * jnp.exp(own_log_scale)
-        gate = self._gate(earlier, loc.shape)
+        if self.components is None:
+            loc, unit = params["loc"] + own_loc, params["scale"] * jnp.exp(own_log_scale)
+        else:
+            loc, unit = self.centre, self.unit
+        gate = self._gate(earlier, self.full_shape)
         discrete = [name for name in self.coupled if isinstance(earlier.sites[name], DiscreteSite)]
         continuous = [name for name in self.coupled if name not in discrete]
         of_loc, _ = earlier.shifts(self, "loc_weights", discrete, 1)
@@ -340,8 +348,12 @@ class ContinuousSite(Site):
         of_continuous, within = earlier.shifts(self, "couplings", continuous, 1, 1)
         shift = self._sum({**of_loc, **of_continuous}, gate)
         spread = jnp.exp(saturated(of_several + self._sum(of_scale, gate)))
-        if within is None:
-            fn: dist.Distribution = dist.Normal(loc + unit * shift, unit * spread)
+        if self.components is not None:
+            widths = params["scale"] * _last(jnp.exp(own_log_scale))
+            normal = dist.Normal(params["loc"] + _last(own_loc) + widths * _last(shift), widths * _last(spread))
+            fn: dist.Distribution = dist.MixtureSameFamily(dist.Categorical(logits=params["logits"]), normal)
+        elif within is None:
+            fn = dist.Normal(loc + unit * shift, unit * spread)
         else:
             parts = (elements.gather(jnp.broadcast_to(x, gate.shape)) for x in (loc, unit, shift, spread, gate))
             fn = AutoregressiveNormal(*parts, within, elements, gate.shape)
@@ -350,12 +362,29 @@ class ContinuousSite(Site):
         value = earlier.statements.sample(self.name, fn)
         return value, elements.gather(gate * (transform.inv(value) - loc) / unit)[..., None]
 
-    def _in_units(self, earlier: Earlier, name: str, start: Array, centre: Any, unit: Array, own: str = "") -> Array:
+    def _params(self, earlier: Earlier) -> Samples:
+        """Location and scale; of mixture components with an axis for them, and the logits of their weights."""
+        if self.components is None:
+            event_dim, start, centre, unit = self.event_dim, self.start, self.centre, self.unit
+        else:
+            event_dim, start = self.event_dim + 1, self.components._asdict()
+            centre, unit = start["loc"], start["scale"]
+        params = {"loc": self._in_units(earlier, "loc", start["loc"], centre, unit, event_dim)}
+        params["scale"] = earlier.param(
+            self, "scale", start["scale"], constraint=constraints.positive, event_dim=event_dim
+        )
+        if self.components is not None:
+            vector = constraints.real_vector
+            params["logits"] = earlier.param(self, "logits", start["logits"], constraint=vector, event_dim=event_dim)
+        return params
+
+    def _in_units(self, earlier: Earlier, name: str, start, centre, unit: Array, event_dim: int, own: str = "") -> Array:
         """A location, or what an own site adds to it."""
         stem = f"{self.name}_{earlier.sampler.prefix}"
         log_scale = f"{stem}_log_scale_{own}" if own else None
-        constraint = RealInUnits(centre, unit, f"{stem}_scale", log_scale)
-        return earlier.param(self, name, start, constraint=constraint, event_dim=self.event_dim + bool(own))
+        is_renewed = not own or self.components is None
+        constraint = RealInUnits(centre, unit, f"{stem}_scale" if is_renewed else None, log_scale)
+        return earlier.param(self, name, start, constraint=constraint, event_dim=event_dim)
 
     def _own_shifts(self, earlier: Earlier) -> tuple[Array | float, Array | float, Array | float]:
         """What the sites of ``own`` add to location and log-scale; the latter first by one element, then by several."""
@@ -365,7 +394,8 @@ class ContinuousSite(Site):
         for name in self.own:
             features = _features_in_plates(earlier, name, self.event_dim)
             zeros = jnp.zeros((*self.full_shape, features.shape[-1]))
-            weights = self._in_units(earlier, f"loc_{name}", zeros, 0.0, self.unit[..., None], name)
+            event_dim = self.event_dim + 1
+            weights = self._in_units(earlier, f"loc_{name}", zeros, 0.0, self.unit[..., None], event_dim, name)
             of_loc = of_loc + jnp.sum(weights * features, axis=-1)
             weights = earlier.param(self, f"log_scale_{name}", zeros, event_dim=self.event_dim + 1)
             site = earlier.sites[name]
@@ -394,6 +424,11 @@ class ContinuousSite(Site):
             shift = self.elements.scatter(shift[..., 0], gate.shape)
             total = total + (shift if name in self.prior else gate * shift)
         return total
+
+
+def _last(x: Array | float) -> Array:
+    """With an axis for mixture components."""
+    return jnp.asarray(x)[..., None]
 
 
 def limited(features: Array, largest: float | None) -> Array:

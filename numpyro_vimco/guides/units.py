@@ -39,11 +39,11 @@ class RealInUnits(constraints.Constraint):
 
     :ivar centre: where the unconstrained parameter is 0; it broadcasts to the parameter.
     :ivar unit: positive; likewise.
-    :ivar scale: name of the parameter that is the guide's scale here.
+    :ivar scale: name of the parameter that is the guide's scale here; None where the unit is not renewed.
     :ivar log_scale: name of a parameter that is added to its logarithm; None for none.
     """
 
-    def __init__(self, centre: Any, unit: Any, scale: str, log_scale: str | None = None):
+    def __init__(self, centre: Any, unit: Any, scale: str | None, log_scale: str | None = None):
         self.centre, self.unit, self.scale, self.log_scale = centre, unit, scale, log_scale
 
     def __call__(self, x):
@@ -75,6 +75,8 @@ class RealInUnits(constraints.Constraint):
         :param name: of this parameter.
         :param params: constrained parameters of the guide.
         """
+        if self.scale is None:
+            return jnp.ones(())
         scale = params[self.scale]
         if self.log_scale is not None:
             scale = scale[..., None] * jnp.exp(params[self.log_scale])

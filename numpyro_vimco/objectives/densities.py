@@ -33,7 +33,7 @@ from numpyro_vimco.objectives.levels import Levels, level_of
 from numpyro_vimco.objectives.plates import Density, Structure
 from numpyro_vimco.objectives.tempered import power_of, untempered
 from numpyro_vimco.objectives.zero_weights import safe_log_prob, safe_table
-from numpyro_vimco.sites import Trace, is_delta, is_latent_site, mask_of, sample_sites, unmasked
+from numpyro_vimco.sites import Trace, is_delta, is_latent_site, log_prob_at_value, mask_of, sample_sites, unmasked
 
 
 class Densities(NamedTuple):
@@ -275,10 +275,7 @@ def log_prob_of(site: dict, is_table: bool = False) -> Array:
 
     :param is_table: whether it is at all values of summed sites, along dimensions that no plate explains.
     """
-    if site["intermediates"]:
-        log_prob = site["fn"].log_prob(site["value"], site["intermediates"])
-    else:
-        log_prob = site["fn"].log_prob(site["value"])
+    log_prob = log_prob_at_value(site)
     if not is_table:
         check_shape(site, jnp.shape(log_prob))
     return log_prob

@@ -20,7 +20,16 @@ from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
-from numpyro_vimco.sites import Trace, is_delta, is_drawn, is_latent_site, mask_of, sample_sites, with_fixed_parameters
+from numpyro_vimco.sites import (
+    Trace,
+    is_delta,
+    is_drawn,
+    is_latent_site,
+    log_prob_at_value,
+    mask_of,
+    sample_sites,
+    with_fixed_parameters,
+)
 
 Values = dict[str, Array]
 
@@ -296,7 +305,7 @@ class Program:
         densities: dict[str, Any] = {}
         levels = {}
         for site in (site for tr in traces for site in sample_sites(tr)):
-            densities[site["name"]] = (*densities.get(site["name"], ()), site["fn"].log_prob(site["value"]))
+            densities[site["name"]] = (*densities.get(site["name"], ()), log_prob_at_value(site))
             levels[site["name"]] = level_of(site, self.plate_particles)
         return densities, levels
 

@@ -18,7 +18,7 @@ from numpyro_vimco.guides.units import FromPrior, location_and_scale
 from numpyro_vimco.objectives.plates import common_plates
 from numpyro_vimco.objectives.tempered import Tempered
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import sample_sites
+from numpyro_vimco.sites import log_prob_at_value, sample_sites
 
 # The power begins at the first number; or lower, where the log-likelihood of draws of the prior spreads so much that it
 # would move log-weights by more than the second number of nats. The third is the lowest.
@@ -67,7 +67,7 @@ def first_power(model: Callable, args: tuple, kwargs: dict, joint_plates: Collec
         kept = {frame.dim for frame in common_plates(sites, frozenset(joint_plates))}
         total = jnp.zeros(())
         for site in filter(lambda site: site["is_observed"], sites):
-            log_prob = site["fn"].log_prob(site["value"])
+            log_prob = log_prob_at_value(site)
             axes = [i for i in range(jnp.ndim(log_prob)) if i - jnp.ndim(log_prob) not in kept]
             total = total + jnp.sum(log_prob, axis=axes, keepdims=True)
         return total

@@ -27,7 +27,7 @@ from numpyro_vimco.posterior.proposals import Draw, each_start, plate_names, pro
 from numpyro_vimco.posterior.results import FitResult
 from numpyro_vimco.posterior.summed import draw_summed
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import is_latent_site
+from numpyro_vimco.sites import is_latent_site, log_prob_at_value
 
 GROUPS = ("posterior_predictive", "log_likelihood", "log_likelihood_given_latents", "prior")
 
@@ -282,7 +282,7 @@ def _follow(fit: Fitted, predict: bool, likelihoods: Mapping[str, Collection[str
 
     def log_likelihood(site: dict) -> Array:
         about = fit.observed[site["name"]]
-        log_prob = site["fn"].log_prob(site["value"])
+        log_prob = log_prob_at_value(site)
         return log_prob if about.present.all() else jnp.where(about.elements, log_prob, jnp.nan)
 
     def follow(rng_key: Array, latents: dict[str, Array]) -> dict[str, dict[str, Array]]:
