@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
-from numpyro_vimco.posterior.agreement import differences, pooled_evidence
+from numpyro_vimco.posterior.agreement import LEAST_ESS, differences, pooled_evidence
 from numpyro_vimco.posterior.exchange import LostOrder
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
 from numpyro_vimco.posterior.proposals import can_have_particles
+from numpyro_vimco.posterior.recovery import LOST
 from numpyro_vimco.posterior.weighing import Weighed
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites, states
 
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 # Where "good" ends: an effective sample size relative to the draws, and the same for weights of infinite variance, of
 # a k of 0.5 or more. benchmarks/agreement.py sets the last two.
 HEAVY_TAIL, LOW_ESS, HEAVY_ESS = 0.5, 0.1, 0.25
-LEAST_ESS = 100  # a smaller one tells nothing
+# The same where k tells of a tail that smoothing does not cure.
+SEEN_ESS = 0.5
+# The largest standard error of a log evidence that is good, in nats.
+MOST_ERROR = 0.1
 FEW_STATES = 8  # of a site that can be summed out
 # A correlation that the guide lacks is told from this size on: it lowers the ESS of a pair to √(1 - 0.3²) at most.
 CORRELATED = 0.3
@@ -40,6 +44,7 @@ def advise(
     past: Mapping[int, Stretch],
     annealed: bool,
     lost_order: LostOrder | None,
+    doubts: list[str],
 ) -> str:
     """What to make of the weights, or what to do.
 
@@ -47,6 +52,7 @@ def advise(
     :param past: starts that lost something for certain.
     :param annealed: whether the fit was.
     :param lost_order: of two elements.
+    :param doubts: of :func:`find_doubts`.
     """
     if lost_order:
         return _of_order(lost_order)
@@ -54,7 +60,7 @@ def advise(
         assert agreement is not None
         return _trusted(agreement)
     summary = weighed.summary
-    parts = []
+    parts = list(doubts)
     if past:
         start, stretch = next(iter(past.items()))
         parts.append(
@@ -116,13 +122,47 @@ def advise(
     return " ".join(parts)
 
 
+def find_doubts(weighed: Weighed, std_error: float, ahead: bool, above_all: bool) -> list[str]:
+    """What speaks against "good", whatever starts and weights say: sentences.
+
+    :param std_error: of the log evidence, in nats.
+    :param ahead: whether a start has more evidence than the pool, for certain.
+    :param above_all: whether the pool has more than each start, for certain.
+    """
+    found = []
+    if ahead:
+        found.append(
+            "A start has more evidence than the pooled draws, by more than their errors explain: the pooled draws lack "
+            "what it found, and the weights do not show it."
+        )
+    if above_all:
+        found.append(
+            "The pooled draws have more evidence than each start, by more than their errors explain: all guides lack a "
+            "part of the posterior, which defensive draws found, or draw otherwise than by the density that they state."
+        )
+    if weighed.lost > LOST:
+        found.append(
+            f"Defensive draws hold {weighed.lost:.0%} of the posterior, which the guides do not propose. The pooled "
+            "draws have it."
+        )
+    if weighed.undefended:
+        names = ", ".join(map(repr, weighed.undefended))
+        found.append(
+            f"No draw takes {names} from the model by itself (an improper prior, a point mass, a site in `scan`, or one "
+            "whose prior depends on a summed site), so that nothing can show what the guide has lost there."
+        )
+    if std_error > MOST_ERROR:
+        found.append(f"The log evidence has a standard error of {std_error:.2f} nats: take more draws (`num_samples`).")
+    return found
+
+
 def _trusted(agreement: "xr.Dataset") -> str:
     """What "good" means; starts that are stuck are named."""
     off = agreement["differs"].any("quantity").values
     number = f"{(~off).sum()} of {len(off)}" if off.any() else f"{len(off)}"
     parts = [
-        f"{number} starts agree, and the weights are good: importance-weighted estimates can be trusted, unless all "
-        "starts lost the same part of the posterior. Nothing here can show that."
+        f"{number} starts agree, and the weights of defended draws are good: importance-weighted estimates can be "
+        "trusted, unless a part of the posterior was lost that differs from all draws in several latents at once."
     ]
     pooled = pooled_evidence(agreement)
     for start, evidence in zip(agreement["start"].values[off], agreement["log_evidence"].values[off]):

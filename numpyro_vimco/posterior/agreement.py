@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 TOLERANCE, ERRORS = 0.1, 4.0
 # A start that differs is stuck where it has less than a hundredth of the evidence: its draws count next to nothing.
 STUCK = float(np.log(100))
+# A start's evidence is sure from so many effective draws on. The pool is above all starts where it is by more than so
+# many standard errors and so many nats above the best of them.
+LEAST_ESS, CERTAIN, ROUNDING = 100, 5.0, 0.02
 # So many starts are named, with what differs most in each.
 NAMED = 3
 # The name of the quantity that is in nats.
@@ -100,6 +103,25 @@ def share_that_agrees(agreement: "xr.Dataset") -> float:
     evidence, error = (agreement[name].values[off] for name in ("log_evidence", "log_evidence_std_error"))
     stuck = evidence + ERRORS * np.nan_to_num(error) < pooled_evidence(agreement) - STUCK
     return float(np.mean(~off)) if np.sum(~off) > 1 and stuck.all() else 0.0
+
+
+def contradictions(agreement: "xr.Dataset") -> tuple[bool, bool]:
+    """Whether a start has more evidence than the pool, and whether the pool has more than each start, for certain.
+
+    The pool proposes what each start does, and its estimates are as good. So where a start has more, the pool's error
+    is not what it seems. Where the pool has more than each start, either all starts lack what the defence found, or
+    the densities of the pool's draws are wrong.
+    """
+    pool = pooled_evidence(agreement)
+    pool_error = float(np.hypot.reduce(agreement["pooled_std_error"].values[is_evidence(agreement)]))
+    evidence, error = agreement["log_evidence"].values, agreement["log_evidence_std_error"].values
+    sure = (agreement["ess"].values >= LEAST_ESS) & np.isfinite(evidence)
+    if not sure.any():
+        return False, False
+    excess, noise = (evidence - pool)[sure], np.hypot(error, pool_error)[sure]
+    ahead = bool((excess > TOLERANCE + ERRORS * noise).any())
+    best = int(np.argmax(excess))
+    return ahead, bool(-excess[best] > ROUNDING + CERTAIN * noise[best])
 
 
 def differences(agreement: "xr.Dataset") -> str:

@@ -235,9 +235,7 @@ def find_defence(fit: Fitted, structure: Structure) -> Defence:
 
     :param structure: of its program.
     """
-    guide = substitute(seed(fit.svi.guide, random.key(0)), data=fit.params)
-    guide_trace = trace(guide).get_trace(*fit.args, **fit.kwargs)
-    blocks = _blocks(fit, guide_trace)
+    guide_trace, blocks = _guide_trace(fit), blocks_of(fit)
     drawable = _drawable(fit)
     local = {}
     for plate in fit.plate_particles:
@@ -249,8 +247,14 @@ def find_defence(fit: Fitted, structure: Structure) -> Defence:
     return Defence(fit, structure.dims, blocks, tuple(components), local)
 
 
-def _blocks(fit: Fitted, guide_trace: Trace) -> dict[str, Block]:
+def _guide_trace(fit: Fitted) -> Trace:
+    guide = substitute(seed(fit.svi.guide, random.key(0)), data=fit.params)
+    return trace(guide).get_trace(*fit.args, **fit.kwargs)
+
+
+def blocks_of(fit: Fitted) -> dict[str, Block]:
     """The blocks of a guide that have a density, by site, in its order."""
+    guide_trace = _guide_trace(fit)
     joint = {f"_{part.prefix}_latent": part for part in automatic_guides(fit.svi.guide) if isinstance(part, AutoContinuous)}
     blocks = {}
     for site in filter(is_latent_site, sample_sites(guide_trace)):

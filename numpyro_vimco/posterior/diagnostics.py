@@ -13,8 +13,8 @@ import numpy as np
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LEAST_ESS, LOW_ESS, advise
-from numpyro_vimco.posterior.agreement import compare, share_that_agrees
+from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LEAST_ESS, LOW_ESS, SEEN_ESS, advise, find_doubts
+from numpyro_vimco.posterior.agreement import compare, contradictions, share_that_agrees
 from numpyro_vimco.posterior.exchange import find_lost_order
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
@@ -41,21 +41,23 @@ class ImportanceDiagnostics:
     :ivar log_evidence_std_error: its standard error in nats, by the delta method.
     :ivar bounds: the importance-weighted bound (α = 0) in nats by number of particles N, from 1 (the ELBO) upwards,
         each a mean over the draws in groups of N.
-    :ivar ess: effective sample size, 1 / Σ W² with Pareto-smoothed weights.
+    :ivar ess: effective sample size, 1 / Σ W², of the normalized weights as they are.
     :ivar pareto_k: shape of the weights' tail, as in ArviZ; -inf where the tail is tied, or where what lies above its
         beginning is less than 0.1 / √draws of the weight, so that it can do no harm
         (``weights.smooth_tail``).
     :ivar reading: of the worst element.
 
-        - ``"bad"``: a proof of a loss; an ESS below 100 that is less than a quarter of the draws; an ESS of less than a
-          tenth of the draws where each start is off; or k of min(1 - 1 / log10(draws), 0.7) or more (Vehtari et al.
-          2024). Where all starts agree and the ESS is half of the draws or more, k is no reason: see
-          :func:`~numpyro_vimco.importance_diagnostics`.
+        - ``"bad"``: a proof of a loss; a start with more evidence than the pool, for certain; an ESS of less than a
+          quarter of the draws where it is below 100, or where k is min(1 - 1 / log10(draws), 0.7) or more (Vehtari et
+          al. 2024); or an ESS of less than a tenth of the draws where each start is off.
         - ``"good"``, if not bad, and the ESS is 100 or more: there are two starts or more, three quarters of them
           agree, the others are stuck in less than a hundredth of the evidence, and the ESS is a tenth of the draws or
-          more, or a quarter where k is 0.5 or more. And no two elements of a plate or of an event were found that
-          the posterior has in both orders, and the draws in one (``posterior/exchange`` says what is tried).
-        - ``"usable"`` else: at best where there is one fit alone, or where starts disagree.
+          more; a quarter where k is 0.5 or more, and half where k is 0.7 or more. The standard error of the log
+          evidence is at most 0.1 nats. Every latent is defended, and the guides propose four fifths of what the
+          defended draws found. The pool has no more evidence than each start, beyond errors. And no two elements of a
+          plate or of an event were found that the posterior has in both orders, and the draws in one
+          (``posterior/exchange`` says what is tried).
+        - ``"usable"``: neither of these. It is the best reading for a single fit, or for starts that disagree.
 
     :ivar advice: what to make of it, or what to do.
     :ivar num_samples: number of draws.
@@ -123,8 +125,13 @@ def importance_diagnostics(
     """
     Draw from the fitted guide, and see what its importance weights say.
 
+    **Defended draws.** One tenth of the draws takes a latent, one of its elements, or all latents from the model in
+    place of the guide, and all have the density of that mixture (``posterior/defence``). So a part of the posterior
+    that the guides have lost in one latent is found. What is not found is a part that differs from all draws in several
+    latents, or several elements, at once, by more than the prior can guess.
+
     **Several starts.** Given a result of ``fit``, the draws are pooled, as :func:`~numpyro_vimco.to_arviz` does
-    it: from the guides of all starts and wider copies of them, with the density of that mixture. Beside them each start
+    it: from the guides of all starts, with the density of their mixture. Beside them each start
     is estimated from ``num_samples`` draws of its own guide, and held against the pool (``agreement``). And a bound
     that a start reached earlier, at power 1, which lies above the log evidence of the pool proves that a part of the
     posterior was lost, since no bound can be above it; that is looked for where the objective is known to be a bound
@@ -135,10 +142,9 @@ def importance_diagnostics(
     **k.** From 0.5 on the variance of the weights is infinite, but up to 0.7 smoothed estimates converge nearly as fast
     (Vehtari et al. 2024): where starts agree, it is no reason for less than "good" if the ESS is a quarter of the draws
     (a limit found by ``benchmarks/agreement.py``). Above, k tells from the largest weights of one set of draws that
-    *unseen* ones may be so large that they would move its estimates. Starts that all agree have seen that directly: as
-    many estimates of evidence and means, from guides of different tails and draws of their own, to within 0.1 and
-    their errors. And an ESS of half of the draws bounds the relative variance of the weights by 1. Both together are
-    better evidence than a tail that is extrapolated, so that k is no reason for "bad" then.
+    *unseen* ones may be so large that they would move its estimates. Defended weights are bounded where one latent
+    alone makes them large. So the more of the draws' weight is seen, the less k counts: a quarter of the draws is
+    "usable", and half of them, where starts agree, "good".
 
     Draws are not kept: memory is that of ``3 √num_samples`` weights for each element of plates that are common to all
     sites, beside that of a few draws of the model; with several starts, that of a few sums for each element of each
@@ -177,7 +183,9 @@ def importance_diagnostics(
     k, ess = float(summary.pareto_k.max()), float(summary.ess.min())
     agreeing = 0.0 if agreement is None else share_that_agrees(agreement)
     all_off = agreement is not None and bool(agreement["differs"].any("quantity").all())
-    reading = _reading(k, ess, num_samples, agreeing, all_off, bool(past))
+    ahead, above_all = (False, False) if agreement is None else contradictions(agreement)
+    doubts = find_doubts(weighed, std_error, ahead, above_all)
+    reading = _reading(k, ess, num_samples, agreeing, all_off, bool(past) or ahead, bool(doubts))
     lost_order = None
     if reading == "good" and weighed.draws:
         assert weighed.moments is not None and weighed.log_weight is not None
@@ -196,7 +204,7 @@ def importance_diagnostics(
         ess=summary.ess.reshape(weighed.shape)[()],
         pareto_k=summary.pareto_k.reshape(weighed.shape)[()],
         reading=reading,
-        advice=advise(fit, weighed, reading, agreement, past, annealed, lost_order),
+        advice=advise(fit, weighed, reading, agreement, past, annealed, lost_order, doubts),
         num_samples=num_samples,
         heaviest=heaviest,
         log_weight=weighed.log_weight,
@@ -204,12 +212,14 @@ def importance_diagnostics(
     )
 
 
-def _reading(k: float, ess: float, num_samples: int, agreeing: float, all_off: bool, loss_proven: bool) -> str:
+def _reading(
+    k: float, ess: float, num_samples: int, agreeing: float, all_off: bool, wrong_for_certain: bool, doubtful: bool
+) -> str:
     # The heavier the tail, the more the seen draws must hold: see `importance_diagnostics`.
     share, scarce = ess / num_samples, ess < LEAST_ESS
-    tail_seen = agreeing == 1 and share >= 0.5
-    heavy = k >= min(1 - 1 / np.log10(num_samples), 0.7) and not tail_seen
-    if loss_proven or heavy or (scarce and share < HEAVY_ESS) or (all_off and share < LOW_ESS):
+    heavy = k >= min(1 - 1 / np.log10(num_samples), 0.7)
+    few = share < (HEAVY_ESS if heavy or scarce else LOW_ESS if all_off else 0)
+    if wrong_for_certain or few:
         return "bad"
-    enough = share >= (LOW_ESS if k < HEAVY_TAIL else HEAVY_ESS) and not scarce
-    return "good" if agreeing >= MOST and enough else "usable"
+    needed = SEEN_ESS if heavy else HEAVY_ESS if k >= HEAVY_TAIL else LOW_ESS
+    return "good" if agreeing >= MOST and share >= needed and not scarce and not doubtful else "usable"

@@ -4,6 +4,7 @@
 """Several fits of one posterior, side by side."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 import warnings
 
@@ -21,6 +22,7 @@ from numpyro_vimco.posterior.annealing import first_power, geometric
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
 from numpyro_vimco.posterior.observed import find_observed
 from numpyro_vimco.posterior.proposals import each_start
+from numpyro_vimco.posterior.recovery import recovered
 from numpyro_vimco.posterior.results import FitResult, FitState
 from numpyro_vimco.posterior.starts import initial_states, with_known_draws
 from numpyro_vimco.posterior.steps import Steps
@@ -40,6 +42,7 @@ def fit(
     *args,
     num_starts: int = 4,
     anneal: float | Sequence[float] | Callable = 0.5,
+    recover: bool = True,
     progress_bar: bool = True,
     stable_update: bool = False,
     forward_mode_differentiation: bool = False,
@@ -114,7 +117,7 @@ def fit(
             f"What `fit` was given for the model and the guide does not fit {problem}. Arguments of the model follow "
             "the number of steps as they are, `fit(svi, rng_key, 2000, x)`; the number of starts is `num_starts`."
         )
-    init_key, evidence_key = split(rng_key)
+    init_key, evidence_key, recovery_key = split(rng_key, 3)
     if init_state is None:
         num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
         anneal_steps = _anneal_steps(anneal, num_starts, num_steps)
@@ -149,6 +152,7 @@ def fit(
         start_sharding,
     )
     state, losses, powers = steps.run(state, num_steps, progress_bar)
+    failed = np.asarray(state.failed)
     infinite = np.isposinf(losses).sum(1)
     if losses.size and infinite.max() > losses.shape[1] / 2:
         warnings.warn(
@@ -159,8 +163,11 @@ def fit(
             stacklevel=2,
         )
     no_evidence = np.full((2, len(state.failed)), np.nan)
-    result = FitResult(jax.vmap(svi.get_params)(state.svi), losses, state, powers, *no_evidence)
+    params = jax.vmap(svi.get_params)(state.svi)
+    result = FitResult(params, losses, state, powers, *no_evidence, state.svi, failed)
     if _has_evidence(model_trace, guide_trace):
+        if recover and num_steps:
+            result = _recovered(svi, recovery_key, result, steps, num_steps, args, kwargs, progress_bar)
         estimates, errors = _log_evidence(svi, evidence_key, result, model_trace, args, kwargs, progress_bar)
         result = result._replace(log_evidence=estimates, log_evidence_std_error=errors)
     return result
@@ -258,6 +265,20 @@ def _log_evidence(svi: SVI, rng_key: Array, result: FitResult, model_trace: Trac
         variance = variance_of_log_mean(relative.sum(0), (relative**2).sum(0), EVIDENCE_DRAWS)
         errors[i] = np.sqrt(np.sum(variance))
     return estimates, errors
+
+
+def _recovered(svi: SVI, rng_key: Array, result: FitResult, steps: Steps, num_steps: int, args, kwargs, show_bar: bool):
+    """The result, without what all starts lost, as far as it can be recovered."""
+
+    def go_on(state: FitState) -> FitState:
+        return replace(steps, power=geometric).run(state, num_steps, show_bar)[0]
+
+    kwargs = {**svi.static_kwargs, **kwargs}
+    try:
+        return recovered(svi, rng_key, result, go_on, steps.units, args, kwargs, "defence" if show_bar else None)
+    except (ValueError, NotImplementedError) as error:
+        warnings.warn(f"What the starts may have lost cannot be looked for. {error}", stacklevel=3)
+        return result
 
 
 def _traces(svi: SVI, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:

@@ -257,7 +257,7 @@ def _weighed(
     attributes = {
         "log_evidence": float(log_evidence.sum()),
         "pareto_k": float(k.max()),
-        "ess": float(weights.of_elements(weights.effective_sample_size, smoothed).min()),
+        "ess": float(weights.of_elements(weights.effective_sample_size, flat).min()),
     }
     latents, stats = drawn.values, {"log_weight": drawn.log_weight, "log_p": drawn.log_p, "log_q": drawn.log_q}
     if num_samples is not None:

@@ -47,6 +47,9 @@ from numpyro_vimco.posterior.proposals import (
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites
 
+# So many keys at a time at most, so that calls of any length share a program.
+MOST_AT_ONCE = 256
+
 Values = dict[str, Array]
 
 
@@ -198,7 +201,16 @@ def pooled(fit: Fitted) -> Sampler:
         return jax.lax.map(lambda x: particle(*x), (jnp.arange(num_starts), mixture.params, split(rng_key, num_starts)))
 
     # The guides' densities are evaluated for all starts at a time.
-    return Sampler(draw, num_starts, max(fit.chunk_size() // num_starts**2, 1), structure)
+    return Sampler(draw, num_starts, int(np.clip(fit.chunk_size() // num_starts**2, 1, MOST_AT_ONCE)), structure)
+
+
+def undefended_latents(fit: Fitted) -> tuple[str, ...]:
+    """Names of the latents that no defensive component draws from the model without drawing all of them."""
+    defence = find_defence(fit, structure_of(program_of(fit, fit.plate_particles), fit))
+    whole = [c for c in defence.components if len(c.sites) < len(defence.blocks) or len(defence.blocks) == 1]
+    drawn = {latent for c in whole for site in c.sites for latent in defence.blocks[site].latents}
+    drawn |= {latent for latents in defence.local.values() for latent in latents}
+    return tuple(name for name in fit.latents() if name not in drawn)
 
 
 def log_ratio(log_p: Array, log_q: Array) -> Array:

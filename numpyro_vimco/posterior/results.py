@@ -42,6 +42,9 @@ class FitResult(NamedTuple):
         importance weight of 4,096 draws of its guide, at power 1. NaN where a start was dropped, and where there is
         none: a plate is subsampled, or the model has no latents.
     :ivar log_evidence_std_error: its standard error in nats, by the delta method, of shape ``(starts,)``.
+    :ivar svi_states: of all starts, with a leading axis. They are those of ``state``, unless all starts had lost a part
+        of the posterior and it was recovered (:func:`~numpyro_vimco.fit`).
+    :ivar failed: whether each start was dropped, of shape ``(starts,)``.
     """
 
     params: dict[str, Any]
@@ -50,15 +53,12 @@ class FitResult(NamedTuple):
     power: np.ndarray
     log_evidence: np.ndarray
     log_evidence_std_error: np.ndarray
-
-    @property
-    def failed(self) -> np.ndarray:
-        """Whether each start was dropped, of shape ``(starts,)``."""
-        return np.asarray(self.state.failed)
+    svi_states: SVIState
+    failed: np.ndarray
 
     def start(self, index: int) -> SVIRunResult:
         """One start, as ``svi.run`` would return it."""
-        params, state = jax.tree.map(lambda leaf: leaf[index], (self.params, self.state.svi))
+        params, state = jax.tree.map(lambda leaf: leaf[index], (self.params, self.svi_states))
         return SVIRunResult(params, state, jnp.asarray(self.losses[index]))
 
     @property

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 from numpyro.distributions import biject_to
+from scipy.special import logsumexp
 
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Moments
-from numpyro_vimco.posterior.pooling import pooled
+from numpyro_vimco.posterior.pooling import pooled, undefended_latents
 from numpyro_vimco.posterior.proposals import Draw, check_weights, each_start, merged, plate_names, plate_sizes
 from numpyro_vimco.posterior.weights import WeightStream, WeightSummary
 from numpyro_vimco.sites import element_names, is_discrete, is_latent_site
@@ -36,6 +37,8 @@ class Weighed:
         ``(draws, coordinates)``, where weights are joint.
     :ivar coordinates: their names.
     :ivar moments: weighted means of all latents, where there are several starts; else None.
+    :ivar lost: the share of the posterior that the defence proposes and guides do not, of the worst element.
+    :ivar undefended: names of the latents that no defensive component draws by itself or with their parents.
     :ivar draws: the first draws of these, of shape ``(draws, *batch, *event)``, where weights are joint; else empty.
     """
 
@@ -45,6 +48,8 @@ class Weighed:
     continuous: np.ndarray
     coordinates: list[str]
     moments: Moments | None
+    lost: float
+    undefended: tuple[str, ...]
     draws: Mapping[str, np.ndarray]
 
 
@@ -53,25 +58,26 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
 
     :raises ValueError: for NaN weights, and where all are zero.
     """
-    sampler = pooled(fit)
+    sampler, undefended = pooled(fit), undefended_latents(fit)
     structure, sizes = sampler.structure, plate_sizes(fit)
     shape = tuple(sizes[name] for name in plate_names(fit, structure.dims))
     coordinates = _coordinates(fit) if not shape else {}
     moments = None if fit.starts is None else Moments(fit.event_dims)
 
-    def weight(draw: Draw) -> tuple[Array, Array, Mapping[str, Array]]:
+    def weight(draw: Draw) -> tuple[Array, Array, Array, Mapping[str, Array]]:
         supports = {name: fit.model_trace[name]["fn"].support for name in coordinates}
         unconstrained = [biject_to(support).inv(draw.values[name]) for name, support in supports.items()]
         continuous = jnp.concatenate([jnp.zeros(0), *map(jnp.ravel, unconstrained)])
-        return draw.log_weight, continuous, {} if moments is None else draw.values
+        return draw.log_weight, draw.log_guide_share, continuous, {} if moments is None else draw.values
 
     stream = WeightStream(num_draws, int(np.prod(shape)))
     kept: list[np.ndarray] = []
     continuous: list[np.ndarray] = []
     draws: list[Mapping[str, np.ndarray]] = []
     taken = nan = kept_size = 0
+    of_guides = total = np.full(int(np.prod(shape)), -np.inf)
     for block in sampler.blocks(rng_key, -(-num_draws // sampler.size), weight, progress):
-        log_weight, unconstrained, values = merged(block, num_draws - taken)
+        log_weight, log_share, unconstrained, values = merged(block, num_draws - taken)
         flat = log_weight.reshape(len(log_weight), -1)
         if not shape:
             flat = flat.astype(float)
@@ -80,6 +86,9 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
         if nan:
             continue
         stream.add(flat)
+        total = np.logaddexp(total, logsumexp(flat.astype(float), axis=0))
+        shared = flat.astype(float) + log_share.reshape(flat.shape)
+        of_guides = np.logaddexp(of_guides, logsumexp(shared, axis=0))
         continuous.append(unconstrained)
         if not shape:
             kept.append(flat[:, 0])
@@ -92,7 +101,9 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
     names = [name for names in coordinates.values() for name in names]
     log_weight = np.concatenate(kept) if not shape else None
     kept_draws = {name: np.concatenate([block[name] for block in draws]) for name in (draws[0] if draws else ())}
-    return Weighed(stream.summary(), shape, log_weight, np.concatenate(continuous), names, moments, kept_draws)
+    lost = float(np.max(-np.expm1(of_guides - total)))
+    coordinates_of = np.concatenate(continuous), names
+    return Weighed(stream.summary(), shape, log_weight, *coordinates_of, moments, lost, undefended, kept_draws)
 
 
 def moments_of_starts(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> list[Moments]:

@@ -37,7 +37,7 @@ class WeightSummary:
 
     :ivar log_evidence: logarithm of the mean weight, in nats.
     :ivar variance: variance of ``log_evidence``, by the delta method.
-    :ivar ess: effective sample size, 1 / Σ W² of Pareto-smoothed weights.
+    :ivar ess: effective sample size, 1 / Σ W² of the normalized weights as they are: smoothing would hide a heavy one.
     :ivar pareto_k: shape of the tail.
     :ivar bounds: by number of particles N, the mean over groups of N draws of log (1/N) Σ w in nats, summed over
         elements.
@@ -130,12 +130,8 @@ class WeightStream:
             total, square = rest + raw.sum(1), rest_square + (raw**2).sum(1)
             log_evidence[part] = np.log(total) + maximum - np.log(self.num_draws)
             variance[part] = variance_of_log_mean(total, square, self.num_draws)
-            smoothed, k[part] = smooth_tail(tail, rest, self.num_draws)
-            # Smoothed weights can be much smaller than the largest raw one.
-            shift = np.maximum(smoothed.max(1), self._largest[part] - maximum)
-            smooth, factor = np.exp(smoothed - shift[:, None]), np.exp(self._largest[part] - maximum - shift)
-            rest, rest_square = self._sums[:, part] * (factor, factor**2)
-            ess[part] = (rest + smooth.sum(1)) ** 2 / (rest_square + (smooth**2).sum(1))
+            ess[part] = total**2 / square
+            _, k[part] = smooth_tail(tail, rest, self.num_draws)
             i = int(np.argmax(k[part]))
             if k[part][i] > worst or not len(heaviest):
                 worst, heaviest = k[part][i], raw[i, ::-1] / total[i]
