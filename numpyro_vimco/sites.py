@@ -195,7 +195,7 @@ def with_fixed_parameters(fn: Any) -> Any:
 
 def is_in_scan(site: dict) -> bool:
     """Whether a site is inside of `scan`. Its value then has a leading dimension for time."""
-    return site.get("_control_flow_done", False)
+    return "_scan_current_index" in site["infer"]
 
 
 def mask_of(fn: dist.Distribution) -> tuple[Array, int] | None:

@@ -21,6 +21,7 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
 from numpyro_vimco.guides.options import check_couplings, check_structure
 from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites
@@ -169,7 +170,7 @@ class AutoMixed(StructuralGuide):
             # alone is not needed.
             any_discrete = bool(discrete or self.model.hidden)
             if any_discrete:
-                model = mask(block(substitute(model, data=discrete), hide_fn=_is_beside_continuous), mask=False)
+                model = mask(block(Given(model, discrete), hide_fn=_is_beside_continuous), mask=False)
             guide = self.continuous(model, **self._arguments)
             is_alone = not any_discrete and self.structure != "autoregressive"
             self._parts.append(guide if is_alone else _checked(guide, self.structure))

@@ -81,20 +81,7 @@ class Unmarked(Messenger):
                 msg["infer"]["enumerate"] = None
         elif msg["type"] == "control_flow":
             names = self.names if _is_enumerated(msg) else None
-            inside = _NoParams if _is_enumerated(msg) else lambda fn: fn
-            msg["args"] = tuple(inside(Unmarked(arg, names)) if callable(arg) else arg for arg in msg["args"])
-
-
-class _NoParams(Messenger):
-    """Refuses parameters inside of `scan`, where NumPyro does not find them."""
-
-    def process_message(self, msg: dict) -> None:
-        if msg["type"] == "param":
-            raise ValueError(
-                f"Parameter '{msg['name']}' is declared inside of `scan`, where NumPyro neither finds nor fits it, and "
-                f"cannot enumerate beside it. Call numpyro.param('{msg['name']}', …) before `scan`, and use its value "
-                "inside."
-            )
+            msg["args"] = tuple(Unmarked(arg, names) if callable(arg) else arg for arg in msg["args"])
 
 
 class _AsItIs(Messenger):
