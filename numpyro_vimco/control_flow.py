@@ -16,6 +16,13 @@ from jaxtyping import Array
 import numpyro
 from numpyro.primitives import Messenger
 
+_IN_SCAN = "_in_scan"
+
+
+def is_in_scan(site: dict) -> bool:
+    """Whether a site is inside of `scan`, in a trace of :class:`Given`: its value has a leading dimension for time."""
+    return site["infer"].get(_IN_SCAN, False)
+
 
 class Given(Messenger):
     """A program whose latents have given values; those without are drawn.
@@ -69,10 +76,12 @@ class _Inside(Given):
 
 
 class _InScan(_Inside):
-    """The same inside of `scan`, where no parameters may be."""
+    """The same inside of `scan`, where sites are marked and no parameters may be."""
 
     def process_message(self, msg: dict) -> None:
-        if msg["type"] == "param":
+        if msg["type"] == "sample":
+            msg["infer"] = {**msg["infer"], _IN_SCAN: True}
+        elif msg["type"] == "param":
             raise ValueError(
                 f"Parameter '{msg['name']}' is declared inside of `scan`, where NumPyro neither finds nor fits it. "
                 f"Call numpyro.param('{msg['name']}', …) before `scan`, and use its value inside."

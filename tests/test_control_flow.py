@@ -182,8 +182,8 @@ def each_in_the_other():
         def step(carry, x):
             n = cond(
                 x > 0,
-                lambda carry: numpyro.sample("n", dist.Binomial(4, 0.2 + 0.1 * carry)),
-                lambda carry: numpyro.sample("n", dist.Binomial(4, 0.6)),
+                lambda carry: numpyro.sample("n", dist.Binomial(4, 0.3 + 0.03 * carry)),
+                lambda carry: numpyro.sample("n", dist.Binomial(4, 0.5)),
                 carry,
             )
             numpyro.sample("x", dist.Normal(n, 1.0), obs=x)
@@ -191,7 +191,7 @@ def each_in_the_other():
 
         def last(total):
             def step(carry, x):
-                m = numpyro.sample("m", dist.Binomial(4, 0.2 + 0.1 * total))
+                m = numpyro.sample("m", dist.Binomial(4, 0.3 + 0.03 * total))
                 numpyro.sample("xx", dist.Normal(m, 1.0), obs=x)
                 return carry, None
 

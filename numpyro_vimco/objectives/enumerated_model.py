@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Array
 from numpyro.handlers import block, replay, substitute, trace
 
-from numpyro_vimco.control_flow import Given
+from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.dependence import dependence, may_mix
 from numpyro_vimco.objectives.densities import log_prob_of
 from numpyro_vimco.objectives.enumeration import enumerated_trace, parents_of
@@ -20,7 +20,7 @@ from numpyro_vimco.objectives.enumeration_checks import (
     num_batch_dims,
     unexplained_dims,
 )
-from numpyro_vimco.sites import Trace, is_in_scan, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 
 def at_values(model: Callable, params: Mapping[str, Any], subsampled: Trace, guide_trace: Trace) -> Given:
