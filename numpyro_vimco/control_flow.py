@@ -16,7 +16,8 @@ from jaxtyping import Array
 import numpyro
 from numpyro.primitives import Messenger
 
-_IN_SCAN = "_in_scan"
+# Marks that are made here, in `infer` of sites inside: of those in `scan`, and of those that were given their value.
+_IN_SCAN, _GIVEN = "_in_scan", "_given"
 
 
 def is_in_scan(site: dict) -> bool:
@@ -31,6 +32,7 @@ class Given(Messenger):
     and both take the values of a `scan` with ``reverse=True`` from the wrong end. Here they are one more input of it.
 
     :param values: by latent, as in a trace: inside of `scan` with a leading dimension for time.
+    :raises ValueError: inside of control flow, for a parameter, for a subsampled plate, and for values without time.
     """
 
     def __init__(self, fn: Callable, values: Mapping[str, Array]):
@@ -41,8 +43,11 @@ class Given(Messenger):
         if msg["type"] == "control_flow":
             inside = self._in_scan if "history" in msg["kwargs"] else self._in_cond
             msg["args"] = inside(*msg["args"])
-        elif msg["type"] == "sample" and msg["name"] in self.values and msg["value"] is None:
-            self._give(msg)
+        elif msg["type"] == "sample" and msg["name"] in self.values and not msg["is_observed"]:
+            if msg["value"] is None:
+                self._give(msg)
+            elif msg.get("_control_flow_done", False) and not msg["infer"].get(_GIVEN, False):
+                raise _without_time_error(msg, self.values[msg["name"]])
 
     def _give(self, msg: dict) -> None:
         msg["value"] = self.values[msg["name"]]
@@ -69,21 +74,39 @@ class _Inside(Given):
     A given site takes a key all the same, so that the keys of others do not depend on what is given.
     """
 
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "param":
+            raise ValueError(
+                f"Parameter '{msg['name']}' is declared inside of `scan` or `cond`, where NumPyro does not fit it. "
+                f"Call numpyro.param('{msg['name']}', …) before, and use its value inside."
+            )
+        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
+            raise ValueError(
+                f"Plate '{msg['name']}' is subsampled inside of `scan` or `cond`, where model and guide, and each "
+                "particle at each time, would have another subsample. Use the full plate there."
+            )
+        super().process_message(msg)
+
     def _give(self, msg: dict) -> None:
         super()._give(msg)
+        msg["infer"] = {**msg["infer"], _GIVEN: True}
         if msg["kwargs"]["rng_key"] is None:
             msg["kwargs"]["rng_key"] = numpyro.prng_key()
 
 
 class _InScan(_Inside):
-    """The same inside of `scan`, where sites are marked and no parameters may be."""
+    """The same inside of `scan`, where sites are marked."""
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "sample":
             msg["infer"] = {**msg["infer"], _IN_SCAN: True}
-        elif msg["type"] == "param":
-            raise ValueError(
-                f"Parameter '{msg['name']}' is declared inside of `scan`, where NumPyro neither finds nor fits it. "
-                f"Call numpyro.param('{msg['name']}', …) before `scan`, and use its value inside."
-            )
         super().process_message(msg)
+
+
+def _without_time_error(site: dict, value: Array) -> ValueError:
+    """A latent in `scan` with values that are not one for each time."""
+    return ValueError(
+        f"The model draws '{site['name']}' inside of `scan`, at {len(site['value'])} times, but its value in the guide "
+        f"has the shape {jnp.shape(value)}, which does not begin with the times. Draw it inside of `scan` in the guide "
+        "as well, or with a first dimension for time."
+    )
