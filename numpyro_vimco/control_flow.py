@@ -22,7 +22,12 @@ _IN_SCAN, _GIVEN = "_in_scan", "_given"
 
 def is_in_scan(site: dict) -> bool:
     """Whether a site is inside of `scan`, in a trace of :class:`Given`: its value has a leading dimension for time."""
-    return site["infer"].get(_IN_SCAN, False)
+    return _IN_SCAN in site["infer"]
+
+
+def in_turn(site: dict, x: Array, axis: int = 0) -> Array:
+    """An array with an axis for time, in the order in which `scan` passes through it; the same array outside of it."""
+    return jnp.flip(x, axis) if site["infer"].get(_IN_SCAN) == "reverse" else x
 
 
 class Given(Messenger):
@@ -53,8 +58,7 @@ class Given(Messenger):
         msg["value"] = self.values[msg["name"]]
 
     def _in_cond(self, pred, true_fun: Callable, false_fun: Callable, operand) -> tuple:
-        inside = _InScan if isinstance(self, _InScan) else _Inside
-        return pred, inside(true_fun, self.values), inside(false_fun, self.values), operand
+        return pred, _Inside(true_fun, self.values), _Inside(false_fun, self.values), operand
 
     def _in_scan(self, body: Callable, init, xs, length: int | None, reverse: bool) -> tuple:
         length = len(jax.tree.leaves(xs)[0]) if length is None else length
@@ -63,7 +67,7 @@ class Given(Messenger):
 
         def given_body(carry, at_time):
             values, x = at_time
-            return _InScan(body, values)(carry, x)
+            return _InScan(body, values, reverse)(carry, x)
 
         return given_body, init, (series, xs), length, reverse
 
@@ -97,9 +101,13 @@ class _Inside(Given):
 class _InScan(_Inside):
     """The same inside of `scan`, where sites are marked."""
 
+    def __init__(self, fn: Callable, values: Mapping[str, Array], reverse: bool):
+        super().__init__(fn, values)
+        self.direction = "reverse" if reverse else "forward"
+
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "sample":
-            msg["infer"] = {**msg["infer"], _IN_SCAN: True}
+            msg["infer"] = {**msg["infer"], _IN_SCAN: self.direction}
         super().process_message(msg)
 
 
