@@ -4,6 +4,8 @@ A program takes its control flow as arguments. Run with :func:`loop` and :func:`
 ones, whose names begin with their times ("1/0/z").
 """
 
+from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,9 +16,12 @@ from numpyro.contrib.control_flow import cond, scan
 from numpyro.contrib.funsor import markov
 import numpyro.distributions as dist
 from numpyro.handlers import mask, scale, scope, seed, substitute, trace
+from numpyro.infer import SVI
+import optax
 import pytest
+from scipy.stats import norm
 
-from numpyro_vimco import VIMCOStar
+from numpyro_vimco import AutoMixed, VIMCOStar, to_arviz
 from numpyro_vimco.objectives.levels import Levels
 from numpyro_vimco.posterior.annealing import Annealed
 
@@ -343,3 +348,89 @@ def test_both_gradients_have_the_same_loss(name):
         for doubly in (True, False)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_deterministic_sites_after_the_fit():
+    for name, expected in {"reverse": "a + 10 * b", "cond": "(2 + 3 * z) * mu"}.items():
+        site = {"reverse": "sum", "cond": "double"}[name]
+        model, guide = (partial(program, scan, cond) for program in CASES[name])
+        svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
+        posterior = to_arviz(svi, PARAMS_OF[name], rng_key=jax.random.key(0), num_samples=20, progress_bar=False)[
+            "posterior"
+        ]
+        latents = {latent: posterior[latent].values for latent in posterior.data_vars}
+        np.testing.assert_allclose(latents[site], eval(expected, latents), rtol=1e-5)
+        auto = AutoMixed(model)
+        params = SVI(model, auto, optax.adam(0.01), VIMCOStar()).run(jax.random.key(0), 1, progress_bar=False).params
+        draws = auto.sample_posterior(jax.random.key(1), params, sample_shape=(4, 5))
+        np.testing.assert_allclose(draws[site], eval(expected, draws), rtol=1e-5)
+        assert draws[site].shape[:2] == (4, 5)
+
+
+def counts(in_scan):
+    """Counts at a rate that may be zero, in `scan` or in a plate whose elements share a weight."""
+
+    def model():
+        rate = numpyro.param("rate", 1.5)
+
+        def step(carry, x):
+            z = numpyro.sample("z", dist.Poisson(1.0))
+            numpyro.sample("x", dist.Poisson(rate * z), obs=x)
+            return carry, None
+
+        if in_scan:
+            scan(step, 0, jnp.array([3, 0, 1]))
+        else:
+            with numpyro.plate("times", 3):
+                step(0, jnp.array([3, 0, 1]))
+
+    def guide():
+        with numpyro.plate("times", 3) if not in_scan else nullcontext():
+            numpyro.sample("z", dist.Poisson(numpyro.param("rates", jnp.ones(3))))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("z", [[2, 0, 1], [0, 1, 1]], ids=["possible", "impossible"])
+def test_zero_weights_have_the_gradient_that_they_have_in_a_plate(z):
+    gradients = []
+    for in_scan in (True, False):
+        program = VIMCOStar(joint_plates=() if in_scan else ["times"]).program(
+            *counts(in_scan), (), {}, jax.random.key(0)
+        )
+
+        def log_joint(rate, program=program):
+            params, values = {"rate": rate, "rates": jnp.ones(3)}, Levels({"z": jnp.array(z)}, {})
+            return program.densities(params, jax.random.key(0), values)[0].shared.model.sum()
+
+        gradients.append(jax.value_and_grad(log_joint)(1.5))
+    np.testing.assert_allclose(*gradients, rtol=1e-6)
+    assert np.isfinite(gradients[0][1]) and np.isfinite(gradients[0][0]) == (z[0] > 0)
+
+
+def test_a_plate_inside_of_cond_beside_a_summed_site():
+    """Two rows and two values, so that an exchange of their dimensions would show in the result only."""
+    rows = jnp.array([0.3, 2.0])
+
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        c = numpyro.sample("c", dist.Normal(0.0, 1.0))
+
+        def data(c):
+            with numpyro.plate("rows", 2):
+                numpyro.sample("x", dist.Normal(c + 2.0 * z, 1.0), obs=rows)
+
+        cond(c > 0, data, lambda c: data(2 * c), c)
+
+    def guide():
+        numpyro.sample("c", dist.Normal(numpyro.param("loc", 0.0), 1.0))
+
+    def log_joint(rng_key):
+        levels, _ = VIMCOStar().program(model, guide, (), {}, rng_key).propose({"loc": 0.0}, rng_key)
+        return levels.shared[0]["c"], levels.shared[1].model.sum()
+
+    for seed_ in range(3):
+        c, found = log_joint(jax.random.key(seed_))
+        mean = np.where(c > 0, c, 2 * c)
+        terms = [np.log(0.7) + norm.logpdf(rows, mean).sum(), np.log(0.3) + norm.logpdf(rows, mean + 2).sum()]
+        np.testing.assert_allclose(found, norm.logpdf(c) + np.logaddexp(*terms), rtol=1e-5)
