@@ -21,6 +21,7 @@ import optax
 import pytest
 from scipy.stats import binom, norm, poisson
 
+from helpers import of_two_lengths
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
 from numpyro_vimco.objectives.levels import Levels
 from numpyro_vimco.posterior.annealing import Annealed
@@ -350,21 +351,31 @@ def test_both_gradients_have_the_same_loss(name):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_deterministic_sites_after_the_fit():
-    for name, expected in {"reverse": "a + 10 * b", "cond": "(2 + 3 * z) * mu"}.items():
-        site = {"reverse": "sum", "cond": "double"}[name]
-        model, guide = (partial(program, scan, cond) for program in CASES[name])
-        svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
-        posterior = to_arviz(svi, PARAMS_OF[name], rng_key=jax.random.key(0), num_samples=20, progress_bar=False)[
-            "posterior"
-        ]
-        latents = {latent: posterior[latent].values for latent in posterior.data_vars}
-        np.testing.assert_allclose(latents[site], eval(expected, latents), rtol=1e-5)
-        auto = AutoMixed(model)
-        params = SVI(model, auto, optax.adam(0.01), VIMCOStar()).run(jax.random.key(0), 1, progress_bar=False).params
-        draws = auto.sample_posterior(jax.random.key(1), params, sample_shape=(4, 5))
-        np.testing.assert_allclose(draws[site], eval(expected, draws), rtol=1e-5)
-        assert draws[site].shape[:2] == (4, 5)
+DETERMINISTIC = {
+    "reverse": ("sum", lambda a, b, **_: a + 10 * b),
+    "cond": ("double", lambda z, mu, **_: (2 + 3 * z) * mu),
+}
+
+
+@pytest.mark.parametrize("name", of_two_lengths(DETERMINISTIC, ["reverse"]))
+def test_deterministic_sites_after_the_fit(name):
+    site, expected = DETERMINISTIC[name]
+    model, guide = (partial(program, scan, cond) for program in CASES[name])
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
+    tree = to_arviz(svi, PARAMS_OF[name], rng_key=jax.random.key(0), num_samples=20, progress_bar=False)
+    found = {variable: tree["posterior"][variable].values for variable in tree["posterior"].data_vars}
+    np.testing.assert_allclose(found[site], expected(**found), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", of_two_lengths(DETERMINISTIC, ["reverse"]))
+def test_deterministic_sites_of_an_automatic_guide(name):
+    site, expected = DETERMINISTIC[name]
+    model = partial(CASES[name].model, scan, cond)
+    guide = AutoMixed(model)
+    params = SVI(model, guide, optax.adam(0.01), VIMCOStar()).run(jax.random.key(0), 1, progress_bar=False).params
+    draws = guide.sample_posterior(jax.random.key(1), params, sample_shape=(4, 5))
+    np.testing.assert_allclose(draws[site], expected(**draws), rtol=1e-5)
+    assert draws[site].shape[:2] == (4, 5)
 
 
 def counts(in_scan):
@@ -485,7 +496,8 @@ def fitted(model, guide, num_steps):
     """An `SVI`, four starts of it, and what their pooled draws say."""
     svi = SVI(model, guide, optax.adam(0.03), VIMCOStar(num_particles=16))
     result = fit(svi, jax.random.key(0), num_steps, progress_bar=False)
-    return svi, result, importance_diagnostics(svi, result, rng_key=jax.random.key(1), progress_bar=False)
+    found = importance_diagnostics(svi, result, rng_key=jax.random.key(1), num_samples=40_000, progress_bar=False)
+    return svi, result, found
 
 
 def test_fit_of_latents_in_cond():
