@@ -358,13 +358,18 @@ DETERMINISTIC = {
 
 
 @pytest.mark.parametrize("name", of_two_lengths(DETERMINISTIC, ["reverse"]))
-def test_deterministic_sites_after_the_fit(name):
+def test_draws_after_the_fit(name):
     site, expected = DETERMINISTIC[name]
     model, guide = (partial(program, scan, cond) for program in CASES[name])
     svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
     tree = to_arviz(svi, PARAMS_OF[name], rng_key=jax.random.key(0), num_samples=20, progress_bar=False)
     found = {variable: tree["posterior"][variable].values for variable in tree["posterior"].data_vars}
     np.testing.assert_allclose(found[site], expected(**found), rtol=1e-5)
+    # The log-densities beside the draws are those of these values, not of others in another order.
+    for draw in range(3):
+        values = {variable: value[0, draw] for variable, value in found.items()}
+        log_p = log_density_in_loops(CASES[name].model, {}, values, lambda site: True)
+        np.testing.assert_allclose(tree["sample_stats"]["log_p"].values[0, draw], log_p, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", of_two_lengths(DETERMINISTIC, ["reverse"]))
