@@ -133,7 +133,8 @@ def nested():
         def row(carry, x):
             def step(carry, x):
                 z = 1.0 * numpyro.sample("z", dist.Binomial(4, 0.2 + 0.1 * carry))
-                numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+                u = numpyro.sample("u", dist.Normal(z, 1.0))
+                numpyro.sample("x", dist.Normal(u, 1.0), obs=x)
                 return z, None
 
             return scan(step, carry, x, reverse=True)
@@ -142,7 +143,11 @@ def nested():
 
     def guide(scan, cond):
         def row(carry, prob):
-            return scan(lambda carry, prob: (carry, numpyro.sample("z", dist.Binomial(4, prob))), carry, prob)
+            def step(carry, prob):
+                z = numpyro.sample("z", dist.Binomial(4, prob))
+                return carry, numpyro.sample("u", dist.Normal(z + 0.1 * prob, 1.1))
+
+            return scan(step, carry, prob)
 
         scan(row, 0, numpyro.param("prob", 0.4 + 0.1 * XX))
 
