@@ -7,8 +7,8 @@ A *score-function site* is a latent guide site whose distribution has no reparam
 (``has_rsample`` is False): no gradient flows through its sample. All other latent guide sites are *path sites*;
 :func:`is_drawn` tells which of them a doubly reparameterised gradient may treat as draws from a fixed density.
 
-Two private parts of NumPyro's sites are read, in :func:`mask_of` and :func:`is_in_scan` only; they were seen in NumPyro
-0.20, the oldest that is admitted, and in 0.22.
+A private part of NumPyro's distributions is read, in :func:`mask_of` only; it was seen in NumPyro 0.20, the oldest that
+is admitted, and in 0.22.
 """
 
 from copy import copy
@@ -201,11 +201,6 @@ def with_fixed_parameters(fn: Any) -> Any:
         is_single = lambda x: not isinstance(x, dict | list | tuple)  # noqa: E731
         vars(result)[name] = jax.tree.map(with_fixed_parameters, part, is_leaf=is_single)
     return result
-
-
-def is_in_scan(site: dict) -> bool:
-    """Whether a site is inside of `scan`. Its value then has a leading dimension for time."""
-    return site.get("_control_flow_done", False)
 
 
 def mask_of(fn: dist.Distribution) -> tuple[Array, int] | None:

@@ -312,7 +312,7 @@ def hmm_in_loop():
     return model, by_hand, level_guide, {}
 
 
-def hmm_in_scan():
+def hmm_in_scan(reverse=False):
     def model():
         a, step = level(), transition()
 
@@ -323,7 +323,7 @@ def hmm_in_scan():
             numpyro.sample("x", dist.Normal(a * state, 1.0), obs=x)
             return (state, t + 1), None
 
-        scan(move, (0, 0), jnp.asarray(X))
+        scan(move, (0, 0), jnp.asarray(X[::-1] if reverse else X), reverse=reverse)
 
     def by_hand():
         numpyro.factor("x", chain_by_hand(X))
@@ -454,6 +454,7 @@ CASES = {
     "impossible": impossible,
     "hmm in a loop": hmm_in_loop,
     "hmm in scan": hmm_in_scan,
+    "hmm in scan from the end": partial(hmm_in_scan, reverse=True),
     "hmm of sequences": hmm_of_sequences,
     "hmm, bound per element": partial(hmm_of_sequences, in_plate=True),
     "hmm of second order": hmm_of_second_order,
@@ -486,7 +487,7 @@ def check(name, objective, tolerance):
     assert_close(found, expected, tolerance)
 
 
-SHORT = ["mixture", "nested plates", "plate_particles"]
+SHORT = ["mixture", "nested plates", "plate_particles", "hmm in scan from the end"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """After a fit, and in automatic guides: sites that are summed out."""
 
+from functools import partial
 import itertools
 
 import jax
@@ -72,6 +73,17 @@ def test_exact_draws(name):
     freedom = kept.sum() - 1
     assert statistic < freedom + 5.5 * np.sqrt(2 * freedom) + 10
     assert abs(observed.sum() - number) == 0 and freedom > 10
+
+
+def test_draws_of_a_scan_from_the_end_are_those_of_flipped_data():
+    draws = []
+    for name in ("hmm in scan", "hmm in scan from the end"):
+        model, _, guide, _ = CASES[name]()
+        sites = VIMCOStar().program(model, guide, (), {}, random.key(0)).at(initial(model, guide), random.key(0), LEVEL)
+        draws.append(jax.vmap(partial(draw_at, sites))(random.split(random.key(1), 50))["state"])
+    forward, from_the_end = draws
+    np.testing.assert_array_equal(from_the_end[:, ::-1], forward)
+    assert (from_the_end != forward).any()
 
 
 def fitted(model, guide=None, num_steps=100, objective=None):

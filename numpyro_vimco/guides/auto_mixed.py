@@ -23,6 +23,7 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
 from numpyro_vimco.guides.components import Components, components_of_prior, spread_components
 from numpyro_vimco.guides.options import check_couplings, check_structure
@@ -178,7 +179,7 @@ class AutoMixed(StructuralGuide):
             # alone is not needed.
             any_discrete = bool(discrete or self.model.hidden)
             if any_discrete:
-                model = mask(block(substitute(model, data=discrete), hide_fn=_is_beside_continuous), mask=False)
+                model = mask(block(Given(model, discrete), hide_fn=_is_beside_continuous), mask=False)
             scale = {"init_scale": self.init_scale} if self.continuous is AutoNormal else {}
             guide = self.continuous(model, **scale, **self._arguments)
             is_alone = not any_discrete and self.structure != "autoregressive"

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.handlers import block, seed, substitute, trace
+from numpyro.handlers import block, seed, trace
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.sites import Trace, log_prob_at_value, sample_sites
 
@@ -29,7 +30,7 @@ def log_densities(model: Callable, args: tuple, kwargs: dict) -> Callable[[Sampl
 
     def evaluate(latents: Samples) -> Samples:
         with block():
-            tr = trace(substitute(seed(model, jax.random.key(0)), data=latents)).get_trace(*args, **kwargs)
+            tr = trace(Given(seed(model, jax.random.key(0)), latents)).get_trace(*args, **kwargs)
         return {site["name"]: log_prob_at_value(site) for site in sample_sites(tr)}
 
     return evaluate

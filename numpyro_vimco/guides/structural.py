@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import jax
 from jaxtyping import Array
 from numpyro.handlers import block, seed, substitute, trace
-from numpyro.infer import Predictive, init_to_uniform
+from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.guides.couplings import Graph, local_plates, log_densities
 from numpyro_vimco.guides.plan import autoregressive, gated
@@ -139,7 +140,7 @@ class StructuralGuide(PrototypeGuide):
 
         def supports(latents):
             with block():
-                tr = trace(substitute(seed(self.model, 0), data=latents)).get_trace(*args, **kwargs)
+                tr = trace(Given(seed(self.model, 0), latents)).get_trace(*args, **kwargs)
             return {name: jax.tree.leaves(tr[name]["fn"].support) for name in names}
 
         return [name for name, found in dependence(supports, latents).items() if found]
@@ -157,7 +158,13 @@ class StructuralGuide(PrototypeGuide):
             return samples
         if not args and not kwargs:
             args, kwargs = self._prototype_arguments
-        predict = Predictive(
-            substitute(self.model, params), samples, return_sites=names, batch_ndims=len(sample_shape), parallel=True
-        )
-        return {**samples, **predict(rng_key, *args, **kwargs)}
+
+        def follow(rng_key: Array, latents: Samples) -> Samples:
+            model = Given(substitute(seed(self.model, rng_key), data=params), latents)
+            with block():
+                tr = trace(model).get_trace(*args, **kwargs)
+            return {name: tr[name]["value"] for name in names}
+
+        for _ in sample_shape:
+            follow = jax.vmap(follow)
+        return {**samples, **follow(split(rng_key, sample_shape) if sample_shape else rng_key, samples)}

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Sharding
 from numpyro.util import check_model_guide_match
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.sites import Trace, is_in_scan, is_latent_site, is_marked, sample_sites
+from numpyro_vimco.control_flow import is_in_scan
+from numpyro_vimco.sites import Trace, is_latent_site, is_marked, sample_sites
 
 
 def check_particles(argument: str, number: int) -> int:

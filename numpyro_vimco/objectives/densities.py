@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro.distributions as dist
 
+from numpyro_vimco.control_flow import in_turn
 from numpyro_vimco.objectives.checks import check_shape, event_mask_error
 from numpyro_vimco.objectives.enumeration import (
     Group,
@@ -27,6 +28,7 @@ from numpyro_vimco.objectives.enumeration import (
     parents_of,
     root,
     summed_sites,
+    time_dim_of,
 )
 from numpyro_vimco.objectives.enumeration_checks import check_group
 from numpyro_vimco.objectives.levels import Levels, level_of
@@ -142,28 +144,29 @@ class SiteDensities:
         :return: by name, the one of ``model_trace``, and the one of the enumerated trace, which must be the same.
         """
         found = {}
-        values = {name: self.model_trace[name]["value"] for name in self.summed}
+        values = {name: in_turn(site, site["value"]) for name, site in self.model_trace.items() if name in self.summed}
         for group in self.groups:
             names = [site["name"] for site in group]
             for name in dict.fromkeys(map(root, names)):
                 site = untempered(self.model_trace[name])
                 if name in self.summed:
                     site = {**site, "fn": unmasked(site["fn"])}
-                drawn = log_prob_of(site)
+                drawn = in_turn(site, log_prob_of(site))
                 parts = [s for s in group if root(s["name"]) == name]
                 tabled = [jnp.ravel(entries_at(self._table(part), part, names, values)) for part in parts]
                 found[name] = jnp.ravel(drawn), jnp.concatenate(tabled)
         return found
 
     def _table(self, site: dict) -> Array:
-        """The log-density of a site of the enumerated trace, never scaled, without a power.
+        """The log-density of a site of the enumerated trace, never scaled, without a power; times are in turn.
 
         A masked summed site takes its own density, which sums to one.
         """
         name = root(site["name"])
         if name in self.summed or (name in self.guide_trace and is_latent_site(site) and name not in self.masks):
             site = {**site, "fn": unmasked(site["fn"])}
-        return safe_table(partial(log_prob_of, is_table=True), untempered(site))
+        table = safe_table(partial(log_prob_of, is_table=True), untempered(site))
+        return table if (time_dim := time_dim_of(site)) is None else in_turn(site, table, time_dim)
 
     def of_guide(self, is_part: Callable[[dict], bool]) -> Levels[Density]:
         """The log-density of the guide sites that ``is_part`` is true of, never scaled."""

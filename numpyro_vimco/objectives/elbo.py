@@ -84,9 +84,8 @@ class ImportanceWeightedELBO(ELBO):
         `plate_particles`. It evaluates the guide's density at given values, for which a flow needs its inverse.
         Delta sites, masked ones, and distributions whose support may depend on parameters (bounds that are arrays,
         transforms of a base that is not on the real line) keep plain gradients. False is the plain gradient for all,
-        in one pass of guide and model: for flows whose inverse is slow or missing (`AutoBNAFNormal`), for nested
-        `scan`, and for `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are
-        the same.
+        in one pass of guide and model: for flows whose inverse is slow or missing (`AutoBNAFNormal`), and for
+        `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are the same.
     :param joint_plates: names of plates whose elements share one weight, although the plates are common to all sites:
         for elements that are not independent (a random walk along the plate). Defaults to none. Other elements that
         depend on each other are an error that names the plate, where values are concrete.

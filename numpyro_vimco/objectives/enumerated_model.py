@@ -9,9 +9,10 @@ from typing import Any
 from jaxtyping import Array
 from numpyro.handlers import block, replay, substitute, trace
 
+from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.dependence import dependence, may_mix
 from numpyro_vimco.objectives.densities import log_prob_of
-from numpyro_vimco.objectives.enumeration import Unmarked, enumerated_trace, parents_of
+from numpyro_vimco.objectives.enumeration import enumerated_trace, parents_of
 from numpyro_vimco.objectives.enumeration_checks import (
     check_enumerated,
     check_parents,
@@ -19,23 +20,20 @@ from numpyro_vimco.objectives.enumeration_checks import (
     num_batch_dims,
     unexplained_dims,
 )
-from numpyro_vimco.sites import Trace, is_in_scan, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 
-def at_values(model: Callable, params: Mapping[str, Any], model_trace: Trace, guide_trace: Trace) -> Callable:
-    """A model at parameters and at the values of a guide, with the subsamples of a trace of the model.
-
-    By substitution: `replay` does not reach into a `scan` that is enumerated.
-    """
+def at_values(model: Callable, params: Mapping[str, Any], subsampled: Trace, guide_trace: Trace) -> Given:
+    """A model at parameters and at the values of a guide, with the subsamples of a trace."""
     values = {site["name"]: site["value"] for site in sample_sites(guide_trace) if is_latent_site(site)}
-    plates = {name: site for name, site in model_trace.items() if site["type"] == "plate"}
-    return Unmarked(substitute(replay(model, plates), data={**params, **values}), values)
+    plates = {name: site for name, site in subsampled.items() if site["type"] == "plate"}
+    return Given(substitute(replay(model, plates), data=params), values)
 
 
 def enumerate_model(model: Callable, model_trace: Trace, args: tuple, kwargs: dict) -> Trace:
     """The enumerated trace of a model.
 
-    :param model: seeded, and of :func:`at_values`.
+    :param model: seeded, of :func:`at_values`, and without marks of sites that have values.
     :param model_trace: a trace of it as it is.
     """
     # Sites of such dimensions do not depend on summed ones, and NumPyro would take the dimensions for values.
@@ -52,7 +50,7 @@ def check_sums(model: Callable, model_trace: Trace, summed: Iterable[str], args:
     """
 
     def densities(values: dict[str, Array]) -> dict[str, Array]:
-        found = trace(substitute(model, data=values)).get_trace(*args, **kwargs)
+        found = trace(Given(model, values)).get_trace(*args, **kwargs)
         return {site["name"]: log_prob_of(site) for site in sample_sites(found)}
 
     values = {name: model_trace[name]["value"] for name in summed}

@@ -81,20 +81,7 @@ class Unmarked(Messenger):
                 msg["infer"]["enumerate"] = None
         elif msg["type"] == "control_flow":
             names = self.names if _is_enumerated(msg) else None
-            inside = _NoParams if _is_enumerated(msg) else lambda fn: fn
-            msg["args"] = tuple(inside(Unmarked(arg, names)) if callable(arg) else arg for arg in msg["args"])
-
-
-class _NoParams(Messenger):
-    """Refuses parameters inside of `scan`, where NumPyro does not find them."""
-
-    def process_message(self, msg: dict) -> None:
-        if msg["type"] == "param":
-            raise ValueError(
-                f"Parameter '{msg['name']}' is declared inside of `scan`, where NumPyro neither finds nor fits it, and "
-                f"cannot enumerate beside it. Call numpyro.param('{msg['name']}', …) before `scan`, and use its value "
-                "inside."
-            )
+            msg["args"] = tuple(Unmarked(arg, names) if callable(arg) else arg for arg in msg["args"])
 
 
 class _AsItIs(Messenger):
@@ -191,9 +178,9 @@ def entries_at(table: Array, site: dict, parts: Collection[str], values: Mapping
 
     :param table: the log-density of ``site``, of an enumerated trace.
     :param parts: names of all sites of the trace.
-    :param values: of the summed sites, of their shapes in the model.
+    :param values: of the summed sites, of their shapes in the model, but with times in turn.
     """
-    time_dim = _time_dim(site)
+    time_dim = time_dim_of(site)
     num_times = None if time_dim is None else table.shape[time_dim]
     for dim, name in _names(site).items():
         value = values.get(root(name))
@@ -245,7 +232,7 @@ class Axes(NamedTuple):
 
 def axes_of(site: dict) -> Axes:
     """The axes of a summed site of an enumerated trace."""
-    shape, time = log_prob_shape(site), _time_dim(site)
+    shape, time = log_prob_shape(site), time_dim_of(site)
     values = next(dim for dim, name in _names(site).items() if name == site["name"])
     own = {values, time, *(frame.dim for frame in site["cond_indep_stack"])}
     kept = tuple(size if dim in own else 1 for dim, size in zip(range(-len(shape), 0), shape))
@@ -301,11 +288,11 @@ def _names(site: dict) -> dict[int, str]:
 
 def _time(site: dict) -> str | None:
     """The name of the dimension for time of a site in `scan`."""
-    dim = _time_dim(site)
+    dim = time_dim_of(site)
     return None if dim is None else _names(site)[dim]
 
 
-def _time_dim(site: dict) -> int | None:
+def time_dim_of(site: dict) -> int | None:
     """The dimension for time of a site in `scan`."""
     return next((dim for dim, name in _names(site).items() if name.startswith("_time_")), None)
 

@@ -15,7 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_vimco.sites import Trace, is_in_scan, sample_sites, states
+from numpyro_vimco.control_flow import is_in_scan
+from numpyro_vimco.sites import Trace, sample_sites, states
 
 # Entries of the largest table of one particle: a gigabyte in single precision.
 MAX_ENTRIES = 2**28

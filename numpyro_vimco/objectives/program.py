@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.lax import stop_gradient
 from jaxtyping import Array
-from numpyro.handlers import replay, substitute, trace
+from numpyro.handlers import substitute, trace
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
 from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
 from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, enumerate_model
-from numpyro_vimco.objectives.enumeration import summed_sites
+from numpyro_vimco.objectives.enumeration import Unmarked, summed_sites
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
@@ -244,19 +245,16 @@ class Program:
         return self._trace_model(params, keys, guide_trace), guide_trace
 
     def _trace_guide(self, params, keys: ParticleKeys, given: Values | None = None) -> Trace:
-        # By substitution, as that reaches into `scan`; a handler that stops the gradient of a drawn value does not.
-        def choose(site: dict):
-            if given is not None and site["name"] in given:
-                return given[site["name"]]
-            if self.by_score(site):
+        # By substitution, as that reaches into control flow; a handler that stops the gradient of a draw does not.
+        def draw(site: dict):
+            if site["value"] is None and self.by_score(site):
                 return stop_gradient(with_fixed_parameters(site["fn"])(*site["args"], **site["kwargs"]))
 
-        guide = substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params)
-        return trace(substitute(guide, substitute_fn=choose)).get_trace(*self.args, **self.kwargs)
+        guide = Given(substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params), given or {})
+        return trace(substitute(guide, substitute_fn=draw)).get_trace(*self.args, **self.kwargs)
 
     def _trace_model(self, params, keys: ParticleKeys, guide_trace: Trace) -> Trace:
-        proposed = {name: site for name, site in guide_trace.items() if site["type"] == "plate" or is_latent_site(site)}
-        model = SeedLevels(substitute(replay(self.model, proposed), data=params), keys.model, {})
+        model = SeedLevels(at_values(self.model, params, guide_trace, guide_trace), keys.model, {})
         model_trace = trace(model).get_trace(*self.args, **self.kwargs)
         check_traces(model_trace, guide_trace)
         check_plate_particles(self.plate_particles, model_trace, guide_trace)
@@ -282,7 +280,8 @@ class Program:
 
     def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SeedLevels:
         """The model, to be enumerated at parameters and the guide's values."""
-        return SeedLevels(at_values(self.model, params, model_trace, guide_trace), keys.model, {})
+        given = at_values(self.model, params, model_trace, guide_trace)
+        return SeedLevels(Unmarked(given, given.values), keys.model, {})
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
         return plate_structure(model_trace, guide_trace, self.plate_particles, self.joint_plates, self.linear)

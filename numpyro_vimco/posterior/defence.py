@@ -42,6 +42,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.autoguide import AutoContinuous
 
 from numpyro_vimco.guides.couplings import Graph, log_densities
+from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.guides.autoregressive import is_autoregressive
 from numpyro_vimco.guides.private import latents_of, packed
 from numpyro_vimco.objectives.densities import SiteDensities
@@ -50,7 +51,7 @@ from numpyro_vimco.objectives.plates import Structure
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.starts import automatic_guides
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import Trace, is_delta, is_in_scan, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites
 
 # The share of the draws that are defensive.
 SHARE = 0.1
@@ -146,12 +147,14 @@ class Defence:
 
     def trace_guide(self, params: Params, rng_key: Array, given: Values, choose: Choose = _nothing) -> Trace:
         """The guide at given values of some sites; the others are drawn."""
-        guide = substitute(seed(self.fit.svi.guide, rng_key), data={**params, **given})
-        return trace(substitute(guide, substitute_fn=choose)).get_trace(*self.fit.args, **self.fit.kwargs)
+        return self._trace(self.fit.svi.guide, params, rng_key, given, choose)
 
     def _trace_model(self, params: Params, rng_key: Array, given: Values, choose: Choose = _nothing) -> Trace:
-        model = substitute(seed(self.fit.svi.model, rng_key), data={**params, **given})
-        return trace(substitute(model, substitute_fn=choose)).get_trace(*self.fit.args, **self.fit.kwargs)
+        return self._trace(self.fit.svi.model, params, rng_key, given, choose)
+
+    def _trace(self, program: Callable, params: Params, rng_key: Array, given: Values, choose: Choose) -> Trace:
+        program = substitute(Given(seed(program, rng_key), given), data=params)
+        return trace(substitute(program, substitute_fn=choose)).get_trace(*self.fit.args, **self.fit.kwargs)
 
     def _with_latents_of_model(self, component: Array, params: Params, rng_key: Array, element_key: Array, first: Trace):
         """All latents of a draw of the guide, but the component's from the model."""
@@ -248,7 +251,7 @@ def find_defence(fit: Fitted, structure: Structure) -> Defence:
 
 
 def _guide_trace(fit: Fitted) -> Trace:
-    guide = substitute(seed(fit.svi.guide, random.key(0)), data=fit.params)
+    guide = substitute(Given(seed(fit.svi.guide, random.key(0)), {}), data=fit.params)
     return trace(guide).get_trace(*fit.args, **fit.kwargs)
 
 

@@ -29,11 +29,12 @@ import numpy as np
 from numpyro.distributions import constraints
 from scipy.special import softmax
 
+from numpyro_vimco.control_flow import is_in_scan
 from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Estimate
 from numpyro_vimco.posterior.proposals import program_of
-from numpyro_vimco.sites import is_discrete, is_in_scan, mask_of, support_of
+from numpyro_vimco.sites import is_discrete, mask_of, support_of
 
 # Two of so many elements at most are exchanged; all subsets of so many changes, and so many pairs of each, are tried.
 MOST_ELEMENTS, MOST_CHANGES, MOST_PAIRS = 8, 5, 2

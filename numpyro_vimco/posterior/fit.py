@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array
 import numpy as np
-from numpyro.handlers import replay, seed, trace
+from numpyro.handlers import seed, trace
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer, check_key
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.units import units_of
 from numpyro_vimco.posterior.annealing import first_power, geometric
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
@@ -285,8 +286,9 @@ def _traces(svi: SVI, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
     """The model and the guide at one draw of it."""
     with seed(rng_seed=0), trace() as guide_trace:
         with_known_draws(svi.guide)(*args, **svi.static_kwargs, **kwargs)
-    with seed(rng_seed=0), trace() as model_trace, replay(trace=guide_trace):
-        svi.model(*args, **svi.static_kwargs, **kwargs)
+    values = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
+    with seed(rng_seed=0), trace() as model_trace:
+        Given(svi.model, values)(*args, **svi.static_kwargs, **kwargs)
     return model_trace, guide_trace
 
 

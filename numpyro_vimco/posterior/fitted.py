@@ -18,6 +18,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.posterior.observed import Observed, find_observed, observed_sites, present_elements
@@ -77,11 +78,11 @@ class Fitted:
         if whole:
             _check_not_subsampled(guide_trace)
         latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
-        model = substitute(seed(svi.model, random.key(1)), data=latents)
+        model = Given(seed(svi.model, random.key(1)), latents)
         model_trace = trace(model).get_trace(*args, **kwargs)
         _check_params("model", model_trace, params)
         if any(site["type"] == "param" for site in model_trace.values()):
-            model = substitute(seed(svi.model, random.key(1)), data={**params, **latents})
+            model = Given(substitute(seed(svi.model, random.key(1)), data=params), latents)
             model_trace = trace(model).get_trace(*args, **kwargs)
         if whole:
             _check_not_subsampled(model_trace)
@@ -196,7 +197,7 @@ def _moving_masks(svi: SVI, params, latents, args, kwargs) -> set[str]:
     """The observed sites whose mask depends on a latent."""
 
     def masks(latents):
-        model = substitute(seed(svi.model, random.key(1)), data={**params, **latents})
+        model = Given(substitute(seed(svi.model, random.key(1)), data=params), latents)
         sites = observed_sites(trace(model).get_trace(*args, **kwargs))
         return {name: jnp.asarray(present_elements(site["fn"])) for name, site in sites.items()}
 

@@ -17,6 +17,7 @@ from numpyro.infer import SVI
 
 import numpyro_vimco
 from numpyro_vimco.arguments import check_integer, check_key
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.posterior import weights
 from numpyro_vimco.posterior.chunks import in_chunks
 from numpyro_vimco.posterior.fitted import Fitted, Result
@@ -287,7 +288,7 @@ def _follow(fit: Fitted, predict: bool, likelihoods: Mapping[str, Collection[str
 
     def follow(rng_key: Array, latents: dict[str, Array]) -> dict[str, dict[str, Array]]:
         model_key, predictive_key = split(rng_key)
-        model = substitute(seed(fit.svi.model, model_key), data={**fit.params, **latents})
+        model = Given(substitute(seed(fit.svi.model, model_key), data=fit.params), latents)
         model_trace = trace(model).get_trace(*fit.args, **fit.kwargs)
         observed = observed_sites(model_trace)
         given_names = {name: fit.observed[name].name for name in observed}

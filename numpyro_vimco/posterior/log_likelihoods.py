@@ -25,6 +25,7 @@ from jaxtyping import Array
 import numpy as np
 from numpyro.handlers import substitute, trace
 
+from numpyro_vimco.control_flow import is_in_scan
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.objectives.plates import Structure
@@ -39,7 +40,7 @@ from numpyro_vimco.posterior.proposals import (
     structure_of,
 )
 from numpyro_vimco.randomness import SeedLevels, split
-from numpyro_vimco.sites import is_in_scan, is_latent_site, sample_sites
+from numpyro_vimco.sites import is_latent_site, sample_sites
 
 # Local particles for each draw of the posterior. Their noise makes the value of az.loo too small by about c² / 512 nats
 # for each element, with c the coefficient of variation of its local weights.

@@ -18,8 +18,8 @@ from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.handlers import substitute
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
 from numpyro_vimco.objectives.levels import Levels, map_levels
@@ -217,7 +217,7 @@ def program_of(fit: Fitted, plate_particles: Mapping[str, int], given: Mapping[s
     """
     return Program(
         model=fit.svi.model,
-        guide=substitute(fit.svi.guide, data=given) if given else fit.svi.guide,
+        guide=Given(fit.svi.guide, given or {}),
         args=fit.args,
         kwargs=fit.kwargs,
         by_score=lambda site: False,

@@ -24,6 +24,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.optim import Adam
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.units import RealInUnits
 from numpyro_vimco.posterior import weights
 from numpyro_vimco.posterior.chunks import compiled
@@ -119,7 +120,7 @@ def _wake(svi: SVI, fit: Fitted, params: Params, latents: Params, units: dict[st
     masks = {name: mask_of(site["fn"]) for name, site in fit.latents().items()}
 
     def log_density(params: Params, values: Params) -> Array:
-        guide = substitute(seed(svi.guide, jax.random.key(0)), data={**params, **values})
+        guide = substitute(Given(seed(svi.guide, jax.random.key(0)), values), data=params)
         guide_trace = trace(guide).get_trace(*fit.args, **fit.kwargs)
         return sum(jnp.sum(log_prob_at_value(guide_trace[name])) for name in blocks if masks.get(name) is None)
 

@@ -19,6 +19,7 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_latent_site
@@ -36,13 +37,13 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
     :return: a state whose arrays have a leading axis for the starts.
     """
     init = copy(svi)
-    init.guide = with_known_draws(svi.guide)  # what is drawn plays no part in where parameters begin
+    init.guide = Given(with_known_draws(svi.guide), {})  # what is drawn plays no part in where parameters begin
     first, *others = split(rng_key, num_starts)
     with _restored(svi.guide):
         for guide in automatic_guides(svi.guide):
             guide.prototype_trace = None
         of_model: dict[str, Any] = {}
-        init.model = _traced_into(of_model, svi.model)
+        init.model = Given(_traced_into(of_model, svi.model), {})
         states = [init.init(first, *args, **kwargs)]
         if not any(site["type"] in ("param", "mutable") for site in of_model.values()):
             init.model = _nothing  # nothing of the model's own has to begin anywhere

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 
+from numpyro_vimco.control_flow import in_turn
 from numpyro_vimco.objectives.densities import SiteDensities
 from numpyro_vimco.objectives.enumeration import Axes, Group, axes_of, root
 from numpyro_vimco.objectives.zero_weights import FLOOR
@@ -77,7 +78,7 @@ def _draw_group(sites: SiteDensities, group: Group, rng_key: Array) -> Values:
     nothing = {name: jnp.zeros(about.shape) for name, about in axes.items()}
     added, _ = jax.lax.scan(draw_next, nothing, (jnp.arange(num_turns), split(rng_key, num_turns)))
     values = {name: jnp.argmax(added[name], axis=about.values) for name, about in axes.items()}
-    return {name: _joined(name, values, sites.model_trace[name]["value"].shape) for name in {*map(root, axes)}}
+    return {name: _joined(sites.model_trace[name], values) for name in {*map(root, axes)}}
 
 
 def _turns(axes: dict[str, Axes]) -> tuple[dict[str, np.ndarray], int]:
@@ -96,9 +97,10 @@ def _turns(axes: dict[str, Axes]) -> tuple[dict[str, np.ndarray], int]:
     return turns, turn
 
 
-def _joined(name: str, values: Values, shape: tuple[int, ...]) -> Array:
-    """The values of a site, of its shape in the model, from those of its parts in `scan`, which are in order."""
+def _joined(site: dict, values: Values) -> Array:
+    """The values of a site, of its shape in the model, from those of its parts in `scan`, which are in turn."""
+    name, shape = site["name"], jnp.shape(site["value"])
     parts = [value for part, value in values.items() if root(part) == name]
     if len(parts) == 1 and name in values:
         return parts[0].reshape(shape)
-    return jnp.concatenate([part.reshape(-1, *shape[1:]) for part in parts])
+    return in_turn(site, jnp.concatenate([part.reshape(-1, *shape[1:]) for part in parts]))

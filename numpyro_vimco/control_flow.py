@@ -1,0 +1,123 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Given values of latents, inside of `scan` and `cond` too.
+
+NumPyro runs the body of `scan` and the branches of `cond` on their own, and shows their sites to the handlers around
+them afterwards, when values are drawn. So a handler that decides about values must be carried inside: it wraps the
+functions that are arguments of the `control_flow` message. Handlers that change densities only need not.
+
+Private parts of NumPyro are these arguments, and the mark `_control_flow_done` of a site that is shown afterwards; they
+were seen in NumPyro 0.20, the oldest that is admitted, and in 0.22.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpyro
+from numpyro.primitives import Messenger
+
+# Marks that are made here, in `infer` of sites inside: of those in `scan`, and of those that were given their value.
+_IN_SCAN, _GIVEN = "_in_scan", "_given"
+
+
+def is_in_scan(site: dict) -> bool:
+    """Whether a site is inside of `scan`, in a trace of :class:`Given`: its value has a leading dimension for time."""
+    return _IN_SCAN in site["infer"]
+
+
+def in_turn(site: dict, x: Array, axis: int = 0) -> Array:
+    """An array with an axis for time, in the order in which `scan` passes through it; the same array outside of it."""
+    return jnp.flip(x, axis) if site["infer"].get(_IN_SCAN) == "reverse" else x
+
+
+class Given(Messenger):
+    """A program whose latents have given values; those without are drawn.
+
+    Handlers of NumPyro do not get everywhere: `replay` does not reach into `cond`, nor `substitute` into nested `scan`,
+    and both take the values of a `scan` with ``reverse=True`` from the wrong end. Here they are one more input of it.
+
+    :param values: by latent, as in a trace: inside of `scan` with a leading dimension for time.
+    :raises ValueError: inside of control flow, for a parameter, for a subsampled plate, and for values without time.
+    """
+
+    def __init__(self, fn: Callable, values: Mapping[str, Array]):
+        super().__init__(fn)
+        self.values = values
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "control_flow":
+            inside = self._in_scan if "history" in msg["kwargs"] else self._in_cond
+            msg["args"] = inside(*msg["args"])
+        elif msg["type"] == "sample" and msg["name"] in self.values and not msg["is_observed"]:
+            if msg["value"] is None:
+                self._give(msg)
+            elif msg.get("_control_flow_done", False) and not msg["infer"].get(_GIVEN, False):
+                raise _without_time_error(msg, self.values[msg["name"]])
+
+    def _give(self, msg: dict) -> None:
+        msg["value"] = self.values[msg["name"]]
+
+    def _in_cond(self, pred, true_fun: Callable, false_fun: Callable, operand) -> tuple:
+        return pred, _Inside(true_fun, self.values), _Inside(false_fun, self.values), operand
+
+    def _in_scan(self, body: Callable, init, xs, length: int | None, reverse: bool) -> tuple:
+        length = len(jax.tree.leaves(xs)[0]) if length is None else length
+        # All that may be inside; a value from outside that is as long does no harm, as names are unique.
+        series = {name: value for name, value in self.values.items() if jnp.shape(value)[:1] == (length,)}
+
+        def given_body(carry, at_time):
+            values, x = at_time
+            return _InScan(body, values, reverse)(carry, x)
+
+        return given_body, init, (series, xs), length, reverse
+
+
+class _Inside(Given):
+    """The same inside of control flow, where `seed` is around it.
+
+    A given site takes a key all the same, so that the keys of others do not depend on what is given.
+    """
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "param":
+            raise ValueError(
+                f"Parameter '{msg['name']}' is declared inside of `scan` or `cond`, where NumPyro does not fit it. "
+                f"Call numpyro.param('{msg['name']}', …) before, and use its value inside."
+            )
+        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
+            raise ValueError(
+                f"Plate '{msg['name']}' is subsampled inside of `scan` or `cond`, where model and guide, and each "
+                "particle at each time, would have another subsample. Use the full plate there."
+            )
+        super().process_message(msg)
+
+    def _give(self, msg: dict) -> None:
+        super()._give(msg)
+        msg["infer"] = {**msg["infer"], _GIVEN: True}
+        if msg["kwargs"]["rng_key"] is None:
+            msg["kwargs"]["rng_key"] = numpyro.prng_key()
+
+
+class _InScan(_Inside):
+    """The same inside of `scan`, where sites are marked."""
+
+    def __init__(self, fn: Callable, values: Mapping[str, Array], reverse: bool):
+        super().__init__(fn, values)
+        self.direction = "reverse" if reverse else "forward"
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "sample":
+            msg["infer"] = {**msg["infer"], _IN_SCAN: self.direction}
+        super().process_message(msg)
+
+
+def _without_time_error(site: dict, value: Array) -> ValueError:
+    """A latent in `scan` with values that are not one for each time."""
+    return ValueError(
+        f"The model draws '{site['name']}' inside of `scan`, at {len(site['value'])} times, but its value in the guide "
+        f"has the shape {jnp.shape(value)}, which does not begin with the times. Draw it inside of `scan` in the guide "
+        "as well, or with a first dimension for time."
+    )
