@@ -15,7 +15,7 @@ from numpyro.handlers import replay, substitute, trace
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
 from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
-from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, enumerate_model
+from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, densities_at, enumerate_model
 from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
@@ -33,12 +33,14 @@ class Kinds(NamedTuple):
     :ivar masks: whether the model masks any element of a latent.
     :ivar elements: whether any element of a plate has a weight of its own.
     :ivar mixed_sums: whether a density may combine elements of sites that are summed out.
+    :ivar masked_sums: whether a density may depend on masked elements of sites that are summed out.
     """
 
     path_sites: bool
     masks: bool
     elements: bool
     mixed_sums: bool
+    masked_sums: bool
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,7 @@ class Program:
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
             structure = self._structure(model_trace, guide_trace)
             elements = any(structure.kept(level) for level in (None, *self.plate_particles))
-            mixed_sums = self._check_sums(params, keys, model_trace, guide_trace)
-            found.append(Kinds(path, masks, elements, mixed_sums))
+            found.append(Kinds(path, masks, elements, *self._check_sums(params, keys, model_trace, guide_trace)))
 
         jax.eval_shape(look, params, rng_key)
         return found[0]
@@ -197,6 +198,14 @@ class Program:
         """:meth:`sites` at values of all latents of the guide, for sites that are summed out."""
         keys = self._first(rng_key)
         return self._sites(params, keys, *self._traces(params, keys, values))
+
+    def of_summed(self, params: dict[str, Any], rng_key: Array) -> tuple[Trace, Callable[[Values], dict[str, Array]]]:
+        """The sites of one particle that are summed out, each at a draw, and the densities of all sites given these."""
+        keys = self._first(rng_key)
+        model_trace, guide_trace = self._traces(params, keys)
+        model = self._at_values(params, keys, model_trace, guide_trace)
+        summed = {name: model_trace[name] for name in summed_sites(model_trace, guide_trace)}
+        return summed, lambda values: densities_at(model, values, self.args, self.kwargs)
 
     def by_level(self, guide_trace: Trace, values: dict[str, Any]) -> Levels[dict[str, Any]]:
         """Sort values, given by the names of guide sites, into the levels of these sites."""
@@ -260,11 +269,11 @@ class Program:
         enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
         return SiteDensities(model_trace, guide_trace, structure, enumerated)
 
-    def _check_sums(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> bool:
-        """Raise for sites that cannot be summed out; whether a density may combine elements of those that can."""
+    def _check_sums(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> tuple[bool, bool]:
+        """:func:`check_sums` of the sites that are summed out."""
         summed = summed_sites(model_trace, guide_trace)
         if not summed:
-            return False
+            return False, False
         model = self._at_values(params, keys, model_trace, guide_trace)
         return check_sums(model, model_trace, summed, self.args, self.kwargs)
 

@@ -16,6 +16,7 @@ from numpyro.handlers import replay, seed, trace
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer, check_key
+from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
 from numpyro_vimco.posterior.annealing import geometric
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
 from numpyro_vimco.posterior.observed import find_observed
@@ -131,6 +132,8 @@ def fit(
             "`fit(svi, rng_key, num_steps, x)`.",
             stacklevel=2,
         )
+    if isinstance(svi.loss, ImportanceWeightedELBO):  # in the steps the power is traced, and values are not known
+        svi.loss.check({}, svi.model, svi.guide, args, {**svi.static_kwargs, **kwargs})
     if start_sharding is not None:
         _check_start_sharding(start_sharding, len(state.failed))
     steps = Steps(
