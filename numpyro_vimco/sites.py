@@ -46,10 +46,8 @@ def is_marked(site: dict) -> bool:
 
 def is_discrete(site: dict) -> bool:
     """Whether a site is discrete; True for a distribution that does not know its support."""
-    try:
-        return site["fn"].support.is_discrete
-    except NotImplementedError:
-        return True
+    support = support_of(site["fn"])
+    return True if support is None else support.is_discrete
 
 
 def states(fn: dist.Distribution) -> np.ndarray:

@@ -76,10 +76,11 @@ def test_guide_may_be_what_depends():
     def model():
         with numpyro.plate("data", 4):
             numpyro.sample("z", dist.Bernoulli(0.3))
+            numpyro.sample("u", dist.Normal(0.0, 1.0))
 
     def guide():
         with numpyro.plate("data", 4):
-            u = numpyro.sample("u", dist.Normal(numpyro.param("loc", 0.1), 1.0), infer={"is_auxiliary": True})
+            u = numpyro.sample("u", dist.Normal(numpyro.param("loc", 0.1), 1.0))
             numpyro.sample("z", dist.Bernoulli(logits=jnp.cumsum(u)))
 
     with pytest.raises(ValueError, match="the plate 'data' are not independent: the density of site 'z'"):

@@ -98,7 +98,8 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
             if not site["infer"].get("is_auxiliary"):
                 raise ValueError(
                     f"Site '{name}' is sampled in the guide, but the model has no such site. Add it to the model, "
-                    "remove it from the guide, or mark it with infer={'is_auxiliary': True}."
+                    "remove it from the guide, or, if latents of the model are Deltas that determine it, mark it with "
+                    "infer={'is_auxiliary': True}."
                 )
         elif other["is_observed"]:
             raise ValueError(

@@ -188,7 +188,13 @@ class ImportanceWeightedELBO(ELBO):
         return -gradients.estimate(evaluate, param_map, keys, weigh, self.chunk_size, self._shard)
 
     def check(
-        self, params: dict[str, Any], model: Callable, guide: Callable, args: tuple, kwargs: dict, kinds: Kinds | None = None
+        self,
+        params: dict[str, Any],
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict,
+        kinds: Kinds | None = None,
     ) -> None:
         """
         Raise for what is found by evaluating model and guide at draws: elements of plates that are not independent,

@@ -17,6 +17,7 @@ from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_part
 from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
 from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, densities_at, enumerate_model
 from numpyro_vimco.objectives.enumeration import summed_sites
+from numpyro_vimco.objectives.guide_densities import auxiliary_sites, check_auxiliary, without_density
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
@@ -157,6 +158,8 @@ class Program:
             latents = [site for site in sample_sites(guide_trace) if is_latent_site(site)]
             path = any(is_drawn(site) and not self.by_score(site) for site in latents)
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
+            if auxiliary_sites(model_trace, guide_trace):
+                check_auxiliary(model_trace, guide_trace, self.parents_of_deltas(params, rng_key))
             structure = self._structure(model_trace, guide_trace)
             elements = any(structure.kept(level) for level in (None, *self.plate_particles))
             found.append(Kinds(path, masks, elements, *self._check_sums(params, keys, model_trace, guide_trace)))
@@ -164,27 +167,42 @@ class Program:
         jax.eval_shape(look, params, rng_key)
         return found[0]
 
+    def parents_of_deltas(self, params: dict[str, Any], rng_key: Array) -> dict[str, set[str]]:
+        """Of each latent guide site that is a Delta, the parameters and drawn sites that its value depends on."""
+        keys, has_delta = self._first(rng_key), []
+
+        def draw(params) -> Values:
+            latents = [site for site in sample_sites(self._trace_guide(params, keys)) if is_latent_site(site)]
+            has_delta.append(any(map(is_delta, latents)))
+            return {site["name"]: site["value"] for site in latents if not is_delta(site)}
+
+        drawn = jax.eval_shape(draw, params)
+        if not has_delta[0]:
+            return {}
+
+        # Drawn sites have given values, so that what is computed from them only does not depend on parameters.
+        def deltas(inputs):
+            given = {name: inputs[name] for name in drawn}
+            tr = self._trace_guide({name: inputs[name] for name in params}, keys, given)
+            return {site["name"]: site["value"] for site in tr.values() if is_delta(site)}
+
+        return dependence(deltas, {**params, **drawn})
+
     def deltas_at_parameters(self, params: dict[str, Any], rng_key: Array) -> dict[str, set[str]]:
         """The latent guide sites that are Delta distributions whose value depends on parameters, and on which."""
+        parents = self.parents_of_deltas(params, rng_key)
+        return {name: found & params.keys() for name, found in parents.items() if found & params.keys()}
 
-        def draw(given: Values | None, params) -> Trace:
-            return self._trace_guide(params, self._first(rng_key), given)
+    def without_density(self, params: dict[str, Any], rng_key: Array) -> list[str]:
+        """The continuous latents that the guide fixes: :func:`.guide_densities.without_density`."""
+        parents, found = self.parents_of_deltas(params, rng_key), []
 
-        def has_delta(params) -> None:
-            found.extend(site for site in sample_sites(draw(None, params)) if is_latent_site(site) and is_delta(site))
+        def look(params) -> None:
+            found.extend(without_density(*self._traces(params, self._first(rng_key)), parents))
 
-        found: list[dict] = []
-        jax.eval_shape(has_delta, params)
-        if not found:
-            return {}
-        latents = [site for site in sample_sites(draw(None, params)) if is_latent_site(site)]
-        # The other latents have given values, so that what is computed from them only does not depend on parameters.
-        given = {site["name"]: site["value"] for site in latents if not is_delta(site)}
-
-        def deltas(inputs):
-            return {site["name"]: site["value"] for site in draw(given, inputs).values() if is_delta(site)}
-
-        return {name: parents for name, parents in dependence(deltas, params).items() if parents}
+        if parents:
+            jax.eval_shape(look, params)
+        return found
 
     def sites(self, params: dict[str, Any], rng_key: Array, given: Values | None = None) -> SiteDensities:
         """The sites of one particle, with the first local particle of each named plate.

@@ -20,7 +20,7 @@ from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
 from numpyro_vimco.posterior.annealing import geometric
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
 from numpyro_vimco.posterior.observed import find_observed
-from numpyro_vimco.posterior.proposals import each_start
+from numpyro_vimco.posterior.proposals import each_start, program_of
 from numpyro_vimco.posterior.results import FitResult, FitState
 from numpyro_vimco.posterior.starts import initial_states, with_known_draws
 from numpyro_vimco.posterior.steps import Steps
@@ -235,7 +235,10 @@ def _log_evidence(svi: SVI, rng_key: Array, result: FitResult, model_trace: Trac
     log_weights = []
     try:
         for key, of_starts in zip(split(rng_key, len(results)), results):
-            sampler = each_start(Fitted.of(svi, of_starts, args, kwargs))
+            fitted = Fitted.of(svi, of_starts, args, kwargs)
+            if program_of(fitted, {}).without_density(fitted.params, key):
+                return estimates, errors  # a point estimate, as diagnostics say
+            sampler = each_start(fitted)
             blocks = sampler.blocks(key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress)
             log_weights += list(np.concatenate(list(blocks), axis=0).swapaxes(0, 1).astype(float))
     except (ValueError, NotImplementedError) as error:
