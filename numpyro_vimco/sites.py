@@ -107,13 +107,13 @@ def has_fixed_support(fn: dist.Distribution) -> bool:
     """
     if isinstance(fn, WRAPPERS):
         return has_fixed_support(fn.base_dist)
-    if not all(_is_of_numpyro(_definer(type(fn), name)) for name in ("support", "sample", "log_prob")):
+    if not all(is_of_numpyro(_definer(type(fn), name)) for name in ("support", "sample", "log_prob")):
         return False
     if not isinstance(fn, dist.TransformedDistribution):
         return support_of(fn) is not None and not _has_arrays(fn.support)
     everywhere = is_real(support_of(fn.base_dist))
     for transform in _parts(fn.transforms):
-        if not _is_of_numpyro(type(transform)) or (_has_arrays(transform) and not everywhere):
+        if not is_of_numpyro(type(transform)) or (_has_arrays(transform) and not everywhere):
             return False
         everywhere = everywhere and _is_onto_reals(transform)
     return has_fixed_support(fn.base_dist)
@@ -158,7 +158,8 @@ def _definer(cls: type, name: str) -> type:
     return next((base for base in cls.__mro__ if name in vars(base)), cls)
 
 
-def _is_of_numpyro(cls: type) -> bool:
+def is_of_numpyro(cls: type) -> bool:
+    """Whether a class is one of NumPyro's, or of this package."""
     return cls.__module__.partition(".")[0] in ("numpyro", "numpyro_vimco")
 
 

@@ -71,10 +71,10 @@ def auxiliary_error(site: str) -> ValueError:
     """A guide site that the model lacks, and whose density nothing cancels."""
     return ValueError(
         f"The guide draws the auxiliary site '{site}', which the model lacks, and latents of the model do not "
-        "determine it one to one (as Deltas of as many dimensions would). Its density would count in the weights, and every "
-        "bound and evidence be wrong. Sum it out of the guide: a mixture, `dist.MixtureSameFamily`. Or let the model "
-        f"draw it as well, last and given the latents, numpyro.sample('{site}', …): any distribution of its support is "
-        "right, and one near to what the latents say about it is good."
+        "determine it one to one (as Deltas of as many dimensions would). Its density would count in the weights, and "
+        "every bound and evidence be wrong. Sum it out of the guide: a mixture, `dist.MixtureSameFamily`. Or let the "
+        f"model draw it as well, last and given the latents, numpyro.sample('{site}', …): any distribution of its "
+        "support is right, and one near to what the latents say about it is good."
     )
 
 
@@ -82,9 +82,9 @@ def no_density_error(site: str) -> ValueError:
     """A continuous latent that the guide fixes, where a fit is asked for its evidence."""
     return ValueError(
         f"The continuous latent '{site}' is a Delta in the guide: it is fixed at one value, so that there are no "
-        "weights and no evidence. The fit is a point estimate of it, and says nothing of its posterior. Give it a distribution "
-        "in the guide (AutoNormal instead of AutoDelta). To look at the other latents at that value, make it a "
-        f"parameter of the model, numpyro.param('{site}', …), or fit with numpyro.handlers.condition(model, "
+        "weights and no evidence. The fit is a point estimate of it, and says nothing of its posterior. Give it a "
+        "distribution in the guide (AutoNormal instead of AutoDelta). To look at the other latents at that value, make "
+        f"it a parameter of the model, numpyro.param('{site}', …), or fit with numpyro.handlers.condition(model, "
         f"{{'{site}': value}})."
     )
 

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from numpyro.handlers import replay, substitute, trace
 
 from numpyro_vimco.dependence import dependence
-from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
+from numpyro_vimco.objectives.checks import NotSubstituted, check_joint_plates, check_plate_particles, check_traces
 from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
 from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, densities_at, enumerate_model
 from numpyro_vimco.objectives.enumeration import summed_sites
@@ -271,7 +271,7 @@ class Program:
 
     def _trace_model(self, params, keys: ParticleKeys, guide_trace: Trace) -> Trace:
         proposed = {name: site for name, site in guide_trace.items() if site["type"] == "plate" or is_latent_site(site)}
-        model = SeedLevels(substitute(replay(self.model, proposed), data=params), keys.model, {})
+        model = SeedLevels(substitute(replay(NotSubstituted(self.model), proposed), data=params), keys.model, {})
         model_trace = trace(model).get_trace(*self.args, **self.kwargs)
         check_traces(model_trace, guide_trace)
         check_plate_particles(self.plate_particles, model_trace, guide_trace)
