@@ -76,7 +76,7 @@ def is_score_function_site(site: dict) -> bool:
     fn = site["fn"]
     if not fn.has_rsample or getattr(fn.support, "is_discrete", False):
         return True
-    return any(isinstance(base, (dist.MixtureSameFamily, dist.MixtureGeneral)) for base in _base_distributions(fn))
+    return any(isinstance(base, (dist.MixtureSameFamily, dist.MixtureGeneral)) for base in base_distributions(fn))
 
 
 def is_drawn(site: dict) -> bool:
@@ -90,7 +90,7 @@ def is_drawn(site: dict) -> bool:
         return False
     if is_score_function_site(site):
         return True
-    bases = _base_distributions(site["fn"])
+    bases = base_distributions(site["fn"])
     return (
         not isinstance(bases[-1], dist.Delta)
         and not any(isinstance(base, dist.MaskedDistribution) for base in bases)
@@ -234,7 +234,7 @@ def unwrapped(fn: dist.Distribution) -> dist.Distribution:
     return fn
 
 
-def _base_distributions(fn: dist.Distribution) -> list[dist.Distribution]:
+def base_distributions(fn: dist.Distribution) -> list[dist.Distribution]:
     """A distribution and those that it wraps."""
     found = [fn]
     while hasattr(found[-1], "base_dist"):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 
-from numpyro_vimco.sites import is_discrete, is_of_numpyro, support_of
+from numpyro_vimco.sites import base_distributions, is_discrete, is_of_numpyro, support_of
 
 # Number of draws; and how many of them have to be wrong, as values may be rounded to a bound, or to each other.
 DRAWS, WRONG = 100, 5
@@ -38,13 +38,13 @@ def check_has_support(site: dict) -> None:
 def check_draws(site: dict) -> None:
     """Raise for a latent whose prior has other draws than its support says; at concrete parameters.
 
-    Looked at are distributions of users, and continuous ones that are made of discrete ones.
+    Looked at are distributions of users, and continuous ones that transform discrete ones.
 
     :raises ValueError: naming the site.
     """
     name, fn, support = site["name"], site["fn"], support_of(site["fn"])
-    discrete = [part for part in parts(fn) if getattr(support_of(part), "is_discrete", False)]
-    is_mixed = not is_discrete(site) and any(not isinstance(part, dist.Delta) for part in discrete)  # has its own error
+    bases = [support_of(base) for base in base_distributions(fn)]
+    is_mixed = not is_discrete(site) and any(base is not None and base.is_discrete for base in bases)
     if support is None or not (is_mixed or _of_users(fn)):
         return
     try:
