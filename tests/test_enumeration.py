@@ -851,18 +851,3 @@ def test_a_covariate_that_is_known_in_part():
     table = bernoulli(0.3)[:, None] + normal(X, jnp.arange(2.0)[:, None])
     exact = jnp.where(known, table[values, jnp.arange(5)], logsumexp(table, 0)).sum()
     np.testing.assert_allclose(loss, -exact, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("probability", "counts"), [(0.3, True), (0.5, False)])
-def test_the_two_models_that_a_masked_sum_may_mean(probability, counts):
-    """As it is, and with a density that does not count, as NUTS has it: but for its constant, the number of values."""
-
-    def model():
-        with numpyro.plate("data", 5):
-            z = numpyro.sample("z", dist.Bernoulli(probability), infer=dict(MARK))
-            numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=X)
-
-    loss = VIMCOStar(0.0, 2).loss(random.key(0), {}, model, lambda: numpyro.param("loc", 0.0))
-    prior = bernoulli(0.3)[:, None] if counts else 0.0
-    exact = logsumexp(prior + normal(X, jnp.arange(2.0)[:, None]), 0).sum() - (0.0 if counts else 5 * np.log(2))
-    np.testing.assert_allclose(loss, -exact, rtol=1e-5)
