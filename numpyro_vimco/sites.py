@@ -46,10 +46,8 @@ def is_marked(site: dict) -> bool:
 
 def is_discrete(site: dict) -> bool:
     """Whether a site is discrete; True for a distribution that does not know its support."""
-    try:
-        return site["fn"].support.is_discrete
-    except NotImplementedError:
-        return True
+    support = support_of(site["fn"])
+    return True if support is None else support.is_discrete
 
 
 def states(fn: dist.Distribution) -> np.ndarray:
@@ -70,7 +68,7 @@ def states(fn: dist.Distribution) -> np.ndarray:
 def log_prob_at_value(site: dict) -> Array:
     """Log-density of a site at its value, in nats, without its scale.
 
-    NumPyro checks a value that is an array of NumPy by NumPy, which fails where JAX traces the bounds of the support, as
+    NumPyro checks an array of NumPy by NumPy, which fails where JAX traces the bounds of the support, as
     those of a ``Binomial`` with a latent count. So data become arrays of JAX here.
     """
     value = jnp.asarray(site["value"])
@@ -88,7 +86,7 @@ def is_score_function_site(site: dict) -> bool:
     fn = site["fn"]
     if not fn.has_rsample or getattr(fn.support, "is_discrete", False):
         return True
-    return any(isinstance(base, (dist.MixtureSameFamily, dist.MixtureGeneral)) for base in _base_distributions(fn))
+    return any(isinstance(base, (dist.MixtureSameFamily, dist.MixtureGeneral)) for base in base_distributions(fn))
 
 
 def is_drawn(site: dict) -> bool:
@@ -102,7 +100,7 @@ def is_drawn(site: dict) -> bool:
         return False
     if is_score_function_site(site):
         return True
-    bases = _base_distributions(site["fn"])
+    bases = base_distributions(site["fn"])
     return (
         not isinstance(bases[-1], dist.Delta)
         and not any(isinstance(base, dist.MaskedDistribution) for base in bases)
@@ -119,13 +117,13 @@ def has_fixed_support(fn: dist.Distribution) -> bool:
     """
     if isinstance(fn, WRAPPERS):
         return has_fixed_support(fn.base_dist)
-    if not all(_is_of_numpyro(_definer(type(fn), name)) for name in ("support", "sample", "log_prob")):
+    if not all(is_of_numpyro(_definer(type(fn), name)) for name in ("support", "sample", "log_prob")):
         return False
     if not isinstance(fn, dist.TransformedDistribution):
         return support_of(fn) is not None and not _has_arrays(fn.support)
     everywhere = is_real(support_of(fn.base_dist))
     for transform in _parts(fn.transforms):
-        if not _is_of_numpyro(type(transform)) or (_has_arrays(transform) and not everywhere):
+        if not is_of_numpyro(type(transform)) or (_has_arrays(transform) and not everywhere):
             return False
         everywhere = everywhere and _is_onto_reals(transform)
     return has_fixed_support(fn.base_dist)
@@ -170,7 +168,8 @@ def _definer(cls: type, name: str) -> type:
     return next((base for base in cls.__mro__ if name in vars(base)), cls)
 
 
-def _is_of_numpyro(cls: type) -> bool:
+def is_of_numpyro(cls: type) -> bool:
+    """Whether a class is one of NumPyro's, or of this package."""
     return cls.__module__.partition(".")[0] in ("numpyro", "numpyro_vimco")
 
 
@@ -240,7 +239,7 @@ def unwrapped(fn: dist.Distribution) -> dist.Distribution:
     return fn
 
 
-def _base_distributions(fn: dist.Distribution) -> list[dist.Distribution]:
+def base_distributions(fn: dist.Distribution) -> list[dist.Distribution]:
     """A distribution and those that it wraps."""
     found = [fn]
     while hasattr(found[-1], "base_dist"):

@@ -11,7 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.infer import SVI, RenyiELBO, TraceGraph_ELBO
-from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 import optax
 import pytest
 from scipy.stats import norm
@@ -324,10 +324,34 @@ def test_number_of_steps_is_that_of_a_start():
 def test_point_estimates_can_be_looked_at_apart():
     svi = SVI(with_parameter, AutoDelta(with_parameter), optax.adam(0.1), TraceGraph_ELBO())
     result = fit(svi, random.key(0), 2, num_starts=2, progress_bar=False)
-    for call in (to_arviz, importance_diagnostics):
-        with pytest.raises(NotImplementedError, match=r"cannot be pooled. .*pool=False"):
-            call(svi, result, **ARGUMENTS)
-    assert to_arviz(svi, result, num_samples=5, pool=False, **ARGUMENTS)["posterior"]["z"].shape == (2, 5)
+    with pytest.raises(NotImplementedError, match=r"cannot be pooled. .*pool=False"):
+        to_arviz(svi, result, **ARGUMENTS)
+    posterior = to_arviz(svi, result, num_samples=5, pool=False, **ARGUMENTS)["posterior"]
+    assert posterior["z"].shape == (2, 5) and np.isnan(posterior.attrs["log_evidence"]).all()
+
+
+@pytest.mark.parametrize("fixed", [dist.Delta(0.3), None], ids=["a constant", "AutoDelta"])
+def test_a_latent_that_is_fixed_has_no_evidence(fixed):
+    """A Delta would count as a density of 1, and all weights be equal: +0.679 nats for -1.255."""
+
+    def model():
+        mu = numpyro.sample("mu", dist.Normal(0.0, 0.1))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(mu + z, 1.0), obs=0.4)
+
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(numpyro.handlers.block(model, hide=["mu"])))
+    guide.append(
+        AutoDelta(numpyro.handlers.block(model, hide=["z"]))
+        if fixed is None
+        else lambda: {"mu": numpyro.sample("mu", fixed)}
+    )
+    svi = SVI(model, guide, optax.adam(0.1), VIMCOStar())
+    result = fit(svi, random.key(0), 20, num_starts=2, progress_bar=False)
+    assert np.isfinite(result.losses).all() and np.isnan(result.log_evidence).all()
+    for form in (result, result.best):
+        with pytest.raises(ValueError, match="latent 'mu' is a Delta in the guide: it is fixed at one value"):
+            importance_diagnostics(svi, form, **ARGUMENTS)
 
 
 def test_gradients_are_those_of_the_best_start():

@@ -96,7 +96,7 @@ def scaled_guide():
 def moving_support():
     """Two sites whose support moves with a parameter, one of them only by its transform."""
     b = bernoulli("b", numpyro.param("logits", 0.2))
-    u = numpyro.sample("u", dist.Uniform(-1.5, numpyro.param("high", 2.0)), infer={"is_auxiliary": True})
+    u = numpyro.sample("u", dist.Uniform(-1.5, numpyro.param("high", 2.0)))
     base = dist.Beta(numpyro.param("a", 1.3), 1.0)
     shift = dist.transforms.AffineTransform(0.2 * u - 1.0 + 0.3 * b, numpyro.param("range", 3.0))
     numpyro.sample("c", dist.TransformedDistribution(base, shift))
@@ -104,7 +104,9 @@ def moving_support():
 
 def bounded_latents():
     b = bernoulli("b", numpyro.param("prior", -0.3))
-    observe(normal("c", 1.5 * b, 1.0) + 0.5 * b)
+    c = normal("c", 1.5 * b, 1.0)
+    observe(c + 0.5 * b)
+    normal("u", 0.3 * c, 1.0)  # the guide draws it before c
 
 
 def masked_model():

@@ -10,7 +10,7 @@ from numpyro.infer import SVI
 import optax
 import pytest
 
-from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar
+from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit
 
 Y = jnp.array([0.2, 0.9, 6.0, 1.8, 2.5])
 
@@ -76,10 +76,11 @@ def test_guide_may_be_what_depends():
     def model():
         with numpyro.plate("data", 4):
             numpyro.sample("z", dist.Bernoulli(0.3))
+            numpyro.sample("u", dist.Normal(0.0, 1.0))
 
     def guide():
         with numpyro.plate("data", 4):
-            u = numpyro.sample("u", dist.Normal(numpyro.param("loc", 0.1), 1.0), infer={"is_auxiliary": True})
+            u = numpyro.sample("u", dist.Normal(numpyro.param("loc", 0.1), 1.0))
             numpyro.sample("z", dist.Bernoulli(logits=jnp.cumsum(u)))
 
     with pytest.raises(ValueError, match="the plate 'data' are not independent: the density of site 'z'"):
@@ -117,6 +118,12 @@ def test_joint_plates_share_one_weight(alpha):
     joint = value_and_grad(VIMCOStar(alpha, 8, joint_plates=["time"]), walk(jnp.cumsum))
     expected = value_and_grad(VIMCOStar(alpha, 8), walk(jnp.cumsum, joint_site=True))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), joint, expected)
+
+
+def test_a_fit_that_is_annealed_looks_before_its_steps():
+    model = walk(jnp.cumsum)
+    with pytest.raises(ValueError, match="the plate 'time' are not independent"):
+        fit(SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar()), random.key(0), 1, Y, progress_bar=False)
 
 
 def test_traced_data_are_not_looked_at():

@@ -14,11 +14,12 @@ from numpyro.contrib.control_flow import scan
 from numpyro.contrib.funsor import config_enumerate, markov
 import numpyro.distributions as dist
 from numpyro.handlers import mask, scale
-from numpyro.infer import TraceEnum_ELBO
+from numpyro.infer import SVI, TraceEnum_ELBO
+import optax
 import pytest
 
 from helpers import UNBIASED, Program, exact_bound, expected_estimate, of_two_lengths, product_of
-from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar
+from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar, fit
 from numpyro_vimco.posterior.annealing import Annealed
 
 MARK = {"enumerate": "parallel"}
@@ -751,7 +752,37 @@ def parameter_in_scan():
     scan(move, 0, jnp.asarray(X))
 
 
+def counted_twice():
+    with numpyro.plate("data", 5):
+        z = numpyro.sample("z", dist.Bernoulli(0.3).mask(False), infer=MARK)
+        numpyro.factor("prior", dist.Bernoulli(0.3).log_prob(z))
+        numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=X)
+
+
+def masked_at_one_element():
+    with numpyro.plate("data", 5):
+        with mask(mask=X > -0.5):  # x[2] alone is masked, and its datum is not
+            z = numpyro.sample("z", dist.Categorical(jnp.ones(3) / 3), infer=MARK)
+        numpyro.sample("x", dist.Normal(1.0 * (z == 2), 1.0), obs=X)
+
+
+def masked_within_a_chain():
+    """As in NumPyro's example of capture-recapture: a state after the mask depends on one under it."""
+
+    def move(state, inputs):
+        x, seen = inputs
+        with mask(mask=seen):
+            state = numpyro.sample("z", dist.Bernoulli(0.3 + 0.4 * state), infer=MARK)
+            numpyro.sample("x", dist.Normal(1.0 * state, 1.0), obs=x)
+        return state, None
+
+    scan(move, 0, (jnp.asarray(X), jnp.array([True, True, False, False, True])))
+
+
 ERRORS = {
+    "counted twice": (counted_twice, {}, "'z' is summed out, and masked where .* site 'prior' depends on it"),
+    "masked at one element": (masked_at_one_element, {}, r"'z' is summed out, .* site 'x' .*jnp.zeros\(3\)"),
+    "masked within a chain": (masked_within_a_chain, {}, "'z' is summed out, and masked where .* site 'z' depends"),
     "outside of a plate": (outside_of_plate, {}, "'x' depends on 'z', which is summed out, .* the plate 'data'"),
     "indexed": (indexed, {}, "'x' depends on 'z', which is summed out, .* the plate 'group'"),
     "outside of scan": (outside_of_scan, {}, "'x' depends on 'z', which is summed out, .* outside of `scan`"),
@@ -783,3 +814,41 @@ def test_errors(name):
 
     with pytest.raises((ValueError, NotImplementedError), match=message):
         VIMCOStar(num_particles=2, **arguments).loss(random.key(0), {"loc": 0.0}, model, guide)
+
+
+def test_a_fit_that_is_annealed_begins_with_the_same_check():
+    svi = SVI(counted_twice, lambda: numpyro.param("loc", 0.0), optax.adam(0.01), VIMCOStar())
+    with pytest.raises(ValueError, match="'z' is summed out, and masked"):
+        fit(svi, random.key(0), 1, progress_bar=False)
+
+
+def test_masks_without_effect_are_no_error():
+    """A mask that hides nothing, one over latents that nothing depends on, and one that hides the data too."""
+
+    def model():
+        with numpyro.plate("data", 5):
+            with mask(mask=X > -9.0):
+                z = numpyro.sample("z", dist.Bernoulli(0.3), infer=dict(MARK))
+            numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=X)
+            with mask(mask=X > -0.5):
+                u = numpyro.sample("u", dist.Bernoulli(0.4), infer=dict(MARK))
+                numpyro.sample("y", dist.Normal(1.0 * u, 1.0), obs=X)
+            numpyro.sample("unused", dist.Bernoulli(0.4).mask(False), infer=dict(MARK))
+
+    loss = VIMCOStar(0.0, 2).loss(random.key(0), {}, model, lambda: numpyro.param("loc", 0.0))
+    x, y = (logsumexp(bernoulli(p)[:, None] + normal(X, jnp.arange(2.0)[:, None]), 0) for p in (0.3, 0.4))
+    np.testing.assert_allclose(loss, -(x.sum() + y[X > -0.5].sum()), rtol=1e-5)
+
+
+def test_a_covariate_that_is_known_in_part():
+    known, values = np.array([True, False, True, True, False]), np.array([1, 0, 0, 1, 0])
+
+    def model():
+        with numpyro.plate("data", 5):
+            z = numpyro.sample("z", dist.Bernoulli(0.3), obs=values, obs_mask=known, infer=dict(MARK))
+            numpyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=X)
+
+    loss = VIMCOStar(0.0, 2).loss(random.key(0), {}, model, lambda: numpyro.param("loc", 0.0))
+    table = bernoulli(0.3)[:, None] + normal(X, jnp.arange(2.0)[:, None])
+    exact = jnp.where(known, table[values, jnp.arange(5)], logsumexp(table, 0)).sum()
+    np.testing.assert_allclose(loss, -exact, rtol=1e-5)

@@ -205,3 +205,87 @@ def test_masses_of_counts_are_none():
         numpyro.sample("u", dist.MixtureGeneral(HALVES, [dist.Normal(0, 0.1), dist.Normal(0, 1)]))
 
     assert set(seed(AutoMixed(model), 0)()) == {"k", "u"}
+
+
+# Priors of users whose support is not what they declare.
+
+
+class Coin(dist.Distribution):
+    """A coin whose support a subclass declares."""
+
+    pytree_data_fields = ("shift",)
+
+    def __init__(self, shift=0.0, batch_shape=()):
+        self.shift = jnp.asarray(shift)
+        super().__init__(batch_shape, validate_args=False)
+
+    def sample(self, key, sample_shape=()):
+        return random.bernoulli(key, 0.3, sample_shape + self.batch_shape) + self.shift
+
+    def log_prob(self, value):
+        return jnp.where(value > 0.5 + self.shift, jnp.log(0.3), jnp.log(0.7))
+
+
+class RealCoin(Coin):
+    support = dist.constraints.real
+
+
+class RightCoin(Coin):
+    support = dist.constraints.boolean
+
+    def sample(self, key, sample_shape=()):
+        return super().sample(key, sample_shape).astype(int)
+
+
+class LowCoin(Coin):
+    support = dist.constraints.integer_interval(1, 3)
+
+
+class UnknownCoin(Coin):
+    @property
+    def support(self):
+        raise NotImplementedError
+
+
+class RealLaplace(Coin):
+    support = dist.constraints.real
+
+    def sample(self, key, sample_shape=()):
+        return random.laplace(key, sample_shape + self.batch_shape)
+
+    def log_prob(self, value):
+        return -jnp.abs(value) - jnp.log(2.0)
+
+
+WRONG = "are integers. An automatic guide would propose"
+SUPPORTS = {
+    "integers": (lambda: RealCoin(), WRONG),
+    "two numbers": (lambda: RealCoin(0.25), WRONG),
+    "right and a vector": (lambda: RealLaplace(batch_shape=(2,)).to_event(1), None),
+    "elements of an event": (lambda: RealCoin(batch_shape=(2,)).to_event(1), WRONG),
+    "of NumPyro": (
+        lambda: dist.TransformedDistribution(dist.BernoulliProbs(0.3), dist.transforms.AffineTransform(0.25, 2.0)),
+        WRONG,
+    ),
+    "outside": (lambda: LowCoin(), "of 100 draws are outside of its support"),
+    "none": (lambda: Coin(), "'z', Coin, has no support"),
+    "unknown": (lambda: UnknownCoin().expand([2]).to_event(1), "'z', UnknownCoin, has no support"),
+    "right and discrete": (lambda: RightCoin(), None),
+    "right and continuous": (lambda: RealLaplace(), None),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_priors_have_the_support_that_they_declare(name):
+    make_prior, message = SUPPORTS[name]
+
+    def model():
+        z = numpyro.sample("z", make_prior())
+        numpyro.sample("x", dist.Normal(jnp.sum(z), 1.0), obs=0.4)
+
+    svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar(num_particles=2))
+    if message is None:
+        assert np.isfinite(svi.run(random.key(0), 2, progress_bar=False).losses).all()
+    else:
+        with pytest.raises(ValueError, match=message):
+            svi.run(random.key(0), 2, progress_bar=False)

@@ -12,6 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from numpyro_vimco.posterior.widening import WIDER, widened
 import optax
 import pytest
 
@@ -21,7 +22,6 @@ from numpyro_vimco.objectives.levels import Levels
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.pooling import Mixture, log_ratio, pooled, propose_pooled
 from numpyro_vimco.posterior.starts import initial_states
-from numpyro_vimco.posterior.widening import WIDER, widened
 
 X = np.array([0.7, -1.2])
 

@@ -9,7 +9,6 @@ from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-import numpyro.distributions as dist
 from numpyro.distributions.mixtures import _MixtureBase
 
 from numpyro_vimco.guides.units import location_and_scale

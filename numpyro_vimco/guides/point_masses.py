@@ -3,9 +3,9 @@
 
 """Continuous priors that give one value a probability: a guide with a density never proposes that value."""
 
-from collections.abc import Iterator
-
 import numpyro.distributions as dist
+
+from numpyro_vimco.guides.supports import parts
 
 # A hurdle distribution with a continuous base has a mass at 0; NumPyro has it since 0.22. Its zero-inflated
 # distributions are discrete.
@@ -17,7 +17,7 @@ def check_no_point_mass(site: dict) -> None:
 
     :raises ValueError: with the model to write instead.
     """
-    if any(isinstance(part, MASSES) for part in _parts(site["fn"])):
+    if any(isinstance(part, MASSES) for part in parts(site["fn"])):
         name = site["name"]
         raise ValueError(
             f"The prior of the continuous site '{name}' has a point mass, a value with a probability, which no density "
@@ -27,12 +27,3 @@ def check_no_point_mass(site: dict) -> None:
             f"    {name} = numpyro.deterministic('{name}', {name}_on * {name}_slab)\n\n"
             "A value of probability 1, dist.Delta alone, is a `numpyro.deterministic` site."
         )
-
-
-def _parts(fn: dist.Distribution) -> Iterator[dist.Distribution]:
-    """A distribution and all those that it is made of: what it wraps, and the components of mixtures."""
-    yield fn
-    for value in vars(fn).values():
-        for part in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(part, dist.Distribution):
-                yield from _parts(part)

@@ -18,6 +18,7 @@ from numpyro_vimco.guides.couplings import Graph, local_plates, log_densities
 from numpyro_vimco.guides.plan import autoregressive, gated
 from numpyro_vimco.guides.private import PrototypeGuide, set_up
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
+from numpyro_vimco.guides.supports import check_draws, check_has_support
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_latent_site, is_marked
 
@@ -39,6 +40,8 @@ class WithoutMarked(Messenger):
         return super().__enter__()
 
     def process_message(self, msg: dict) -> None:
+        if is_latent_site(msg):
+            check_has_support(msg)  # before NumPyro's functions for where to begin, which fail without one
         if msg["type"] == "sample" and is_marked(msg):
             self.hidden.add(msg["name"])
             msg["stop"] = True
@@ -88,6 +91,8 @@ class StructuralGuide(PrototypeGuide):
         with block():
             self.prototype_trace = trace(model).get_trace(*args, **kwargs)
         sites = self.prototype_trace.values()
+        for site in filter(is_latent_site, sites):
+            check_draws(site)
         frames = [frame for site in sites if is_latent_site(site) for frame in site["cond_indep_stack"]]
         full_sizes = {site["name"]: site["args"][0] for site in sites if site["type"] == "plate"}
         for frame in frames:

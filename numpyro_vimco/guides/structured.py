@@ -378,7 +378,9 @@ class ContinuousSite(Site):
             params["logits"] = earlier.param(self, "logits", start["logits"], constraint=vector, event_dim=event_dim)
         return params
 
-    def _in_units(self, earlier: Earlier, name: str, start, centre, unit: Array, event_dim: int, own: str = "") -> Array:
+    def _in_units(
+        self, earlier: Earlier, name: str, start, centre, unit: Array, event_dim: int, own: str = ""
+    ) -> Array:
         """A location, or what an own site adds to it."""
         stem = f"{self.name}_{earlier.sampler.prefix}"
         log_scale = f"{stem}_log_scale_{own}" if own else None

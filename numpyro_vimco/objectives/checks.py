@@ -6,11 +6,12 @@
 Every message names the argument, the site or the plate, says what is wrong, and what to do instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import warnings
 
 import jax.numpy as jnp
 from jax.sharding import AxisType, Sharding
+from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
 from numpyro_vimco.arguments import check_integer
@@ -60,6 +61,30 @@ def _either(below: int, above: int) -> str:
     return str(below) if below == above else f"{below} or {above}"
 
 
+class NotSubstituted(Messenger):
+    """Raises for latents of a model that a handler around it gives a value, which the guide's would replace.
+
+    :raises ValueError: naming the site.
+    """
+
+    def __init__(self, fn: Callable):
+        super().__init__(fn)
+        self.in_control_flow: set[str] = set()
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "control_flow":  # its sites are seen afterwards, with their values
+            stack = msg["kwargs"].get("substitute_stack", ())
+            self.in_control_flow.update(*(data for kind, data in stack if kind == "substitute" and not callable(data)))
+        elif is_latent_site(msg):
+            name = msg["name"]
+            if name in self.in_control_flow if is_in_scan(msg) else msg["value"] is not None:
+                raise ValueError(
+                    f"Site '{name}' has a value by `substitute` or `replay` around the model, but is still latent, so "
+                    "that the value would be ignored. Use a handler that makes it known: "
+                    f"numpyro.handlers.condition(model, {{'{name}': value}})."
+                )
+
+
 def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
     """Raise unless the guide proposes exactly the latent sites of the model.
 
@@ -99,7 +124,8 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
             if not site["infer"].get("is_auxiliary"):
                 raise ValueError(
                     f"Site '{name}' is sampled in the guide, but the model has no such site. Add it to the model, "
-                    "remove it from the guide, or mark it with infer={'is_auxiliary': True}."
+                    "remove it from the guide, or, if latents of the model are Deltas that determine it, mark it with "
+                    "infer={'is_auxiliary': True}."
                 )
         elif other["is_observed"]:
             raise ValueError(

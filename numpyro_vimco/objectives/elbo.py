@@ -21,7 +21,7 @@ from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.densities import Densities
 from numpyro_vimco.objectives.elements import check_elements, check_tables, may_be_dependent
 from numpyro_vimco.objectives.gradients import Weights
-from numpyro_vimco.objectives.program import Program
+from numpyro_vimco.objectives.program import Kinds, Program
 from numpyro_vimco.randomness import SeedPlates, split
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
 
@@ -175,15 +175,9 @@ class ImportanceWeightedELBO(ELBO):
         plate_key, rng_key = split(rng_key)
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
-        concrete = not _has_tracers((args, kwargs))
-        checks = [check_elements] if concrete and may_be_dependent(program, kinds, param_map, rng_key) else []
-        checks += [check_tables] if concrete and kinds.mixed_sums else []
-        if checks:
-            # In a fit parameters are traced: the checks are then at those that the program itself begins with.
-            with jax.ensure_compile_time_eval():
-                untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
-                for check in checks:
-                    check(untraced, {} if _has_tracers(param_map) else param_map)
+        if not _has_tracers((args, kwargs)):
+            # In a fit parameters are traced: the check is then at those that the program itself begins with.
+            self.check({} if _has_tracers(param_map) else param_map, model, guide, args, kwargs, kinds)
         self._check(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)
@@ -191,6 +185,32 @@ class ImportanceWeightedELBO(ELBO):
         if self.doubly_reparameterized and kinds.path_sites:
             evaluate = partial(gradients.doubly_reparameterized, program, self.vectorize_particles_fn, kinds.masks)
         return -gradients.estimate(evaluate, param_map, keys, weigh, self.chunk_size, self._shard)
+
+    def check(
+        self,
+        params: dict[str, Any],
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict,
+        kinds: Kinds | None = None,
+    ) -> None:
+        """
+        Raise for what is found by evaluating model and guide at draws: elements of plates that are not independent,
+        densities that depend on masked latents, and sums that are not what the model says.
+
+        :param dict params: parameter values; those it lacks begin where the program says.
+        :param kinds: of the program, where they are known.
+        :raises ValueError: naming the site.
+        """
+        key = jax.random.key(0)
+        with jax.ensure_compile_time_eval():
+            program = self.program(model, guide, args, kwargs, key)
+            kinds = kinds or program.kinds(params, key)
+            if may_be_dependent(program, kinds, params, key):
+                check_elements(program, params)
+            if kinds.mixed_sums:
+                check_tables(program, params)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs) -> dict:
         """:meth:`loss` in the form that SVI asks for where there is mutable state, which :meth:`loss` refuses."""

@@ -4,7 +4,8 @@
 """Are the elements of a plate independent, as a bound for each of them supposes?
 
 Two particles are drawn, and the latents of some elements exchanged between them. If elements are independent, the
-densities of the other elements stay what they are. Nor may any density depend on latents that the model masks.
+densities of the other elements stay what they are. Nor may any density depend on latents that the model masks, be they
+sampled or summed out.
 
 The check misses a dependence that shows at rare values only, or at other parameters (a coupling that is zero at the
 start of a fit). Diagnostics therefore check again, at the fitted parameters.
@@ -22,12 +23,12 @@ import numpy as np
 from numpyro_vimco.dependence import may_mix
 from numpyro_vimco.objectives.checks import elements_error, masked_latent_error
 from numpyro_vimco.objectives.densities import SiteDensities, log_prob_of
-from numpyro_vimco.objectives.enumeration_checks import table_error
+from numpyro_vimco.objectives.enumeration_checks import masked_sum_error, table_error
 from numpyro_vimco.objectives.levels import level_of
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
 from numpyro_vimco.objectives.program import Kinds, Program, Values
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import is_drawn, sample_sites
+from numpyro_vimco.sites import is_drawn, mask_of, sample_sites, states
 
 # Number of pairs of particles; and how far values may differ by rounding, relative to the sum of their terms' sizes.
 PAIRS, ROUNDING = 4, 1e-4
@@ -40,6 +41,8 @@ def may_be_dependent(program: Program, kinds: Kinds, params: dict[str, Any], rng
 
     :param kinds: of the program.
     """
+    if kinds.masked_sums:
+        return True
     if not (kinds.elements or kinds.masks):
         return False
     sizes: set[int] = set()
@@ -110,6 +113,7 @@ def check_elements(program: Program, params: dict[str, Any]) -> None:
         for name in after:
             if after[name].differs_from(before[name].value):
                 raise masked_latent_error(name, latent)
+    _check_masked_sums(program, params)
 
 
 def check_tables(program: Program, params: dict[str, Any]) -> None:
@@ -129,6 +133,32 @@ def check_tables(program: Program, params: dict[str, Any]) -> None:
     for name, (drawn, tabled) in (_quick(jax.vmap(densities), split(jax.random.key(0), PAIRS)) or {}).items():
         if drawn.shape != tabled.shape or _Sum(drawn, jnp.abs(drawn)).differs_from(tabled):
             raise table_error(name, parents[name])
+
+
+def _check_masked_sums(program: Program, params: dict[str, Any]) -> None:
+    """Raise for a density that depends on elements of a summed site that are masked: these take other values.
+
+    :raises ValueError: naming the summed site and the other one.
+    """
+    num_states: dict[str, int] = {}
+
+    def moved(rng_key: Array) -> dict[str, list[tuple[dict[str, Array], dict[str, Array]]]]:
+        summed, densities = program.of_summed(params, rng_key)
+        values = {name: site["value"] for name, site in summed.items()}
+        before, found = densities(values), {}
+        for name, site in summed.items():
+            if (mask := mask_of(site["fn"])) is not None:
+                num_states[name] = size = states(site["fn"]).size
+                others = [(values[name] + shift) % size for shift in range(1, min(size, PAIRS + 1))]
+                after = [densities({**values, name: jnp.where(mask[0], values[name], other)}) for other in others]
+                found[name] = [(before, densities) for densities in after]
+        return found
+
+    for latent, pairs in (_quick(jax.vmap(moved), split(jax.random.key(0), PAIRS)) or {}).items():
+        for before, after in pairs:
+            for name, log_prob in before.items():
+                if _Sum(log_prob, jnp.abs(log_prob)).differs_from(after[name]):
+                    raise masked_sum_error(name, latent, num_states[latent])
 
 
 def _quick(fn: Callable, argument: Any) -> Any:

@@ -20,7 +20,7 @@ from numpyro_vimco.objectives.enumeration_checks import (
     num_batch_dims,
     unexplained_dims,
 )
-from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_latent_site, mask_of, sample_sites
 
 
 def at_values(model: Callable, params: Mapping[str, Any], subsampled: Trace, guide_trace: Trace) -> Given:
@@ -41,17 +41,27 @@ def enumerate_model(model: Callable, model_trace: Trace, args: tuple, kwargs: di
     return enumerated_trace(block(model, hide=own), args, kwargs, num_batch_dims(model_trace))
 
 
-def check_sums(model: Callable, model_trace: Trace, summed: Iterable[str], args: tuple, kwargs: dict) -> bool:
+def densities_at(model: Callable, values: Mapping[str, Array], args: tuple, kwargs: dict) -> dict[str, Array]:
+    """The log-density of each site of a model, with its mask, at values of some sites.
+
+    :param model: as of :func:`enumerate_model`.
+    """
+    found = trace(Given(model, values)).get_trace(*args, **kwargs)
+    return {site["name"]: log_prob_of(site) for site in sample_sites(found)}
+
+
+def check_sums(
+    model: Callable, model_trace: Trace, summed: Iterable[str], args: tuple, kwargs: dict
+) -> tuple[bool, bool]:
     """Raise for sites that cannot be summed out; nothing is computed.
 
     :param model: as of :func:`enumerate_model`.
     :param summed: names of the sites.
-    :return: whether a density may combine elements of those that can.
+    :return: whether a density may combine elements of those that can; and whether one may depend on masked elements.
     """
 
     def densities(values: dict[str, Array]) -> dict[str, Array]:
-        found = trace(Given(model, values)).get_trace(*args, **kwargs)
-        return {site["name"]: log_prob_of(site) for site in sample_sites(found)}
+        return densities_at(model, values, args, kwargs)
 
     values = {name: model_trace[name]["value"] for name in summed}
     parents = dependence(densities, values)
@@ -60,4 +70,8 @@ def check_sums(model: Callable, model_trace: Trace, summed: Iterable[str], args:
     check_enumerated(enumerated, values)
     check_parents(parents, parents_of(enumerated.values(), values))
     sizes = {frame.size for name in values for frame in model_trace[name]["cond_indep_stack"]} - {1}
-    return any(is_in_scan(model_trace[name]) for name in values) or bool(sizes and may_mix(densities, values, sizes))
+    chains = {name for name in values if is_in_scan(model_trace[name])}
+    mixed = bool(chains or (sizes and may_mix(densities, values, sizes)))
+    masked = {name for name in values if mask_of(model_trace[name]["fn"])}
+    used = chains.union(*(depends - {name} for name, depends in parents.items()))
+    return mixed, bool(masked & used)

@@ -79,6 +79,16 @@ def table_error(site: str, summed: Iterable[str]) -> ValueError:
     )
 
 
+def masked_sum_error(site: str, summed: str, num_states: int) -> ValueError:
+    """A density that is not masked and depends on elements of a summed site that are."""
+    return ValueError(
+        f"Site '{summed}' is summed out, and masked where the density of site '{site}' depends on it. Its own "
+        "probabilities would still weight that sum here, and no probabilities in NumPyro's NUTS. Write which you mean, "
+        f"without a mask: the site as it is, and no `factor` that adds its density again; or, if its density is not to "
+        f"count, equal probabilities: dist.Categorical(logits=jnp.zeros({num_states}))."
+    )
+
+
 def check_parents(parents: Mapping[str, Collection[str]], found: Mapping[str, Collection[str]]) -> None:
     """Raise unless each site's table has a dimension for each summed site that its density depends on.
 

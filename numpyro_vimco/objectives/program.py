@@ -14,10 +14,11 @@ from numpyro.handlers import substitute, trace
 
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
-from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
+from numpyro_vimco.objectives.checks import NotSubstituted, check_joint_plates, check_plate_particles, check_traces
 from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
-from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, enumerate_model
+from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, densities_at, enumerate_model
 from numpyro_vimco.objectives.enumeration import Unmarked, summed_sites
+from numpyro_vimco.objectives.guide_densities import auxiliary_sites, check_auxiliary, without_density
 from numpyro_vimco.objectives.levels import Levels, level_of, map_levels, map_local
 from numpyro_vimco.objectives.plates import Density, Structure, plate_structure
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
@@ -43,12 +44,14 @@ class Kinds(NamedTuple):
     :ivar masks: whether the model masks any element of a latent.
     :ivar elements: whether any element of a plate has a weight of its own.
     :ivar mixed_sums: whether a density may combine elements of sites that are summed out.
+    :ivar masked_sums: whether a density may depend on masked elements of sites that are summed out.
     """
 
     path_sites: bool
     masks: bool
     elements: bool
     mixed_sums: bool
+    masked_sums: bool
 
 
 @dataclass(frozen=True)
@@ -168,35 +171,51 @@ class Program:
             latents = [site for site in sample_sites(guide_trace) if is_latent_site(site)]
             path = any(is_drawn(site) and not self.by_score(site) for site in latents)
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
+            if auxiliary_sites(model_trace, guide_trace):
+                check_auxiliary(model_trace, guide_trace, self.parents_of_deltas(params, rng_key))
             structure = self._structure(model_trace, guide_trace)
             elements = any(structure.kept(level) for level in (None, *self.plate_particles))
-            mixed_sums = self._check_sums(params, keys, model_trace, guide_trace)
-            found.append(Kinds(path, masks, elements, mixed_sums))
+            found.append(Kinds(path, masks, elements, *self._check_sums(params, keys, model_trace, guide_trace)))
 
         jax.eval_shape(look, params, rng_key)
         return found[0]
 
+    def parents_of_deltas(self, params: dict[str, Any], rng_key: Array) -> dict[str, set[str]]:
+        """Of each latent guide site that is a Delta, the parameters and drawn sites that its value depends on."""
+        keys, has_delta = self._first(rng_key), []
+
+        def draw(params) -> Values:
+            latents = [site for site in sample_sites(self._trace_guide(params, keys)) if is_latent_site(site)]
+            has_delta.append(any(map(is_delta, latents)))
+            return {site["name"]: site["value"] for site in latents if not is_delta(site)}
+
+        drawn = jax.eval_shape(draw, params)
+        if not has_delta[0]:
+            return {}
+
+        # Drawn sites have given values, so that what is computed from them only does not depend on parameters.
+        def deltas(inputs):
+            given = {name: inputs[name] for name in drawn}
+            tr = self._trace_guide({name: inputs[name] for name in params}, keys, given)
+            return {site["name"]: site["value"] for site in tr.values() if is_delta(site)}
+
+        return dependence(deltas, {**params, **drawn})
+
     def deltas_at_parameters(self, params: dict[str, Any], rng_key: Array) -> dict[str, set[str]]:
         """The latent guide sites that are Delta distributions whose value depends on parameters, and on which."""
+        parents = self.parents_of_deltas(params, rng_key)
+        return {name: found & params.keys() for name, found in parents.items() if found & params.keys()}
 
-        def draw(given: Values | None, params) -> Trace:
-            return self._trace_guide(params, self._first(rng_key), given)
+    def without_density(self, params: dict[str, Any], rng_key: Array) -> list[str]:
+        """The continuous latents that the guide fixes: :func:`.guide_densities.without_density`."""
+        parents, found = self.parents_of_deltas(params, rng_key), []
 
-        def has_delta(params) -> None:
-            found.extend(site for site in sample_sites(draw(None, params)) if is_latent_site(site) and is_delta(site))
+        def look(params) -> None:
+            found.extend(without_density(*self._traces(params, self._first(rng_key)), parents))
 
-        found: list[dict] = []
-        jax.eval_shape(has_delta, params)
-        if not found:
-            return {}
-        latents = [site for site in sample_sites(draw(None, params)) if is_latent_site(site)]
-        # The other latents have given values, so that what is computed from them only does not depend on parameters.
-        given = {site["name"]: site["value"] for site in latents if not is_delta(site)}
-
-        def deltas(inputs):
-            return {site["name"]: site["value"] for site in draw(given, inputs).values() if is_delta(site)}
-
-        return {name: parents for name, parents in dependence(deltas, params).items() if parents}
+        if parents:
+            jax.eval_shape(look, params)
+        return found
 
     def sites(self, params: dict[str, Any], rng_key: Array, given: Values | None = None) -> SiteDensities:
         """The sites of one particle, with the first local particle of each named plate.
@@ -210,6 +229,14 @@ class Program:
         """:meth:`sites` at values of all latents of the guide, for sites that are summed out."""
         keys = self._first(rng_key)
         return self._sites(params, keys, *self._traces(params, keys, values))
+
+    def of_summed(self, params: dict[str, Any], rng_key: Array) -> tuple[Trace, Callable[[Values], dict[str, Array]]]:
+        """The sites of one particle that are summed out, each at a draw, and the densities of all sites given these."""
+        keys = self._first(rng_key)
+        model_trace, guide_trace = self._traces(params, keys)
+        model = self._at_values(params, keys, model_trace, guide_trace)
+        summed = {name: model_trace[name] for name in summed_sites(model_trace, guide_trace)}
+        return summed, lambda values: densities_at(model, values, self.args, self.kwargs)
 
     def by_level(self, guide_trace: Trace, values: dict[str, Any]) -> Levels[dict[str, Any]]:
         """Sort values, given by the names of guide sites, into the levels of these sites."""
@@ -254,7 +281,7 @@ class Program:
         return trace(substitute(guide, substitute_fn=draw)).get_trace(*self.args, **self.kwargs)
 
     def _trace_model(self, params, keys: ParticleKeys, guide_trace: Trace) -> Trace:
-        model = SeedLevels(at_values(self.model, params, guide_trace, guide_trace), keys.model, {})
+        model = SeedLevels(at_values(NotSubstituted(self.model), params, guide_trace, guide_trace), keys.model, {})
         model_trace = trace(model).get_trace(*self.args, **self.kwargs)
         check_traces(model_trace, guide_trace)
         check_plate_particles(self.plate_particles, model_trace, guide_trace)
@@ -270,11 +297,11 @@ class Program:
         enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
         return SiteDensities(model_trace, guide_trace, structure, enumerated)
 
-    def _check_sums(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> bool:
-        """Raise for sites that cannot be summed out; whether a density may combine elements of those that can."""
+    def _check_sums(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> tuple[bool, bool]:
+        """:func:`check_sums` of the sites that are summed out."""
         summed = summed_sites(model_trace, guide_trace)
         if not summed:
-            return False
+            return False, False
         model = self._at_values(params, keys, model_trace, guide_trace)
         return check_sums(model, model_trace, summed, self.args, self.kwargs)
 

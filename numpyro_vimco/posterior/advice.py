@@ -148,7 +148,7 @@ def find_doubts(weighed: Weighed, std_error: float, ahead: bool, above_all: bool
     if weighed.undefended:
         names = ", ".join(map(repr, weighed.undefended))
         found.append(
-            f"No draw takes {names} from the model by itself (an improper prior, a point mass, a site in `scan`, or one "
+            f"No draw takes {names} from the model alone (an improper prior, a point mass, a site in `scan`, or one "
             "whose prior depends on a summed site), so that nothing can show what the guide has lost there."
         )
     if std_error > MOST_ERROR:

@@ -41,9 +41,9 @@ from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.autoguide import AutoContinuous
 
-from numpyro_vimco.guides.couplings import Graph, log_densities
 from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.guides.autoregressive import is_autoregressive
+from numpyro_vimco.guides.couplings import Graph, log_densities
 from numpyro_vimco.guides.private import latents_of, packed
 from numpyro_vimco.objectives.densities import SiteDensities
 from numpyro_vimco.objectives.levels import Levels
@@ -156,7 +156,9 @@ class Defence:
         program = substitute(Given(seed(program, rng_key), given), data=params)
         return trace(substitute(program, substitute_fn=choose)).get_trace(*self.fit.args, **self.fit.kwargs)
 
-    def _with_latents_of_model(self, component: Array, params: Params, rng_key: Array, element_key: Array, first: Trace):
+    def _with_latents_of_model(
+        self, component: Array, params: Params, rng_key: Array, element_key: Array, first: Trace
+    ):
         """All latents of a draw of the guide, but the component's from the model."""
         values = {name: first[name]["value"] for name in self.fit.latents()}
         of_block = self._by_component(lambda c, name: name in c.sites, component, guide=False)
@@ -258,7 +260,9 @@ def _guide_trace(fit: Fitted) -> Trace:
 def blocks_of(fit: Fitted) -> dict[str, Block]:
     """The blocks of a guide that have a density, by site, in its order."""
     guide_trace = _guide_trace(fit)
-    joint = {f"_{part.prefix}_latent": part for part in automatic_guides(fit.svi.guide) if isinstance(part, AutoContinuous)}
+    joint = {
+        f"_{part.prefix}_latent": part for part in automatic_guides(fit.svi.guide) if isinstance(part, AutoContinuous)
+    }
     blocks = {}
     for site in filter(is_latent_site, sample_sites(guide_trace)):
         name = site["name"]
@@ -323,7 +327,7 @@ def _closed(name: str, parents: Mapping[str, set[str]], order: list[str]) -> tup
     """A block with the parents that the guide does not draw before, and the blocks before all of these; or None."""
     chosen, todo = {name}, [name]
     while todo:
-        if (block := todo.pop()) not in parents:
+        if todo.pop() not in parents:
             return None
         first = min(map(order.index, chosen))
         missing = {parent for other in chosen for parent in parents.get(other, ())} - chosen - set(order[:first])

@@ -18,6 +18,7 @@ from numpyro_vimco.posterior.agreement import compare, contradictions, share_tha
 from numpyro_vimco.posterior.exchange import find_lost_order
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
+from numpyro_vimco.posterior.proposals import check_has_density
 from numpyro_vimco.posterior.results import FitResult
 from numpyro_vimco.posterior.weighing import moments_of_starts, weigh
 from numpyro_vimco.randomness import split
@@ -159,12 +160,14 @@ def importance_diagnostics(
         10,000: a tail is fitted to them.
     :param bool progress_bar: whether to show one where it takes more than a few seconds. Defaults to True.
     :raises ValueError: for parameters that do not fit the guide, arguments that do not fit the model, a subsampled
-        plate, a model without latents, data that are NaN, too few draws, or ``rng_key`` that is no key.
+        plate, a model without latents, a continuous latent that is a Delta in the guide, data that are NaN, too few
+        draws, or ``rng_key`` that is no key.
     :raises NotImplementedError: for starts whose draws cannot be pooled: a Delta site at a parameter.
     """
     check_key(rng_key)
     num_samples = check_integer("num_samples", num_samples, 100, "the tail of the weights is fitted to them")
     fit = Fitted.of(svi, svi_result, model_args, model_kwargs)
+    check_has_density(fit)
     pool_key, start_key = split(rng_key)
     weighed = weigh(fit, pool_key, num_samples, "diagnostics" if progress_bar else None)
     summary = weighed.summary

@@ -19,10 +19,11 @@ from numpyro.infer import SVI
 from numpyro_vimco.arguments import check_integer, check_key
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.units import units_of
+from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
 from numpyro_vimco.posterior.annealing import first_power, geometric
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
 from numpyro_vimco.posterior.observed import find_observed
-from numpyro_vimco.posterior.proposals import each_start
+from numpyro_vimco.posterior.proposals import each_start, program_of
 from numpyro_vimco.posterior.recovery import recovered
 from numpyro_vimco.posterior.results import FitResult, FitState
 from numpyro_vimco.posterior.starts import initial_states, with_known_draws
@@ -140,6 +141,8 @@ def fit(
             "`fit(svi, rng_key, num_steps, x)`.",
             stacklevel=2,
         )
+    if isinstance(svi.loss, ImportanceWeightedELBO):  # in the steps the power is traced, and values are not known
+        svi.loss.check({}, svi.model, svi.guide, args, {**svi.static_kwargs, **kwargs})
     if start_sharding is not None:
         _check_start_sharding(start_sharding, len(state.failed))
     steps = Steps(
@@ -246,7 +249,10 @@ def _log_evidence(svi: SVI, rng_key: Array, result: FitResult, model_trace: Trac
     log_weights = []
     try:
         for key, of_starts in zip(split(rng_key, len(results)), results):
-            sampler = each_start(Fitted.of(svi, of_starts, args, kwargs))
+            fitted = Fitted.of(svi, of_starts, args, kwargs)
+            if program_of(fitted, {}).without_density(fitted.params, key):
+                return estimates, errors  # a point estimate, as diagnostics say
+            sampler = each_start(fitted)
             blocks = sampler.blocks(key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress)
             log_weights += list(np.concatenate(list(blocks), axis=0).swapaxes(0, 1).astype(float))
     except (ValueError, NotImplementedError) as error:

@@ -24,7 +24,7 @@ from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.log_likelihoods import find_elements, local_evidence
 from numpyro_vimco.posterior.observed import imputed_name, observed_sites, whole
 from numpyro_vimco.posterior.pooling import pooled, propose_pooled
-from numpyro_vimco.posterior.proposals import Draw, each_start, plate_names, propose, squeezed, take
+from numpyro_vimco.posterior.proposals import Draw, each_start, plate_names, program_of, propose, squeezed, take
 from numpyro_vimco.posterior.results import FitResult
 from numpyro_vimco.posterior.summed import draw_summed
 from numpyro_vimco.randomness import split, split_by_name
@@ -106,7 +106,7 @@ def to_arviz(
         sites), sample_stats (``log_weight``, ``log_p``, ``log_q`` in nats; by element of common plates), observed_data,
         and those asked for. Attributes of the posterior: the library and its version, objective, its alpha and number
         of particles, number of steps if losses are known, number of proposals, ``log_evidence`` (nats), ``pareto_k``
-        and ``ess`` (of the worst element).
+        and ``ess`` (of the worst element). Where the guide fixes a continuous latent by a Delta, the evidence is NaN.
     :raises ValueError: for parameters that do not fit the guide, arguments that do not fit the model, a
         subsampled plate, a model without latents, data that are NaN, no draws, fewer proposals than draws, proposals
         beside ``resample=False``, an unknown group, or ``rng_key`` that is no key.
@@ -255,6 +255,8 @@ def _weighed(
     flat = drawn.log_weight.reshape(len(drawn.log_weight), -1)
     smoothed, k = weights.pareto_smooth(flat)
     log_evidence = weights.of_elements(weights.log_mean, flat)
+    if program_of(fit, {}).without_density(fit.params, rng_key):
+        log_evidence = np.full_like(log_evidence, np.nan)  # of point estimates there is none
     attributes = {
         "log_evidence": float(log_evidence.sum()),
         "pareto_k": float(k.max()),

@@ -22,6 +22,7 @@ import numpy as np
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
+from numpyro_vimco.objectives.guide_densities import no_density_error
 from numpyro_vimco.objectives.levels import Levels, map_levels
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
 from numpyro_vimco.objectives.program import Program
@@ -203,6 +204,15 @@ def check_independent(program: Program, fit: Fitted) -> None:
     kinds = program.kinds(fit.params, random.key(0))
     if may_be_dependent(program, kinds, fit.params, random.key(0)):
         check_elements(program, fit.params)
+
+
+def check_has_density(fit: Fitted) -> None:
+    """Raise for a continuous latent that the guide fixes: its draws have no weights.
+
+    :raises ValueError: naming the latent.
+    """
+    for name in program_of(fit, {}).without_density(fit.params, random.key(0)):
+        raise no_density_error(name)
 
 
 def structure_of(program: Program, fit: Fitted) -> Structure:

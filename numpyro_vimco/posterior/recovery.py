@@ -81,7 +81,10 @@ def recovered(
     state = go_on(state)
     new = jax.tree.map(lambda x, y: jnp.where(_like(state.failed, x), y, x), state.svi, wide)
     best, largest = result, _ess(draws)
-    for states in (new, *(_halves(a, b) for a, b in ((result.svi_states, new), (new, wide), (result.svi_states, wide)))):
+    for states in (
+        new,
+        *(_halves(a, b) for a, b in ((result.svi_states, new), (new, wide), (result.svi_states, wide))),
+    ):
         other = result._replace(svi_states=states, params=jax.vmap(svi.get_params)(states), failed=state.failed & False)
         if (ess := _ess(_draws(Fitted.of(svi, other, args, kwargs), keys["choice"], progress))) > largest:
             best, largest = other, ess

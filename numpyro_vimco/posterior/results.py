@@ -40,7 +40,7 @@ class FitResult(NamedTuple):
     :ivar power: β of each step, of shape ``(starts, steps)``.
     :ivar log_evidence: each start's estimate of log p(x) in nats, of shape ``(starts,)``: the logarithm of the mean
         importance weight of 4,096 draws of its guide, at power 1. NaN where a start was dropped, and where there is
-        none: a plate is subsampled, or the model has no latents.
+        none: a plate is subsampled, the model has no latents, or the guide fixes a continuous one by a Delta.
     :ivar log_evidence_std_error: its standard error in nats, by the delta method, of shape ``(starts,)``.
     :ivar svi_states: of all starts, with a leading axis. They are those of ``state``, unless all starts had lost a part
         of the posterior and it was recovered (:func:`~numpyro_vimco.fit`).
