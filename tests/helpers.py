@@ -93,10 +93,12 @@ def fit_result(params, losses=None, power=None, failed=None, log_evidence=None):
     num_starts = len(jax.tree.leaves(params)[0])
     losses = np.zeros((num_starts, 1)) if losses is None else np.asarray(losses)
     failed = jnp.zeros(num_starts, bool) if failed is None else jnp.asarray(failed)
-    state = FitState(jnp.zeros(num_starts), jnp.array(losses.shape[1]), jnp.zeros(num_starts, int), failed)
+    steps = jnp.array(losses.shape[1]), jnp.zeros(num_starts, int), jnp.ones(())
+    state = FitState(jnp.zeros(num_starts), *steps, failed)
     power = np.ones_like(losses) if power is None else np.asarray(power)
     log_evidence = np.arange(0.0, -num_starts, -1) if log_evidence is None else np.asarray(log_evidence)
-    return FitResult(params, losses, state, power, log_evidence, np.full(num_starts, 0.01))
+    error = np.full(num_starts, 0.01)
+    return FitResult(params, losses, state, power, log_evidence, error, state.svi, np.asarray(failed))
 
 
 def initial_params(*programs):

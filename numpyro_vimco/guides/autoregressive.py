@@ -197,10 +197,18 @@ class AutoregressiveDiscrete(dist.Distribution):
             draw = jax.vmap(draw)
         return draw(split(key, sample_shape) if sample_shape else key)
 
-    def _sample(self, key):
+    def sample_rest(self, key, value, kept):
+        """Draw the elements after those that are kept, given these.
+
+        :param value: of shape ``batch``.
+        :param kept: of the same shape: whether each element keeps its value. Kept elements come before the others.
+        """
+        return self._sample(key, self.elements.gather(value), self.elements.gather(kept))
+
+    def _sample(self, key, value=0, kept=False):
         def improve(state):
             values, _, passes = state
-            new = lax.stop_gradient(self.conditional(values).sample(key))
+            new = jnp.where(kept, value, lax.stop_gradient(self.conditional(values).sample(key)))
             return new, jnp.any(new != values), passes + 1
 
         def is_unfinished(state):
@@ -245,26 +253,60 @@ class AutoregressiveNormal(dist.Distribution):
         """Draw values of shape ``(*sample_shape, *batch)``, differentiable."""
 
         def draw(noise):
-            right = self.shift + self.scale * self.elements.gather(noise)
-            e = self.coupling.solve(right, self.gate)
-            return self.elements.scatter(self.loc + self.unit * e, self.batch_shape)
+            return self._at(self.elements.gather(noise))
 
         for _ in sample_shape:
             draw = jax.vmap(draw)
         return draw(random.normal(key, sample_shape + self.batch_shape))
 
+    def sample_rest(self, key, value, kept):
+        """As of :class:`AutoregressiveDiscrete`."""
+        e, mean = self._standardized(value)
+        noise = self.elements.gather(random.normal(key, self.batch_shape))
+        return self._at(jnp.where(self.elements.gather(kept), (e - mean) / self.scale, noise))
+
+    def _at(self, noise: Array) -> Array:
+        """Values of standard normal noise of shape ``(*local, n)``."""
+        e = self.coupling.solve(self.shift + self.scale * noise, self.gate)
+        return self.elements.scatter(self.loc + self.unit * e, self.batch_shape)
+
+    def _standardized(self, value: Array) -> tuple[Array, Array]:
+        """The e of values, and their means given earlier ones."""
+        e = (self.elements.gather(value) - self.loc) / self.unit
+        return e, self.shift + self.gate * self.coupling.apply((self.gate * e)[..., None])[..., 0]
+
     def log_prob(self, value):
         """Log-density of each element given those before it, in nats."""
-        e = (self.elements.gather(value) - self.loc) / self.unit
-        mean = self.shift + self.gate * self.coupling.apply((self.gate * e)[..., None])[..., 0]
+        e, mean = self._standardized(value)
         log_prob = dist.Normal(mean, self.scale).log_prob(e) - jnp.log(self.unit)
         return self.elements.scatter(log_prob, jnp.shape(value))
 
 
-def is_autoregressive(fn: dist.Distribution) -> bool:
-    """Whether elements of a distribution depend on each other, as those of this module do."""
-    while not isinstance(fn, AutoregressiveDiscrete | AutoregressiveNormal):
-        if not hasattr(fn, "base_dist"):
-            return False
-        fn = fn.base_dist
-    return True
+def sample_rest(fn: dist.Distribution, key: Array, value: Array, chosen: Array) -> Array:
+    """Draw the elements of a distribution that depend on chosen ones, given these and the others.
+
+    These are the later elements of a distribution of this module; there are none of another.
+
+    :param value: of shape ``(*batch, *event)``.
+    :param chosen: of shape ``batch``.
+    """
+    base, transforms = fn, []
+    while not isinstance(base, AutoregressiveDiscrete | AutoregressiveNormal):
+        if not hasattr(base, "base_dist"):
+            return value
+        transforms += base.transforms[::-1] if isinstance(base, dist.TransformedDistribution) else []
+        base = base.base_dist
+    inner = value
+    for transform in transforms:
+        inner = transform.inv(inner)
+    elements = base.elements
+    expanded = jnp.broadcast_to(chosen.reshape(*chosen.shape, *(1,) * elements.event_dim), base.batch_shape)
+    is_chosen = elements.gather(expanded)
+    until = jnp.flip(jnp.cumsum(jnp.flip(is_chosen, -1), axis=-1), -1) > 0
+    kept = elements.scatter(until | ~is_chosen.any(-1, keepdims=True), base.batch_shape)
+    new = base.sample_rest(key, inner, kept)
+    for transform in reversed(transforms):
+        new = transform(new)
+    # Kept values come back as they were, not as far as a transform inverts itself.
+    kept = kept.all(tuple(range(chosen.ndim, kept.ndim)))
+    return jnp.where(kept.reshape(*kept.shape, *(1,) * (value.ndim - kept.ndim)), value, new)

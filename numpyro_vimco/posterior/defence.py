@@ -16,8 +16,8 @@ given the parents of each latent there; and then the others from the guide, give
 latent whose tail is too light in the guide does no harm.
 
 There is a set for each latent, and one of all latents. A set has, beside its latent, the parents that the guide does
-not draw before it. Where a site has several elements that the guide draws independently, its set is one of its
-elements, each as likely; its density is the mean over elements. A block of latents that a guide draws jointly counts as
+not draw before it. Where a site has several elements, its set is one of them, each as likely, and its density is the
+mean over elements; those that the guide draws later are drawn again. A block of latents that a guide draws jointly counts as
 one latent.
 
 Not defended are latents with an improper prior, Delta sites of model or guide, latents whose prior depends on a site
@@ -42,7 +42,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.autoguide import AutoContinuous
 
 from numpyro_vimco.control_flow import Given, is_in_scan
-from numpyro_vimco.guides.autoregressive import is_autoregressive
+from numpyro_vimco.guides.autoregressive import sample_rest
 from numpyro_vimco.guides.couplings import Graph, log_densities
 from numpyro_vimco.guides.private import latents_of, packed
 from numpyro_vimco.objectives.densities import SiteDensities
@@ -120,25 +120,28 @@ class Defence:
 
         :param params: of this guide and of the model.
         """
-        names = "component", "first", "model", "elements", "again"
+        names = "component", "first", "model", "elements", "again", "last"
         keys = dict(zip(names, split(rng_key, len(names))))
         first = self.trace_guide(params, keys["first"], {})
         if not self.components:
             return first
         component = random.categorical(keys["component"], self.log_shares)
-        values = self._with_latents_of_model(component, params, keys["model"], keys["elements"], first)
+        chosen = self._chosen(component, keys["elements"])
+        values = self._with_latents_of_model(component, params, keys["model"], chosen, first)
         given = {name: block.pack(values) if block.pack else values[name] for name, block in self.blocks.items()}
         if any(is_in_scan(first[name]) for name in given):  # the only component is of all latents
-            return self.trace_guide(params, keys["again"], given)
+            return self.trace_guide(params, keys["last"], given)
         is_kept = self._by_component(lambda c, name: name in c.sites | c.before, component, guide=True)
         again = split_by_name(keys["again"], given)
 
         def choose(site: dict) -> Array | None:
             if (name := site["name"]) not in given:
                 return None
-            return jnp.where(is_kept[name], given[name], site["fn"].sample(again[name]))
+            rest_key, new_key = split(again[name])
+            kept = sample_rest(site["fn"], rest_key, given[name], chosen[name]) if name in chosen else given[name]
+            return jnp.where(is_kept[name], kept, site["fn"].sample(new_key))
 
-        return self.trace_guide(params, keys["first"], {}, choose)
+        return self.trace_guide(params, keys["last"], {}, choose)
 
     def draw_local(self, plate: str, params: Params, rng_key: Array, shared: Values) -> Values:
         """Latents of a named plate from the model, given the shared ones."""
@@ -156,27 +159,35 @@ class Defence:
         program = substitute(Given(seed(program, rng_key), given), data=params)
         return trace(substitute(program, substitute_fn=choose)).get_trace(*self.fit.args, **self.fit.kwargs)
 
+    def _chosen(self, component: Array, rng_key: Array) -> dict[str, Array]:
+        """For each site that a component takes one element of: which one, at that component; all elements elsewhere."""
+        ones = [name for name in self.blocks if any(c.element and name in c.sites for c in self.components)]
+        found = {}
+        for name, key in split_by_name(rng_key, ones).items():
+            site = self.fit.model_trace[name]
+            batch = jnp.shape(site["value"])[: jnp.ndim(site["value"]) - site["fn"].event_dim]
+            is_one = self._by_component(lambda c, name: c.element and name in c.sites, component, guide=False)[name]
+            found[name] = _one_element(key, batch, self.kept) | ~is_one
+        return found
+
     def _with_latents_of_model(
-        self, component: Array, params: Params, rng_key: Array, element_key: Array, first: Trace
-    ):
+        self, component: Array, params: Params, rng_key: Array, chosen: dict[str, Array], first: Trace
+    ) -> Values:
         """All latents of a draw of the guide, but the component's from the model."""
         values = {name: first[name]["value"] for name in self.fit.latents()}
         of_block = self._by_component(lambda c, name: name in c.sites, component, guide=False)
         from_model = {name: of_block[site] for site, block in self.blocks.items() for name in block.latents}
-        is_element = jnp.array([False, *(c.element for c in self.components)])[component]
-        some_key, all_key = split(rng_key)
-        keys, element_keys = (split_by_name(key, from_model) for key in (some_key, element_key))
+        site_key, some_key, all_key = split(rng_key, 3)
+        keys = split_by_name(site_key, from_model)
         in_scan = {name: value for name, value in values.items() if is_in_scan(self.fit.model_trace[name])}
 
         def choose(site: dict) -> Array | None:
             name = site["name"]
             if name not in from_model or name in in_scan:
                 return values.get(name) if name not in in_scan else None
-            shape = jnp.shape(values[name])
-            ndim = len(shape) - site["fn"].event_dim
-            chosen = from_model[name] & (_one_element(element_keys[name], shape[:ndim], self.kept) | ~is_element)
-            chosen = chosen.reshape(*chosen.shape, *(1,) * site["fn"].event_dim)
-            return jnp.where(chosen, site["fn"].sample(keys[name]), values[name])
+            which = from_model[name] & chosen.get(name, jnp.array(True))
+            which = which.reshape(*which.shape, *(1,) * site["fn"].event_dim)
+            return jnp.where(which, site["fn"].sample(keys[name]), values[name])
 
         model_trace = self._trace_model(params, some_key, in_scan, choose)
         found = {name: model_trace[name]["value"] for name in values}
@@ -314,9 +325,9 @@ def _components(fit: Fitted, guide_trace: Trace, blocks: Mapping[str, Block], dr
     if not any(is_in_scan(guide_trace[name]) for name in blocks):
         for name in blocks:
             found = _closed(name, parents, order)
-            if found is None or found[0] & in_scan or len(found[0]) == len(blocks):
+            if found is None or found[0] & in_scan or (len(found[0]) == len(blocks) > 1):
                 continue
-            is_one = len(found[0]) == 1 and _has_independent_elements(guide_trace[name], blocks[name], kept)
+            is_one = len(found[0]) == 1 and _has_elements(guide_trace[name], blocks[name], kept)
             components.append(Component(*found, element=is_one))
     if blocks.keys() == parents.keys() and all("" not in of_block for of_block in parents.values()):
         components.append(Component(frozenset(blocks), frozenset()))
@@ -337,12 +348,12 @@ def _closed(name: str, parents: Mapping[str, set[str]], order: list[str]) -> tup
     return frozenset(chosen), frozenset(order[:first])
 
 
-def _has_independent_elements(site: dict, block: Block, kept: frozenset[int]) -> bool:
-    """Whether the guide draws several elements of a block's only site independently, beside those of common plates."""
+def _has_elements(site: dict, block: Block, kept: frozenset[int]) -> bool:
+    """Whether a block's only site has several elements with a density each, beside those of common plates."""
     shape = jnp.shape(site["value"])
     batch = shape[: len(shape) - site["fn"].event_dim]
     elements = [size for dim, size in zip(range(-len(batch), 0), batch) if dim not in kept]
-    return block.pack is None and np.prod(elements) > 1 and not is_autoregressive(site["fn"])
+    return block.pack is None and int(np.prod(elements)) > 1
 
 
 def _one_element(rng_key: Array, batch: tuple[int, ...], kept: frozenset[int]) -> Array:
