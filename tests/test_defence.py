@@ -96,12 +96,12 @@ def switches_model():
     numpyro.sample("x", dist.Normal(z @ jnp.array([1.0, 2.0, -1.0]), 1.0), obs=0.5)
 
 
-def moved(model, guide, by=0.5):
+def moved(model, guide):
     """Parameters of two starts of a guide, away from where it begins."""
     svi = SVI(model, guide, optax.adam(0.1), VIMCOStar())
     params = svi.optim.get_params(svi.init(random.key(0)).optim_state)
     noise = np.random.default_rng(0)
-    starts = [{name: x + noise.normal(0, by, x.shape) for name, x in params.items()} for _ in range(2)]
+    starts = [{name: x + noise.normal(0, 0.5, x.shape) for name, x in params.items()} for _ in range(2)]
     return jax.tree.map(lambda *x: jnp.stack(x), *map(svi.constrain_fn, starts))
 
 
@@ -164,8 +164,11 @@ CASES = {
 }
 
 
-SWITCHES = AutoMixed(switches_model)
-CASES["coupled elements"] = (switches_model, SWITCHES, moved(switches_model, SWITCHES, 5.0))
+CASES["coupled elements"] = (
+    switches_model,
+    AutoMixed(switches_model),
+    {"z_auto_logits": jnp.array([[0.0, -2.0, -2.0]]), "z_auto_weights": jnp.full((1, 3, 1, 3), 15.0)},
+)
 
 
 @pytest.fixture
