@@ -1,26 +1,28 @@
 """Draws from the guides of several starts: properly weighted by enumeration, and better than any start alone."""
 
+from dataclasses import replace
 from functools import partial
 import itertools
 
 import jax
 from jax import random
 import jax.numpy as jnp
-from jax.scipy.special import expit, logsumexp
+from jax.scipy.special import logsumexp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
-from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
-from numpyro_vimco.posterior.widening import WIDER, widened
+from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
 import optax
 import pytest
 
 from helpers import fit_result
 from numpyro_vimco import AutoMixed, VIMCOStar
 from numpyro_vimco.objectives.levels import Levels
+from numpyro_vimco.posterior.defence import find_defence
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.pooling import Mixture, log_ratio, pooled, propose_pooled
+from numpyro_vimco.posterior.proposals import program_of, structure_of
 from numpyro_vimco.posterior.starts import initial_states
 
 X = np.array([0.7, -1.2])
@@ -48,9 +50,10 @@ def binary(size):
     return np.array(list(itertools.product([0, 1], repeat=size)))
 
 
-def components(logits):
-    """From the logits of two starts to those of four components: widened copies have half of them."""
-    return np.concatenate([logits, np.asarray(logits) / 2])
+def mixture_of(fit, defended=False):
+    """The mixture of guides, for exact densities without their defence."""
+    defence = find_defence(fit, structure_of(program_of(fit, fit.plate_particles), fit))
+    return Mixture(fit, defence if defended else replace(defence, components=()))
 
 
 def test_joint_draws_are_properly_weighted(x64):
@@ -68,17 +71,15 @@ def test_joint_draws_are_properly_weighted(x64):
     # The target is the posterior at the first start's parameters of the model.
     starts = {"z_logits": [2.0, -3.0], "slope": [1.0, -4.0], "coupling": [0.5, 9.0]}
     params = {name: jnp.array(values) for name, values in starts.items()}
-    mixture = Mixture(fitted(model, guide, params))
-    outcomes, log_shares = binary(2), mixture.log_shares
-    z, y = outcomes.T
+    mixture = mixture_of(fitted(model, guide, params))
+    z, y = binary(2).T
     evaluate = jax.vmap(lambda z, y: mixture.densities(Levels({"z": z, "y": y}, {}))[0].shared)
     found_p, found_q = jax.jit(evaluate)(jnp.array(z), jnp.array(y))
-    np.testing.assert_allclose(np.exp(log_shares), [0.35, 0.35, 0.15, 0.15])
     log_p = log_bernoulli(0.3, z) + log_bernoulli(0.5 * z, y) + log_normal(z + 2.0 * y, 1.4)
-    z_logits, slope = components(params["z_logits"])[:, None], components(params["slope"])[:, None]
+    z_logits, slope = np.asarray(params["z_logits"])[:, None], np.asarray(params["slope"])[:, None]
     log_q = log_bernoulli(z_logits, z) + log_bernoulli(slope * z, y)
     np.testing.assert_allclose(np.exp(found_p), np.exp(log_p), rtol=1e-12)
-    np.testing.assert_allclose(np.exp(found_q), np.exp(log_shares) @ np.exp(log_q), rtol=1e-12)
+    np.testing.assert_allclose(np.exp(found_q), np.exp(log_q).mean(0), rtol=1e-12)
 
 
 def test_elements_of_a_common_plate_have_weights_of_their_own(x64):
@@ -92,19 +93,18 @@ def test_elements_of_a_common_plate_have_weights_of_their_own(x64):
             numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(2))))
 
     params = {"logits": jnp.array([[2.0, 1.0], [-3.0, 4.0]])}
-    mixture = Mixture(fitted(model, guide, params))
-    log_shares = mixture.log_shares
+    mixture = mixture_of(fitted(model, guide, params))
     weigh = jax.vmap(lambda z: log_ratio(*mixture.densities(Levels({"z": z}, {}))[0].shared))
     z = binary(1) * np.ones((2, 2), int)  # outcomes of each element
     log_weight = jax.jit(weigh)(jnp.array(z))
     assert log_weight.shape == (2, 2)
-    log_q = log_bernoulli(components(params["logits"])[:, None], z)
-    expected = np.exp(log_weight) * np.tensordot(np.exp(log_shares), np.exp(log_q), axes=1)
+    log_q = log_bernoulli(np.asarray(params["logits"])[:, None], z)
+    expected = np.exp(log_weight) * np.exp(log_q).mean(0)
     np.testing.assert_allclose(expected, np.exp(log_bernoulli(0.3, z) + log_normal(2.0 * z, X)), rtol=1e-12)
 
 
 def test_local_particles_are_properly_weighted(x64):
-    """Every outcome of g and of four local particles (of two guides and their copies) in each of two elements.
+    """Every outcome of g and of three local particles (of two guides and the model) in each of two elements.
 
     The expectation of Ẑ times the probability that these local values are chosen is p(x, g, e), for all g and e.
     """
@@ -122,23 +122,23 @@ def test_local_particles_are_properly_weighted(x64):
 
     starts = {"g_logits": [2.0, -1.0], "slope": [1.0, -2.0], "shift": [0.3, -3.0]}
     params = {name: jnp.array(values) for name, values in starts.items()}
-    mixture = Mixture(fitted(model, guide, params, VIMCOStar(plate_particles={"data": 2})))
-    assert mixture.local_counts("data") == (1, 1)
-    log_shares, outcomes = mixture.log_shares, binary(9)
-    g, e = jnp.array(outcomes[:, 0]), jnp.array(outcomes[:, 1:].reshape(-1, 4, 2))
+    mixture = mixture_of(fitted(model, guide, params, VIMCOStar(plate_particles={"data": 2})))
+    outcomes = binary(7)
+    g, e = jnp.array(outcomes[:, 0]), jnp.array(outcomes[:, 1:].reshape(-1, 3, 2))
 
     @jax.jit
     @jax.vmap
     def weigh(g, e):
-        levels, structure = mixture.densities(Levels({"g": g}, {"data": {"e": e}}))
+        levels, _, structure = mixture.densities(Levels({"g": g}, {"data": {"e": e}}))
         local = log_ratio(*levels.local["data"])
-        total = log_ratio(*levels.shared) + structure.sum_to_shared(logsumexp(local, axis=0) - np.log(4))
+        total = log_ratio(*levels.shared) + structure.sum_to_shared(logsumexp(local, axis=0) - np.log(3))
         return jnp.exp(total).squeeze(), jnp.exp(local - logsumexp(local, axis=0))
 
     weight, choice = weigh(g, e)
-    parameters = {name: components(value)[:, None] for name, value in params.items()}
-    q_g = np.exp(log_shares) @ np.exp(log_bernoulli(parameters["g_logits"], outcomes[:, 0]))
-    logits = parameters["slope"] * outcomes[:, 0] + parameters["shift"]  # (components, outcomes): a particle of each
+    parameters = {name: np.asarray(value)[:, None] for name, value in params.items()}
+    q_g = np.exp(log_bernoulli(parameters["g_logits"], outcomes[:, 0])).mean(0)
+    logits = parameters["slope"] * outcomes[:, 0] + parameters["shift"]  # (starts, outcomes): a particle of each
+    logits = np.concatenate([logits, 0.8 * outcomes[:, 0][None] - 0.4])  # and one of the model
     q_e = np.exp(log_bernoulli(logits.T[..., None], np.asarray(e))).prod((1, 2))
     for target_g, *target in binary(3):
         chosen = np.where(np.asarray(e) == target, choice, 0).sum(1).prod(1) * (outcomes[:, 0] == target_g)
@@ -176,7 +176,7 @@ def test_pool_has_what_a_start_lost(local):
     weight = np.exp(draws.log_weight.ravel() - draws.log_weight.max())
     weight /= weight.sum()
     assert draws.values["g"].shape == (8000,) and draws.values["e"].shape == (8000, 2)
-    assert (np.bincount(draws.component) == [2800, 2800, 1200, 1200]).all()
+    assert (np.bincount(draws.component) == [4000, 4000]).all()
     e = draws.values["e"]
     for value, exact in ((draws.values["g"], 0.5), (e[:, 0], 0.0), (e[:, 1] ** 2, 0.75)):
         mean = weight @ value
@@ -201,10 +201,9 @@ def continuous_model():
     numpyro.sample("x", dist.Normal(c, scale).expand([2]).to_event(1), obs=X)
 
 
-wide_normal = partial(AutoNormal, init_scale=1.0)
 CASES = {
-    "AutoMixed": (mixed_model, partial(AutoMixed, continuous=wide_normal)),
-    "AutoMixed, conditional": (mixed_model, partial(AutoMixed, continuous=wide_normal, structure="conditional")),
+    "AutoMixed": (mixed_model, AutoMixed),
+    "AutoMixed, conditional": (mixed_model, partial(AutoMixed, structure="conditional")),
     "AutoMultivariateNormal": (continuous_model, partial(AutoMultivariateNormal, init_scale=0.8)),
 }
 
@@ -237,35 +236,4 @@ def test_delta_at_a_parameter_cannot_be_pooled():
     svi = SVI(continuous_model, guide, optax.adam(0.1), Trace_ELBO())
     params = jax.vmap(svi.get_params)(initial_states(svi, random.key(0), 2, (), {}))
     with pytest.raises(NotImplementedError, match=r"Site 'c' of the guide is a Delta .* parameter 'c_auto_loc'"):
-        Mixture(fitted(continuous_model, guide, params))
-
-
-@pytest.mark.parametrize(
-    "fn, wide",
-    [
-        (dist.Normal(1.0, 2.0), dist.Normal(1.0, 2.0 * WIDER)),
-        (dist.Bernoulli(logits=3.0).expand([2]).mask(False), dist.Bernoulli(logits=1.5).expand([2]).mask(False)),
-        (dist.Bernoulli(probs=expit(3.0)), dist.Bernoulli(logits=1.5)),
-        (
-            dist.Categorical(logits=jnp.array([1.0, 3.0])).expand([2]),
-            dist.Categorical(logits=jnp.array([0.5, 1.5])).expand([2]),
-        ),
-        (dist.LogNormal(jnp.ones(2), 2.0).to_event(1), dist.LogNormal(jnp.ones(2), 2.0 * WIDER).to_event(1)),
-        (
-            dist.MultivariateNormal(jnp.ones(2), jnp.array([[2.0, 0.5], [0.5, 1.0]])),
-            dist.MultivariateNormal(jnp.ones(2), WIDER**2 * jnp.array([[2.0, 0.5], [0.5, 1.0]])),
-        ),
-        (
-            dist.LowRankMultivariateNormal(jnp.ones(2), jnp.ones((2, 1)), jnp.ones(2)),
-            dist.MultivariateNormal(jnp.ones(2), WIDER**2 * (1 + jnp.eye(2))),
-        ),
-        (dist.Poisson(3.0), dist.Poisson(3.0)),
-    ],
-    ids=lambda fn: type(fn).__name__,
-)
-def test_widened_distributions(fn, wide):
-    value = fn.sample(random.key(0))
-    np.testing.assert_allclose(widened(fn, WIDER, 0.5).log_prob(value), wide.log_prob(value), rtol=1e-4)
-    assert (
-        widened(fn, WIDER, 0.5).batch_shape == fn.batch_shape and widened(fn, WIDER, 0.5).event_shape == fn.event_shape
-    )
+        mixture_of(fitted(continuous_model, guide, params))
