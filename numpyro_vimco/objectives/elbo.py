@@ -19,9 +19,9 @@ from numpyro_vimco.objectives import control_variates, gradients
 from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding, delta_error
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.densities import Densities
-from numpyro_vimco.objectives.elements import check_elements, check_tables, may_be_dependent
+from numpyro_vimco.objectives.elements import check_values
 from numpyro_vimco.objectives.gradients import Weights
-from numpyro_vimco.objectives.program import Program
+from numpyro_vimco.objectives.program import Kinds, Program
 from numpyro_vimco.randomness import SeedPlates, split
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
 
@@ -176,15 +176,9 @@ class ImportanceWeightedELBO(ELBO):
         plate_key, rng_key = split(rng_key)
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
-        concrete = not _has_tracers((args, kwargs))
-        checks = [check_elements] if concrete and may_be_dependent(program, kinds, param_map, rng_key) else []
-        checks += [check_tables] if concrete and kinds.mixed_sums else []
-        if checks:
-            # In a fit parameters are traced: the checks are then at those that the program itself begins with.
-            with jax.ensure_compile_time_eval():
-                untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
-                for check in checks:
-                    check(untraced, {} if _has_tracers(param_map) else param_map)
+        if not _has_tracers((args, kwargs)):
+            # In a fit parameters are traced: the check is then at those that the program itself begins with.
+            self._check_values({} if _has_tracers(param_map) else param_map, model, guide, args, kwargs, kinds)
         self._check(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)
@@ -196,6 +190,20 @@ class ImportanceWeightedELBO(ELBO):
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs) -> dict:
         """:meth:`loss` in the form that SVI asks for where there is mutable state, which :meth:`loss` refuses."""
         return {"loss": self.loss(rng_key, param_map, model, guide, *args, **kwargs), "mutable_state": None}
+
+    def check(self, param_map: dict[str, Any], model: Callable, guide: Callable, *args, **kwargs) -> None:
+        """
+        Raise for a model and a guide that this objective cannot fit, as the first :meth:`loss` does where no value is
+        traced by JAX. The parameters are those of :meth:`loss`, without a key.
+        """
+        program = self.program(model, guide, args, kwargs, jax.random.key(0))
+        kinds = program.kinds(param_map, jax.random.key(0))
+        self._check_values(param_map, model, guide, args, kwargs, kinds)
+        self._check(program, param_map, jax.random.key(0))
+
+    def _check_values(self, params, model: Callable, guide: Callable, args: tuple, kwargs: dict, kinds: Kinds) -> None:
+        with jax.ensure_compile_time_eval():
+            check_values(self.program(model, guide, args, kwargs, jax.random.key(0)), kinds, params)
 
     def program(self, model: Callable, guide: Callable, args: tuple, kwargs: dict, plate_key: Array) -> Program:
         """

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The enumerated trace of a model at values of its other sites, and whether sums over it are what the model says."""
+"""The enumerated trace of a model at values of its other sites, and which sites can be summed out."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Array
 from numpyro.handlers import block, replay, substitute, trace
 
-from numpyro_vimco.dependence import dependence, may_mix
+from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.densities import log_prob_of
 from numpyro_vimco.objectives.enumeration import Unmarked, enumerated_trace, parents_of
 from numpyro_vimco.objectives.enumeration_checks import (
@@ -19,7 +19,7 @@ from numpyro_vimco.objectives.enumeration_checks import (
     num_batch_dims,
     unexplained_dims,
 )
-from numpyro_vimco.sites import Trace, is_in_scan, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
 
 
 def at_values(model: Callable, params: Mapping[str, Any], model_trace: Trace, guide_trace: Trace) -> Callable:
@@ -43,12 +43,11 @@ def enumerate_model(model: Callable, model_trace: Trace, args: tuple, kwargs: di
     return enumerated_trace(block(model, hide=own), args, kwargs, num_batch_dims(model_trace))
 
 
-def check_sums(model: Callable, model_trace: Trace, summed: Iterable[str], args: tuple, kwargs: dict) -> bool:
+def check_sums(model: Callable, model_trace: Trace, summed: Iterable[str], args: tuple, kwargs: dict) -> None:
     """Raise for sites that cannot be summed out; nothing is computed.
 
     :param model: as of :func:`enumerate_model`.
     :param summed: names of the sites.
-    :return: whether a density may combine elements of those that can.
     """
 
     def densities(values: dict[str, Array]) -> dict[str, Array]:
@@ -61,5 +60,3 @@ def check_sums(model: Callable, model_trace: Trace, summed: Iterable[str], args:
     enumerated = enumerate_model(model, model_trace, args, kwargs)
     check_enumerated(enumerated, values)
     check_parents(parents, parents_of(enumerated.values(), values))
-    sizes = {frame.size for name in values for frame in model_trace[name]["cond_indep_stack"]} - {1}
-    return any(is_in_scan(model_trace[name]) for name in values) or bool(sizes and may_mix(densities, values, sizes))

@@ -4,7 +4,7 @@
 """A model and its guide, evaluated one particle at a time."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array
 from numpyro.handlers import replay, substitute, trace
 
 from numpyro_vimco.dependence import dependence
+from numpyro_vimco.independence import anywhere
 from numpyro_vimco.objectives.checks import check_joint_plates, check_plate_particles, check_traces
 from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
 from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, enumerate_model
@@ -31,14 +32,14 @@ class Kinds(NamedTuple):
     :ivar path_sites: whether any path site is drawn from a density (:func:`~numpyro_vimco.sites.is_drawn`), so that
         doubly reparameterised gradients differ from plain ones.
     :ivar masks: whether the model masks any element of a latent.
-    :ivar elements: whether any element of a plate has a weight of its own.
-    :ivar mixed_sums: whether a density may combine elements of sites that are summed out.
+    :ivar elements: size of the largest plate whose elements have weights of their own; 0 if there is none.
+    :ivar sums: whether there are sites that are summed out.
     """
 
     path_sites: bool
     masks: bool
-    elements: bool
-    mixed_sums: bool
+    elements: int
+    sums: bool
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,14 @@ class Program:
             path = any(is_drawn(site) and not self.by_score(site) for site in latents)
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
             structure = self._structure(model_trace, guide_trace)
-            elements = any(structure.kept(level) for level in (None, *self.plate_particles))
-            mixed_sums = self._check_sums(params, keys, model_trace, guide_trace)
-            found.append(Kinds(path, masks, elements, mixed_sums))
+            kept = frozenset().union(*(structure.kept(level) for level in (None, *self.plate_particles)))
+            frames = [frame for site in sample_sites(model_trace) for frame in site["cond_indep_stack"]]
+            elements = max((frame.size for frame in frames if frame.dim in kept), default=0)
+            summed = summed_sites(model_trace, guide_trace)
+            if summed:
+                model = self._at_values(params, keys, model_trace, guide_trace)
+                check_sums(model, model_trace, summed, self.args, self.kwargs)
+            found.append(Kinds(path, masks, elements, bool(summed)))
 
         jax.eval_shape(look, params, rng_key)
         return found[0]
@@ -193,10 +199,30 @@ class Program:
         model_trace, guide_trace = self._traces(params, self._first(rng_key), given)
         return SiteDensities(model_trace, guide_trace, self._structure(model_trace, guide_trace))
 
+    def anywhere(self, params: dict[str, Any], rng_key: Array, sites: SiteDensities, from_prior: Array) -> Values:
+        """Values of the model's latents, summed ones too: of their prior, or from all of their support.
+
+        :param sites: of a draw of the guide, whose plates the latents are in.
+        """
+        plates = {name: site for name, site in sites.guide_trace.items() if site["type"] == "plate"}
+
+        def choose(site: dict) -> Array | None:
+            if not is_latent_site(site):
+                return None
+            return anywhere(site, from_prior, sites.model_trace[site["name"]]["value"])
+
+        model = SeedLevels(substitute(replay(self.model, plates), data=params), self._first(rng_key).model, {})
+        model_trace = trace(substitute(model, substitute_fn=choose)).get_trace(*self.args, **self.kwargs)
+        return {site["name"]: site["value"] for site in sample_sites(model_trace) if is_latent_site(site)}
+
     def at(self, params: dict[str, Any], rng_key: Array, values: Values) -> SiteDensities:
-        """:meth:`sites` at values of all latents of the guide, for sites that are summed out."""
+        """:meth:`sites` at values of all latents of the guide, for sites that are summed out.
+
+        :param values: of summed sites too, or without: then these are drawn from their prior.
+        """
         keys = self._first(rng_key)
-        return self._sites(params, keys, *self._traces(params, keys, values))
+        given = replace(self, model=substitute(self.model, data=values))
+        return self._sites(params, keys, *given._traces(params, keys, values))
 
     def by_level(self, guide_trace: Trace, values: dict[str, Any]) -> Levels[dict[str, Any]]:
         """Sort values, given by the names of guide sites, into the levels of these sites."""
@@ -259,14 +285,6 @@ class Program:
         model = self._at_values(params, keys, model_trace, guide_trace)
         enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
         return SiteDensities(model_trace, guide_trace, structure, enumerated)
-
-    def _check_sums(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> bool:
-        """Raise for sites that cannot be summed out; whether a density may combine elements of those that can."""
-        summed = summed_sites(model_trace, guide_trace)
-        if not summed:
-            return False
-        model = self._at_values(params, keys, model_trace, guide_trace)
-        return check_sums(model, model_trace, summed, self.args, self.kwargs)
 
     def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SeedLevels:
         """The model, to be enumerated at parameters and the guide's values."""

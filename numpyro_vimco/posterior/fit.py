@@ -16,6 +16,7 @@ from numpyro.handlers import replay, seed, trace
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer, check_key
+from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
 from numpyro_vimco.posterior.annealing import geometric
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
 from numpyro_vimco.posterior.observed import find_observed
@@ -123,6 +124,10 @@ def fit(
         state = _checked_state(init_state, anneal)
         if svi.constrain_fn is None:
             svi.init(init_key, *args, init_params=init_params, **kwargs)
+    if isinstance(svi.loss, ImportanceWeightedELBO):
+        # In the steps the power of the likelihood is traced, and values cannot be compared.
+        params = svi.get_params(jax.tree.map(lambda leaf: leaf[int(np.argmin(state.failed))], state.svi))
+        svi.loss.check(params, svi.model, svi.guide, *args, **svi.static_kwargs, **kwargs)
     model_trace, guide_trace = _traces(svi, args, kwargs)
     check_data(model_trace, find_observed(model_trace, set()))
     if not any(site["is_observed"] for site in [*sample_sites(model_trace), *sample_sites(guide_trace)]):
