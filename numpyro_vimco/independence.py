@@ -25,6 +25,7 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_vimco.programs import compiled
 from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import support_of
 
 # How far values may differ by rounding, relative to the sum of their terms' sizes.
 ROUNDING = 1e-4
@@ -122,28 +123,31 @@ def anywhere(site: dict, from_prior: Array, otherwise: Array) -> Array:
     :param otherwise: a value for what can be drawn in neither way.
     """
     prior_key, key = split(site["kwargs"]["rng_key"])
-    prior: Array | None = None
     try:
         prior = jnp.asarray(site["fn"](*site["args"], **{**site["kwargs"], "rng_key": prior_key}))
     except NotImplementedError:  # an improper prior
-        pass
-    try:
-        other = _from_support({**site, "kwargs": {**site["kwargs"], "rng_key": key}}, prior)
-    except NotImplementedError:  # a support that has no transform, say
-        return otherwise if prior is None else prior
-    return other if prior is None else jnp.where(from_prior, prior, other.astype(prior.dtype))
+        prior = None
+    other = _from_support({**site, "kwargs": {**site["kwargs"], "rng_key": key}}, prior)
+    if prior is None or other is None:
+        return next((value for value in (prior, other) if value is not None), otherwise)
+    return jnp.where(from_prior, prior, other.astype(prior.dtype))
 
 
-def _from_support(site: dict, near: Array | None) -> Array:
-    """Integers uniform between their bounds, or above ``near``; continuous values near 0 in unconstrained space.
+def _from_support(site: dict, near: Array | None) -> Array | None:
+    """Integers uniform between their bounds, or just above ``near``; continuous values near 0 in unconstrained space.
 
-    :raises NotImplementedError: for other supports.
+    :return: None for other supports.
     """
-    support = site["fn"].support
+    support = support_of(site["fn"])
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    if support is None:
+        return None
     if not support.is_discrete:
-        return init_to_uniform(site)
+        try:
+            return init_to_uniform(site)
+        except NotImplementedError:  # a support that has no transform
+            return None
     low: Any
     if isinstance(support, type(constraints.boolean)):
         low, number = 0, 2
@@ -152,7 +156,7 @@ def _from_support(site: dict, near: Array | None) -> Array:
     elif isinstance(support, constraints.integer_greater_than) and near is not None:
         low, number = near, COUNTS
     else:
-        raise NotImplementedError
+        return None
     shape = site["fn"].shape()
     index = random.uniform(site["kwargs"]["rng_key"], shape) * jnp.broadcast_to(number, shape).astype(float)
     return jnp.broadcast_to(low, shape).astype(int) + jnp.floor(index).astype(int)

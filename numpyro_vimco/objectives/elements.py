@@ -10,6 +10,7 @@ The checks miss what shows at very rare values only, or at other parameters (a c
 fit). Diagnostics therefore check again, at the fitted parameters.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def check_values(program: Program, kinds: Kinds, params: dict[str, Any]) -> None
 
 def _check_elements(program: Program, kinds: Kinds, params: dict[str, Any]) -> None:
     """Raise for elements that have weights of their own and are not independent, and for masked ones that count."""
-    errors: list[ValueError] = []
+    errors: list[Callable[[], ValueError]] = []
 
     def check(rng_key: Array, source: Array) -> list[Array]:
         draw_key, evaluation_key = split(rng_key)
@@ -68,7 +69,7 @@ def _check_elements(program: Program, kinds: Kinds, params: dict[str, Any]) -> N
             frames = {frame for latent in members.values() for frame in latent.frames}
             for plate in sorted(frame for frame in frames if frame.dim in structure.kept(level)):
                 for name, is_dependent in of_plate(level, plate, members).items():
-                    errors.append(elements_error(plate.name, name))
+                    errors.append(partial(elements_error, plate.name, name))
                     found.append(is_dependent)
         if kinds.masks:
             of_first = program.sites(params, evaluation_key, first).masks
@@ -80,7 +81,7 @@ def _check_elements(program: Program, kinds: Kinds, params: dict[str, Any]) -> N
             at_moved = jax.lax.map(partial(sums, None), jax.tree.map(lambda *values: jnp.stack(values), *moved))
             for i, latent in enumerate(masks, 1):
                 for name, of_site in at_moved.items():
-                    errors.append(masked_latent_error(name, latent))
+                    errors.append(partial(masked_latent_error, name, latent))
                     found.append(Sum(of_site.value[i], of_site.size[i]).differs_from(of_site.value[0]))
         return found
 
@@ -89,7 +90,7 @@ def _check_elements(program: Program, kinds: Kinds, params: dict[str, Any]) -> N
 
 def _check_tables(program: Program, params: dict[str, Any]) -> None:
     """Raise for a site whose density where others are summed out is not that at the same values drawn."""
-    errors: list[ValueError] = []
+    errors: list[Callable[[], ValueError]] = []
 
     def check(rng_key: Array, source: Array) -> list[Array]:
         draw_key, evaluation_key = split(rng_key)
@@ -99,7 +100,7 @@ def _check_tables(program: Program, params: dict[str, Any]) -> None:
         errors.clear()
         found = []
         for name, (drawn, tabled) in sites.drawn_and_tabled().items():
-            errors.append(table_error(name, parents[name]))
+            errors.append(partial(table_error, name, parents[name]))
             same = drawn.shape == tabled.shape
             found.append(Sum.of(drawn).differs_from(tabled) if same else jnp.array(True))
         return found
@@ -107,11 +108,11 @@ def _check_tables(program: Program, params: dict[str, Any]) -> None:
     _raise_first(errors, any_draw(check, NUM_SOURCES, 1))
 
 
-def _raise_first(errors: list[ValueError], found: list[Array] | None) -> None:
+def _raise_first(errors: list[Callable[[], ValueError]], found: list[Array] | None) -> None:
     """Raise the first error that was found; None where nothing could be compared."""
-    for error, is_found in zip(errors, found or []):
+    for make_error, is_found in zip(errors, found or []):
         if is_found:
-            raise error
+            raise make_error()
 
 
 class _Latent(NamedTuple):
