@@ -21,7 +21,7 @@ from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.densities import Densities
 from numpyro_vimco.objectives.elements import check_values
 from numpyro_vimco.objectives.gradients import Weights
-from numpyro_vimco.objectives.program import Kinds, Program
+from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.randomness import SeedPlates, split
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
 
@@ -178,7 +178,9 @@ class ImportanceWeightedELBO(ELBO):
         kinds = program.kinds(param_map, rng_key)
         if not _has_tracers((args, kwargs)):
             # In a fit parameters are traced: the check is then at those that the program itself begins with.
-            self._check_values({} if _has_tracers(param_map) else param_map, model, guide, args, kwargs, kinds)
+            with jax.ensure_compile_time_eval():
+                untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
+                check_values(untraced, kinds, {} if _has_tracers(param_map) else param_map)
         self._check(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)
@@ -197,13 +199,8 @@ class ImportanceWeightedELBO(ELBO):
         traced by JAX. The parameters are those of :meth:`loss`, without a key.
         """
         program = self.program(model, guide, args, kwargs, jax.random.key(0))
-        kinds = program.kinds(param_map, jax.random.key(0))
-        self._check_values(param_map, model, guide, args, kwargs, kinds)
+        check_values(program, program.kinds(param_map, jax.random.key(0)), param_map)
         self._check(program, param_map, jax.random.key(0))
-
-    def _check_values(self, params, model: Callable, guide: Callable, args: tuple, kwargs: dict, kinds: Kinds) -> None:
-        with jax.ensure_compile_time_eval():
-            check_values(self.program(model, guide, args, kwargs, jax.random.key(0)), kinds, params)
 
     def program(self, model: Callable, guide: Callable, args: tuple, kwargs: dict, plate_key: Array) -> Program:
         """
