@@ -133,6 +133,10 @@ def fit(
         state = _checked_state(init_state, anneal)
         if svi.constrain_fn is None:
             svi.init(init_key, *args, init_params=init_params, **kwargs)
+    if isinstance(svi.loss, ImportanceWeightedELBO):
+        # In the steps the power of the likelihood is traced, and values cannot be compared.
+        params = svi.get_params(jax.tree.map(lambda leaf: leaf[int(np.argmin(state.failed))], state.svi))
+        svi.loss.check(params, svi.model, svi.guide, *args, **svi.static_kwargs, **kwargs)
     model_trace, guide_trace = _traces(svi, args, kwargs)
     check_data(model_trace, find_observed(model_trace, set()))
     if not any(site["is_observed"] for site in [*sample_sites(model_trace), *sample_sites(guide_trace)]):
@@ -141,8 +145,6 @@ def fit(
             "`fit(svi, rng_key, num_steps, x)`.",
             stacklevel=2,
         )
-    if isinstance(svi.loss, ImportanceWeightedELBO):  # in the steps the power is traced, and values are not known
-        svi.loss.check({}, svi.model, svi.guide, args, {**svi.static_kwargs, **kwargs})
     if start_sharding is not None:
         _check_start_sharding(start_sharding, len(state.failed))
     steps = Steps(

@@ -21,9 +21,9 @@ import tqdm
 
 from numpyro_vimco.guides.units import RealInUnits
 from numpyro_vimco.posterior.annealing import Annealed
-from numpyro_vimco.posterior.chunks import compiled
 from numpyro_vimco.posterior.renewing import in_renewed_units
 from numpyro_vimco.posterior.results import FitState
+from numpyro_vimco.programs import compiled
 
 # Losses are looked at after at most so many steps, and about after so many seconds.
 CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
