@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -309,12 +308,9 @@ class Program:
         guide = Given(substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params), given or {})
         return trace(substitute(guide, substitute_fn=draw)).get_trace(*self.args, **self.kwargs)
 
-    def _trace_model(
-        self, params, keys: ParticleKeys, guide_trace: Trace, more: Values = MappingProxyType({})
-    ) -> Trace:
-        model = SeedLevels(
-            at_values(NotSubstituted(self.model), params, guide_trace, guide_trace, more), keys.model, {}
-        )
+    def _trace_model(self, params, keys: ParticleKeys, guide_trace: Trace, more: Values | None = None) -> Trace:
+        model = at_values(NotSubstituted(self.model), params, guide_trace, guide_trace, more or {})
+        model = SeedLevels(model, keys.model, {})
         model_trace = trace(model).get_trace(*self.args, **self.kwargs)
         check_traces(model_trace, guide_trace)
         check_plate_particles(self.plate_particles, model_trace, guide_trace)

@@ -168,9 +168,9 @@ def fit(
             "least what was seen. Or give such data a small probability in the model.",
             stacklevel=2,
         )
-    no_evidence = np.full((2, len(state.failed)), np.nan)
+    no_evidence = np.full(len(state.failed), np.nan)
     params = jax.vmap(svi.get_params)(state.svi)
-    result = FitResult(params, losses, state, powers, *no_evidence, state.svi, failed)
+    result = FitResult(params, losses, state, powers, no_evidence, no_evidence, state.svi, failed)
     if _has_evidence(model_trace, guide_trace):
         if recover and num_steps:
             result = _recovered(svi, recovery_key, result, steps, num_steps, args, kwargs, progress_bar)

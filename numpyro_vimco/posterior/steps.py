@@ -52,14 +52,14 @@ class Steps:
     :ivar args: arguments of model and guide.
     :ivar kwargs: keyword arguments of ``svi.update``.
     :ivar units: of the guide's locations.
-    :ivar power: from a step and ``anneal_steps`` to the power of each start.
+    :ivar power: from a step, ``anneal_steps`` and ``first_power`` to the power of each start.
     """
 
     svi: SVI
     args: tuple
     kwargs: dict[str, Any]
     units: dict[str, RealInUnits]
-    power: Callable[[Array, Array], Array]
+    power: Callable[[Array, Array, Array], Array]
     stable_update: bool
     vectorize_starts: bool
     start_sharding: Sharding | None
