@@ -39,6 +39,8 @@ from numpyro_vimco.sites import log_prob_at_value, mask_of
 
 # Guides have lost something where more than this share of the posterior is proposed by their defence.
 LOST = 0.2
+# Guides of fewer steps have not found what they can hold.
+LEAST_STEPS = 200
 # Pooled draws that this is judged by, and draws of the posterior that wake steps see.
 POOLED, RESAMPLED = 4096, 1024
 # Wake steps of Adam, and its learning rate, which falls to 0 by a cosine.
