@@ -28,6 +28,11 @@ def is_in_scan(site: dict) -> bool:
     return _IN_SCAN in site["infer"]
 
 
+def is_of_control_flow(site: dict) -> bool:
+    """Whether a site was drawn inside of `scan` or `cond`, and is shown to handlers around them afterwards."""
+    return site.get("_control_flow_done", False)
+
+
 def in_turn(site: dict, x: Array, axis: int = 0) -> Array:
     """An array with an axis for time, in the order in which `scan` passes through it; the same array outside of it."""
     return jnp.flip(x, axis) if site["infer"].get(_IN_SCAN) == "reverse" else x
@@ -54,7 +59,7 @@ class Given(Messenger):
         elif msg["type"] == "sample" and msg["name"] in self.values and not msg["is_observed"]:
             if msg["value"] is None:
                 self._give(msg)
-            elif msg.get("_control_flow_done", False) and not msg["infer"].get(_GIVEN, False):
+            elif is_of_control_flow(msg) and not msg["infer"].get(_GIVEN, False):
                 raise _without_time_error(msg, self.values[msg["name"]])
 
     def _give(self, msg: dict) -> None:

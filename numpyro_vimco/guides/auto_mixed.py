@@ -149,7 +149,7 @@ class AutoMixed(StructuralGuide):
         if structure is None:  # the others need these two
             structure = "autoregressive" if continuous is AutoNormal and discrete is AutoDiscrete else "mean_field"
         self.structure = check_structure(structure, ["mean_field", "conditional", "autoregressive"])
-        if self.structure != "mean_field":
+        if continuous is AutoNormal:  # NumPyro's default for the others is a uniform draw, in a unit of its own
             kwargs = {"init_loc_fn": init_to_median, **kwargs}
         super().__init__(model, **kwargs)
         self.continuous, self.discrete = continuous, discrete

@@ -16,6 +16,8 @@ from numpyro_vimco.sites import unwrapped
 
 # A prior of more components has the guide of one.
 MOST_COMPONENTS, DRAWS = 8, 200
+# The scale of a component of a single value, such as the zeros of an inflated count.
+LEAST_SCALE = 0.1
 
 
 class Components(NamedTuple):
@@ -49,7 +51,7 @@ def components_of_prior(site: dict, transform=lambda x: x) -> Components | None:
         logits = jnp.log(jnp.stack([gate, 1 - gate], axis=-1))
     else:
         return None
-    loc, scale = location_and_scale(transform(draws))
+    loc, scale = location_and_scale(transform(draws), of_constant=LEAST_SCALE)
     number = loc.shape[-1]
     return Components(*(jnp.broadcast_to(x, (*shape, number)) for x in (logits, loc, scale)))
 

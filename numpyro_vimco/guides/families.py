@@ -28,7 +28,7 @@ from numpyro_vimco.sites import unwrapped
 # At the start: the probability that is spread evenly over a finite support, the standard deviation of moves in
 # unconstrained space, and the probability of a value that `init_loc_fn` gives.
 SPREAD, JITTER, GIVEN = 0.01, 0.1, 0.9
-# The least location, above the smallest value, and scale that a component of counts begins with: nearly all at zero.
+# The least location above the smallest value that a component of counts begins with: nearly all of it is at zero.
 LEAST_LOC = 0.1
 
 
@@ -216,7 +216,7 @@ class CountMixture(Count):
 
     def start(self, site, given):
         logits, loc, scale = self.components
-        return {"logits": logits, "loc": jnp.maximum(loc, LEAST_LOC), "scale": jnp.maximum(scale, LEAST_LOC)}
+        return {"logits": logits, "loc": jnp.maximum(loc, LEAST_LOC), "scale": scale}
 
     def constraints(self, start, stem):
         location = {name: start[name] for name in ("loc", "scale")}

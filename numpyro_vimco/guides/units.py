@@ -140,13 +140,15 @@ class FromPrior(Messenger):
                 msg["value"] = init_to_uniform(msg)
 
 
-def location_and_scale(draws: Array) -> tuple[Array, Array]:
+def location_and_scale(draws: Array, of_constant: float = 1.0) -> tuple[Array, Array]:
     """A robust location and scale of draws of shape ``(draws, *shape)``: their median, and half of the central 68%.
 
-    Draws that are not finite count as missing. A scale of 0, and of nothing, is 1.
+    Draws that are not finite count as missing.
+
+    :param of_constant: the scale of draws that are all the same, or missing.
     """
     draws = jnp.where(jnp.isfinite(draws), draws, jnp.nan)
     lower, median, upper = jnp.nanquantile(draws, jnp.array([LOWER, 0.5, UPPER]), axis=0)
     scale = (upper - lower) / 2
     is_scale = jnp.isfinite(scale) & (scale > 0)
-    return jnp.where(jnp.isfinite(median), median, 0), jnp.where(is_scale, scale, 1)
+    return jnp.where(jnp.isfinite(median), median, 0), jnp.where(is_scale, scale, of_constant)

@@ -15,7 +15,7 @@ from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.control_flow import is_in_scan
+from numpyro_vimco.control_flow import is_in_scan, is_of_control_flow
 from numpyro_vimco.sites import Trace, is_latent_site, is_marked, sample_sites
 
 
@@ -77,7 +77,7 @@ class NotSubstituted(Messenger):
             self.in_control_flow.update(*(data for kind, data in stack if kind == "substitute" and not callable(data)))
         elif is_latent_site(msg):
             name = msg["name"]
-            if name in self.in_control_flow if is_in_scan(msg) else msg["value"] is not None:
+            if name in self.in_control_flow if is_of_control_flow(msg) else msg["value"] is not None:
                 raise ValueError(
                     f"Site '{name}' has a value by `substitute` or `replay` around the model, but is still latent, so "
                     "that the value would be ignored. Use a handler that makes it known: "

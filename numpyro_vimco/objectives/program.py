@@ -141,11 +141,15 @@ class Program:
         return map_local(log_weights, lambda local: self._by_site(traces(local)[:2]), local)
 
     def densities(
-        self, params: dict[str, Any], rng_key: Array, values: Levels[Values], combine: Callable[[SiteDensities], Levels]
+        self,
+        params: dict[str, Any],
+        rng_key: Array,
+        values: Levels[Values],
+        combine: Callable[[SiteDensities], Levels] | None = None,
     ) -> tuple[Levels, Structure]:
         """Evaluate one particle at given values, as :meth:`evaluate` does at values of its own.
 
-        :param combine: from the densities of sites to what is returned of them.
+        :param combine: from the densities of sites to what is returned of them. Defaults to the same as there.
         """
         keys = particle_keys(rng_key, self.plate_particles)
 
@@ -157,7 +161,7 @@ class Program:
 
         def densities(local):
             sites = self._sites(params, _of_locals(keys, local), *traces(local))
-            return combine(sites), sites.structure
+            return (combine or self._densities)(sites), sites.structure
 
         local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
         return map_local(densities, lambda local: self._by_site(traces(local)), local)
