@@ -23,8 +23,8 @@ import optax
 
 from numpyro_vimco import VIMCOStar, fit
 from numpyro_vimco.posterior.annealing import geometric
-from numpyro_vimco.posterior.chunks import compiled
 from numpyro_vimco.posterior.steps import Steps
+from numpyro_vimco.programs import compiled
 
 assert len(jax.devices()) == 2
 SPREAD = NamedSharding(Mesh(np.array(jax.devices()), ("starts",)), PartitionSpec("starts"))

@@ -13,9 +13,9 @@ from numpyro.infer import SVI
 import optax
 import pytest
 
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
-from numpyro_vimco.posterior import chunks
-from numpyro_vimco.posterior.chunks import compiled, in_chunks
+from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, programs, to_arviz
+from numpyro_vimco.posterior.chunks import in_chunks
+from numpyro_vimco.programs import compiled
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_programs_do_not_keep_data():
 
 
 def test_so_many_are_kept(monkeypatch):
-    monkeypatch.setattr(chunks, "PROGRAMS", 3)
+    monkeypatch.setattr(programs, "PROGRAMS", 3)
     for n in range(1, 6):
         compiled(lambda x: 2 * x, jnp.zeros(n))
-    assert len(chunks._programs) <= 3
+    assert len(programs._programs) <= 3

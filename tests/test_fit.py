@@ -40,9 +40,9 @@ from helpers import Program, exact_bound, expected_estimate, initial_params, of_
 from numpyro_vimco import AutoDiscrete, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
 from numpyro_vimco.posterior import starts, steps
 from numpyro_vimco.posterior.annealing import FIRST_POWER, Annealed
-from numpyro_vimco.posterior.chunks import compiled
 from numpyro_vimco.posterior.results import FitState
 from numpyro_vimco.posterior.starts import automatic_guides, initial_states
+from numpyro_vimco.programs import compiled
 
 HERE = Path(__file__).parent
 quietly = partial(fit, progress_bar=False)

@@ -15,7 +15,7 @@ from numpyro.handlers import seed, substitute
 from numpyro.infer import init_to_median
 
 from numpyro_vimco.guides.families import Family, bounds_error, family_of, has_common_bounds
-from numpyro_vimco.guides.options import check_couplings, check_structure
+from numpyro_vimco.guides.options import check_couplings, check_num_components, check_structure
 from numpyro_vimco.guides.plan import discrete_sites
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.guides.structured import Sampler, Site
@@ -106,7 +106,7 @@ class AutoDiscrete(StructuralGuide):
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn, create_plates=create_plates)
         self.structure = check_structure(structure, ["mean_field", "autoregressive"])
         self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
-        self.num_components = num_components
+        self.num_components = check_num_components(num_components)
         self.families: dict[str, Family] = {}
         self._start: dict[str, dict[str, Array]] = {}
         self.sites: list[Site] = []

@@ -26,7 +26,12 @@ from numpyro.infer.autoguide import (
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
 from numpyro_vimco.guides.components import Components, components_of_prior, spread_components
-from numpyro_vimco.guides.options import check_couplings, check_structure
+from numpyro_vimco.guides.options import (
+    check_couplings,
+    check_init_scale,
+    check_num_components,
+    check_structure,
+)
 from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites
 from numpyro_vimco.guides.point_masses import check_no_point_mass
 from numpyro_vimco.guides.private import set_up, unconstrained_event_dim
@@ -170,7 +175,7 @@ class AutoMixed(StructuralGuide):
         super().__init__(model, **kwargs)
         self.continuous, self.discrete = continuous, discrete
         self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
-        self.init_scale, self.num_components = init_scale, num_components
+        self.init_scale, self.num_components = check_init_scale(init_scale), check_num_components(num_components)
         self._arguments = kwargs
         self._sites: list[Site] = []
         self._parts: list[AutoGuide] = []
@@ -188,6 +193,9 @@ class AutoMixed(StructuralGuide):
                 "The model has no latent site for AutoMixed to guide: all are observed, or hidden by `block`. Call it "
                 "without `obs` for what is to be inferred."
             )
+        names = {**discrete, **continuous}
+        for name in self.num_components.keys() - names.keys():
+            raise ValueError(f"`num_components` names '{name}', but the latents are {', '.join(map(repr, names))}.")
         self._check_continuous(continuous, {**discrete, **continuous}, *args, **kwargs)
         if discrete:
             independent: dict = {}
@@ -250,7 +258,7 @@ class AutoMixed(StructuralGuide):
             site = self.prototype_trace[name]
             location, scale = location_and_scale(jax.vmap(biject_to(site["fn"].support).inv)(draws))
             event_dim = unconstrained_event_dim(self._parts[-1], name)
-            units[name] = tuple(self._full_size(site, x, event_dim) for x in (location, scale))
+            units[name] = self._full_size(site, location, event_dim), self._full_size(site, scale, event_dim)
         return units
 
     def _components(self, names: Iterable[str], units: Mapping[str, tuple[Array, Array]]) -> dict[str, Components]:

@@ -290,7 +290,8 @@ def sample_rest(fn: dist.Distribution, key: Array, value: Array, chosen: Array) 
     :param value: of shape ``(*batch, *event)``.
     :param chosen: of shape ``batch``.
     """
-    base, transforms = fn, []
+    base = fn
+    transforms: list[dist.transforms.Transform] = []
     while not isinstance(base, AutoregressiveDiscrete | AutoregressiveNormal):
         if not hasattr(base, "base_dist"):
             return value

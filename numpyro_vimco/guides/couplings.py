@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-import numpy as np
-from numpyro.handlers import block, seed, trace
+from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
-from numpyro_vimco.sites import Trace, log_prob_at_value, sample_sites
+from numpyro_vimco.independence import Sum, any_draw, anywhere, are_dependent
+from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import Trace, is_latent_site, log_prob_at_value, sample_sites
 
 Samples = dict[str, Array]
 
@@ -70,48 +71,56 @@ class Graph:
         return any(name in factor for site, factor in self.factors.items() if site != name)
 
 
-def local_plates(graph: Graph, tr: Trace, evaluate: Callable[[Samples], Samples], other: Samples) -> set[str]:
+def draws_anywhere(model: Callable, args: tuple, kwargs: dict, latents: Samples) -> Callable[[Array, Array], Samples]:
+    """A function from a key, and whether to draw from the prior, to values that the posterior may have.
+
+    :param latents: some values.
+    """
+
+    def draw(rng_key: Array, from_prior: Array) -> Samples:
+        def choose(site: dict) -> Array | None:
+            known = latents.get(site["name"])
+            return None if known is None else anywhere(site, from_prior, known)
+
+        with block():
+            tr = trace(substitute(seed(model, rng_key), substitute_fn=choose)).get_trace(*args, **kwargs)
+        return {name: tr[name]["value"] for name in latents}
+
+    return draw
+
+
+def local_plates(graph: Graph, tr: Trace, evaluate: Callable[[Samples], Samples], draw: Callable) -> set[str]:
     """The plates whose elements are independent given the latents outside of the plate.
+
+    Densities that hold values that JAX traces cannot be compared, and pass.
 
     :param tr: a trace of the model.
     :param evaluate: of :func:`log_densities`.
-    :param other: other values of all latents.
+    :param draw: of :func:`draws_anywhere`.
     """
-    frames = {site["name"]: {frame.name: frame.dim for frame in site["cond_indep_stack"]} for site in sample_sites(tr)}
-    local = set()
-    for plate in {plate for name in other for plate in frames[name]}:
-        inside = {name for name in other if plate in frames[name]}
+    frames = {site["name"]: {frame.name: frame for frame in site["cond_indep_stack"]} for site in sample_sites(tr)}
+    latents = [site["name"] for site in sample_sites(tr) if is_latent_site(site)]
+    local: dict[str, int] = {}
+    for plate in sorted({plate for name in latents for plate in frames[name]}):
+        inside = {name for name in latents if plate in frames[name]}
         if all(plate in frames[site] for site, factor in graph.factors.items() if factor & inside):
-            dims = {name: found[plate] for name, found in frames.items() if plate in found}
-            if _are_elements_independent(tr, evaluate, other, dims):
-                local.add(plate)
-    return local
+            local[plate] = next(frames[name][plate].size for name in inside)
 
+    def are_coupled(rng_key: Array, source: Array) -> dict[str, Array]:
+        both = jax.lax.map(lambda key: draw(key, source == 0), split(rng_key))
+        first, second = ({name: value[i] for name, value in both.items()} for i in range(2))
+        found = {}
+        for plate, size in local.items():
+            inside = {name for name in frames if plate in frames[name]}
+            axes = {name: frames[name][plate].dim - tr[name]["fn"].event_dim for name in inside.intersection(latents)}
+            dims = {name: frames[name][plate].dim for name in inside}
 
-def _are_elements_independent(tr: Trace, evaluate: Callable, other: Samples, dims: dict[str, int]) -> bool:
-    """Whether the densities of half of a plate's elements stay the same if the others get other latents.
+            def densities(values: Samples, inside=inside) -> dict[str, Sum]:
+                return {name: Sum.of(value) for name, value in evaluate(values).items() if name in inside}
 
-    A plate declares that its elements are independent, but a model may compute anything in it, a cumulative sum for
-    example. Densities that depend on values that JAX traces cannot be compared, and pass.
+            is_dependent = are_dependent(densities, first, second, axes, dims.__getitem__, size)
+            found[plate] = jnp.stack(list(is_dependent.values())).any()
+        return found
 
-    :param dims: of each sample site in the plate, the dimension of the plate.
-    """
-
-    def choose(is_other: np.ndarray, theirs: Array, ours: Array, axis: int) -> Array:
-        return jnp.where(is_other[: ours.shape[axis]].reshape(-1, *(1,) * (-1 - axis)), theirs, ours)
-
-    def densities(is_other: np.ndarray) -> Samples:
-        values = {name: tr[name]["value"] for name in other}
-        for name in dims.keys() & values.keys():
-            values[name] = choose(is_other, other[name], values[name], dims[name] - tr[name]["fn"].event_dim)
-        return evaluate(values)
-
-    size = next(frame.size for name, dim in dims.items() for frame in tr[name]["cond_indep_stack"] if frame.dim == dim)
-    half = np.random.default_rng(0).random(size) < 0.5
-    ours, theirs, both = (densities(which) for which in (np.zeros(size, bool), np.ones(size, bool), half))
-    for name, dim in dims.items():
-        expected = choose(half, theirs[name], ours[name], dim)
-        if not isinstance(expected, jax.core.Tracer):
-            if not np.allclose(both[name], expected, rtol=1e-4, atol=1e-4, equal_nan=True):
-                return False
-    return True
+    found = any_draw(are_coupled, 2, max(local.values(), default=1)) if local else {}
+    return {plate for plate in local if not (found and found[plate])}

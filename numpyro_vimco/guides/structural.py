@@ -14,7 +14,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
-from numpyro_vimco.guides.couplings import Graph, local_plates, log_densities
+from numpyro_vimco.guides.couplings import Graph, draws_anywhere, local_plates, log_densities
 from numpyro_vimco.guides.plan import autoregressive, gated
 from numpyro_vimco.guides.private import PrototypeGuide, set_up
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
@@ -114,7 +114,7 @@ class StructuralGuide(PrototypeGuide):
         other = {name: other_trace[name]["value"] for name in values}
         evaluate = log_densities(self.model, args, kwargs)
         graph = Graph.of(evaluate, values)
-        local = local_plates(graph, self.prototype_trace, evaluate, other)
+        local = local_plates(graph, self.prototype_trace, evaluate, draws_anywhere(self.model, args, kwargs, values))
         return gated(autoregressive(sites, graph, local), evaluate, values, other)
 
     def _check_marginals(self, sites: Iterable[Site]) -> None:

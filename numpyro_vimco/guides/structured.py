@@ -355,8 +355,10 @@ class ContinuousSite(Site):
         elif within is None:
             fn = dist.Normal(loc + unit * shift, unit * spread)
         else:
-            parts = (elements.gather(jnp.broadcast_to(x, gate.shape)) for x in (loc, unit, shift, spread, gate))
-            fn = AutoregressiveNormal(*parts, within, elements, gate.shape)
+            loc_of, unit_of, shift_of, spread_of, gate_of = (
+                elements.gather(jnp.broadcast_to(x, gate.shape)) for x in (loc, unit, shift, spread, gate)
+            )
+            fn = AutoregressiveNormal(loc_of, unit_of, shift_of, spread_of, gate_of, within, elements, gate.shape)
         transform = inside(biject_to(self.site["fn"].support))
         fn = dist.TransformedDistribution(fn.to_event(self.event_dim), transform)
         value = earlier.statements.sample(self.name, fn)

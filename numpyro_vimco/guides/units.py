@@ -96,6 +96,7 @@ class PositiveInUnits(RealInUnits):
         return ComposeTransform([AffineTransform(self.centre, self.unit), ExpTransform()])
 
     def shrinkage(self, name: str, params: Mapping[str, Array]) -> Array:
+        assert self.scale is not None
         return jnp.minimum(params[self.scale] / params[name] / self.unit, 1)
 
 

@@ -19,9 +19,9 @@ from numpyro_vimco.objectives import control_variates, gradients
 from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding, delta_error
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.densities import Densities
-from numpyro_vimco.objectives.elements import check_elements, check_tables, may_be_dependent
+from numpyro_vimco.objectives.elements import check_values
 from numpyro_vimco.objectives.gradients import Weights
-from numpyro_vimco.objectives.program import Kinds, Program
+from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.randomness import SeedPlates, split
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
 
@@ -177,7 +177,9 @@ class ImportanceWeightedELBO(ELBO):
         kinds = program.kinds(param_map, rng_key)
         if not _has_tracers((args, kwargs)):
             # In a fit parameters are traced: the check is then at those that the program itself begins with.
-            self.check({} if _has_tracers(param_map) else param_map, model, guide, args, kwargs, kinds)
+            with jax.ensure_compile_time_eval():
+                untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
+                check_values(untraced, kinds, {} if _has_tracers(param_map) else param_map)
         self._check(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)
@@ -186,35 +188,18 @@ class ImportanceWeightedELBO(ELBO):
             evaluate = partial(gradients.doubly_reparameterized, program, self.vectorize_particles_fn, kinds.masks)
         return -gradients.estimate(evaluate, param_map, keys, weigh, self.chunk_size, self._shard)
 
-    def check(
-        self,
-        params: dict[str, Any],
-        model: Callable,
-        guide: Callable,
-        args: tuple,
-        kwargs: dict,
-        kinds: Kinds | None = None,
-    ) -> None:
-        """
-        Raise for what is found by evaluating model and guide at draws: elements of plates that are not independent,
-        densities that depend on masked latents, and sums that are not what the model says.
-
-        :param dict params: parameter values; those it lacks begin where the program says.
-        :param kinds: of the program, where they are known.
-        :raises ValueError: naming the site.
-        """
-        key = jax.random.key(0)
-        with jax.ensure_compile_time_eval():
-            program = self.program(model, guide, args, kwargs, key)
-            kinds = kinds or program.kinds(params, key)
-            if may_be_dependent(program, kinds, params, key):
-                check_elements(program, params)
-            if kinds.mixed_sums:
-                check_tables(program, params)
-
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs) -> dict:
         """:meth:`loss` in the form that SVI asks for where there is mutable state, which :meth:`loss` refuses."""
         return {"loss": self.loss(rng_key, param_map, model, guide, *args, **kwargs), "mutable_state": None}
+
+    def check(self, param_map: dict[str, Any], model: Callable, guide: Callable, *args, **kwargs) -> None:
+        """
+        Raise for a model and a guide that this objective cannot fit, as the first :meth:`loss` does where no value is
+        traced by JAX. The parameters are those of :meth:`loss`, without a key.
+        """
+        program = self.program(model, guide, args, kwargs, jax.random.key(0))
+        check_values(program, program.kinds(param_map, jax.random.key(0)), param_map)
+        self._check(program, param_map, jax.random.key(0))
 
     def program(self, model: Callable, guide: Callable, args: tuple, kwargs: dict, plate_key: Array) -> Program:
         """

@@ -1,177 +1,152 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Are the elements of a plate independent, as a bound for each of them supposes?
+"""Checks of a program's values: are the elements of plates independent, as a bound for each of them supposes?
 
-Two particles are drawn, and the latents of some elements exchanged between them. If elements are independent, the
-densities of the other elements stay what they are. Nor may any density depend on latents that the model masks, be they
-sampled or summed out.
+:mod:`numpyro_vimco.independence` says how that is found out. No density may depend on latents that the model masks, and
+sums over latents must be what the model says.
 
-The check misses a dependence that shows at rare values only, or at other parameters (a coupling that is zero at the
-start of a fit). Diagnostics therefore check again, at the fitted parameters.
+The checks miss what shows at very rare values only, or at other parameters (a coupling that is zero at the start of a
+fit). Diagnostics therefore check again, at the fitted parameters.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-import numpy as np
 
-from numpyro_vimco.dependence import may_mix
+from numpyro_vimco.independence import Sum, any_draw, are_dependent
 from numpyro_vimco.objectives.checks import elements_error, masked_latent_error
 from numpyro_vimco.objectives.densities import SiteDensities, log_prob_of
 from numpyro_vimco.objectives.enumeration_checks import masked_sum_error, table_error
 from numpyro_vimco.objectives.levels import level_of
-from numpyro_vimco.objectives.plates import Structure, aligned_shape
+from numpyro_vimco.objectives.plates import Structure
 from numpyro_vimco.objectives.program import Kinds, Program, Values
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import is_drawn, mask_of, sample_sites, states
+from numpyro_vimco.sites import is_delta, is_latent_site, mask_of, sample_sites, states
 
-# Number of pairs of particles; and how far values may differ by rounding, relative to the sum of their terms' sizes.
-PAIRS, ROUNDING = 4, 1e-4
+# Sources of draws: the guide, the model's prior, and all of the support of each site.
+GUIDE, PRIOR, SUPPORT = range(3)
+NUM_SOURCES = 3
+# A masked element takes so many states.
+STATES = 5
 
 
-def may_be_dependent(program: Program, kinds: Kinds, params: dict[str, Any], rng_key: Array) -> bool:
-    """Whether :func:`check_elements` may find a dependence, by how densities are computed; no value is computed.
+def check_values(program: Program, kinds: Kinds, params: dict[str, Any]) -> None:
+    """Raise for a program whose log-weights would be wrong.
 
-    False is certain. In most fits it spares :func:`check_elements`, which has to be compiled.
+    Where the program holds values that JAX traces, nothing can be compared, and the check passes.
 
     :param kinds: of the program.
+    :raises ValueError: naming a site, and the plate, the masked latent, or the summed sites.
     """
+    # Nothing is differentiated. So all objectives and diagnostics have one compiled check.
+    program = replace(program, by_score=lambda site: False)
+    if kinds.elements > 1 or kinds.masks:
+        _check_elements(program, kinds, params)
+    if kinds.sums:
+        _check_tables(program, params)
     if kinds.masked_sums:
-        return True
-    if not (kinds.elements or kinds.masks):
-        return False
-    sizes: set[int] = set()
-    masked: list[str] = []
-
-    def draw(rng_key: Array) -> Values:
-        sites = program.sites(params, rng_key)
-        everywhere = sample_sites(sites.model_trace) + sample_sites(sites.guide_trace)
-        sizes.update(frame.size for site in everywhere for frame in site["cond_indep_stack"])
-        masked.extend(name for name, mask in sites.masks.items() if mask is not None)
-        return {site["name"]: site["value"] for site in sample_sites(sites.guide_trace) if is_drawn(site)}
-
-    def densities(values: Values) -> dict[str, Array]:
-        sites = program.sites(params, rng_key, values)
-        found = {site["name"]: log_prob_of(site) for site in sample_sites(sites.model_trace)}
-        return found | {f"{s['name']} of the guide": sites.of_guide_site(s) for s in sample_sites(sites.guide_trace)}
-
-    drawn = jax.eval_shape(draw, rng_key)
-    return bool(masked) or may_mix(densities, drawn, sizes - {1})
+        _check_masked_sums(program, params)
 
 
-def check_elements(program: Program, params: dict[str, Any]) -> None:
-    """Raise for elements that have weights of their own and are not independent; at concrete values.
+def _check_elements(program: Program, kinds: Kinds, params: dict[str, Any]) -> None:
+    """Raise for elements that have weights of their own and are not independent, and for masked ones that count."""
+    errors: list[Callable[[], ValueError]] = []
 
-    Where the model holds traced values (an annealed likelihood), nothing can be compared, and the check passes.
+    def check(rng_key: Array, source: Array) -> list[Array]:
+        draw_key, evaluation_key = split(rng_key)
+        latents, structure, (first, second) = _two_draws(program, params, draw_key, source)
 
-    :raises ValueError: naming the plate, or the masked latent, and a site.
-    """
-    draw_key, evaluation_key = split(jax.random.key(0))
-    drawn_sites: dict[str, _Site] = {}
-    structures: list[Structure] = []
+        def sums(level: str | None, values: Values) -> dict[str, Sum]:
+            return _sums(program.sites(params, evaluation_key, values), level, program)
 
-    def draw(rng_key: Array) -> tuple[Values, dict[str, Array]]:
-        sites = program.sites(params, rng_key)
-        structures.append(sites.structure)
-        drawn = [site for site in sample_sites(sites.guide_trace) if is_drawn(site)]
-        drawn_sites.update({site["name"]: _Site.of(site, program) for site in drawn})
-        masks = {name: mask[0] for name, mask in sites.masks.items() if mask is not None and name in drawn_sites}
-        return {site["name"]: site["value"] for site in drawn}, masks
+        def of_plate(level: str | None, plate: Any, members: dict[str, _Latent]) -> dict[str, Array]:
+            axes = {name: plate.dim - latent.event_dim for name, latent in members.items()}
+            return are_dependent(partial(sums, level), first, second, axes, lambda _: plate.dim, plate.size)
 
-    found = _quick(jax.vmap(draw), split(draw_key, 2 * PAIRS))
-    if found is None:
-        return
-    drawn, masks = found
-    first, second = ({name: value[i::2] for name, value in drawn.items()} for i in (0, 1))
+        errors.clear()
+        found: list[Array] = []
+        for level in (None, *program.plate_particles):
+            members = {name: latent for name, latent in latents.items() if level in (None, latent.level)}
+            frames = {frame for latent in members.values() for frame in latent.frames}
+            for plate in sorted(frame for frame in frames if frame.dim in structure.kept(level)):
+                for name, is_dependent in of_plate(level, plate, members).items():
+                    errors.append(partial(elements_error, plate.name, name))
+                    found.append(is_dependent)
+        if kinds.masks:
+            of_first = program.sites(params, evaluation_key, first).masks
+            masks = {name: mask[0] for name, mask in of_first.items() if mask is not None and name in latents}
+            moved = [first]
+            for name, mask in masks.items():
+                kept = mask.reshape(*mask.shape, *(1,) * (first[name].ndim - mask.ndim))
+                moved.append({**first, name: jnp.where(kept, first[name], second[name])})
+            at_moved = jax.lax.map(partial(sums, None), jax.tree.map(lambda *values: jnp.stack(values), *moved))
+            for i, latent in enumerate(masks, 1):
+                for name, of_site in at_moved.items():
+                    errors.append(partial(masked_latent_error, name, latent))
+                    found.append(Sum(of_site.value[i], of_site.size[i]).differs_from(of_site.value[0]))
+        return found
 
-    def densities(level: str | None, *particles: Values) -> list[Sums]:
-        fn = jax.vmap(lambda values: _densities(program.sites(params, evaluation_key, values), level, program))
-        found: Sums = _quick(fn, jax.tree.map(lambda *parts: jnp.concatenate(parts), *particles)) or {}
-        return [{k: found[k].part(slice(i * PAIRS, (i + 1) * PAIRS)) for k in found} for i in range(len(particles))]
-
-    for level in (None, *program.plate_particles):
-        members = {name: site for name, site in drawn_sites.items() if level in (None, site.level)}
-        plates = {frame for site in members.values() for frame in site.frames if frame.dim in structures[0].kept(level)}
-        for plate in plates:
-            choice = np.random.default_rng(0).permutation(plate.size) % 2 == 0
-            choice = choice.reshape(-1, *(1,) * (-1 - plate.dim))
-            all_second = {**first, **{name: second[name] for name in members}}
-            exchanged = {name: site.where(choice, second[name], first[name]) for name, site in members.items()}
-            of_first, of_second, of_mixed = densities(level, first, all_second, {**first, **exchanged})
-            for name, mixed in of_mixed.items():
-                if mixed.differs_from(jnp.where(choice, of_second[name].value, of_first[name].value)):
-                    raise elements_error(plate.name, name)
-    for latent, mask in masks.items():
-        kept = mask[::2].reshape(PAIRS, *mask.shape[1:], *(1,) * (first[latent].ndim - mask.ndim))
-        moved = {**first, latent: jnp.where(kept, first[latent], second[latent])}
-        before, after = densities(None, first, moved)
-        for name in after:
-            if after[name].differs_from(before[name].value):
-                raise masked_latent_error(name, latent)
-    _check_masked_sums(program, params)
+    _raise_first(errors, any_draw(check, NUM_SOURCES, kinds.elements))
 
 
-def check_tables(program: Program, params: dict[str, Any]) -> None:
-    """Raise for a site whose density where others are summed out is not that at the same values drawn.
+def _check_tables(program: Program, params: dict[str, Any]) -> None:
+    """Raise for a site whose density where others are summed out is not that at the same values drawn."""
+    errors: list[Callable[[], ValueError]] = []
 
-    Four particles are drawn with values of the summed sites. The check passes where the model holds traced values.
+    def check(rng_key: Array, source: Array) -> list[Array]:
+        draw_key, evaluation_key = split(rng_key)
+        _, values = _draw(program, params, draw_key, source)
+        sites = program.at(params, evaluation_key, values)
+        parents = sites.parents()
+        errors.clear()
+        found = []
+        for name, (drawn, tabled) in sites.drawn_and_tabled().items():
+            errors.append(partial(table_error, name, parents[name]))
+            same = drawn.shape == tabled.shape
+            found.append(Sum.of(drawn).differs_from(tabled) if same else jnp.array(True))
+        return found
 
-    :raises ValueError: naming the sites.
-    """
-    parents: dict[str, set[str]] = {}
-
-    def densities(rng_key: Array) -> dict[str, tuple[Array, Array]]:
-        sites = program.at(params, rng_key, {})
-        parents.update(sites.parents())
-        return sites.drawn_and_tabled()
-
-    for name, (drawn, tabled) in (_quick(jax.vmap(densities), split(jax.random.key(0), PAIRS)) or {}).items():
-        if drawn.shape != tabled.shape or _Sum(drawn, jnp.abs(drawn)).differs_from(tabled):
-            raise table_error(name, parents[name])
+    _raise_first(errors, any_draw(check, NUM_SOURCES, 1))
 
 
 def _check_masked_sums(program: Program, params: dict[str, Any]) -> None:
-    """Raise for a density that depends on elements of a summed site that are masked: these take other values.
+    """Raise for a density that depends on elements of a summed site that are masked: these take other values."""
+    errors: list[Callable[[], ValueError]] = []
 
-    :raises ValueError: naming the summed site and the other one.
-    """
-    num_states: dict[str, int] = {}
-
-    def moved(rng_key: Array) -> dict[str, list[tuple[dict[str, Array], dict[str, Array]]]]:
+    def check(rng_key: Array, source: Array) -> list[Array]:
         summed, densities = program.of_summed(params, rng_key)
         values = {name: site["value"] for name, site in summed.items()}
-        before, found = densities(values), {}
-        for name, site in summed.items():
-            if (mask := mask_of(site["fn"])) is not None:
-                num_states[name] = size = states(site["fn"]).size
-                others = [(values[name] + shift) % size for shift in range(1, min(size, PAIRS + 1))]
-                after = [densities({**values, name: jnp.where(mask[0], values[name], other)}) for other in others]
-                found[name] = [(before, densities) for densities in after]
+        before = densities(values)
+        errors.clear()
+        found = []
+        for latent, site in summed.items():
+            if (mask := mask_of(site["fn"])) is None:
+                continue
+            size = states(site["fn"]).size
+            for shift in range(1, min(size, STATES)):
+                moved = jnp.where(mask[0], values[latent], (values[latent] + shift) % size)
+                for name, log_prob in densities({**values, latent: moved}).items():
+                    errors.append(partial(masked_sum_error, name, latent, size))
+                    found.append(Sum.of(before[name]).differs_from(log_prob))
         return found
 
-    for latent, pairs in (_quick(jax.vmap(moved), split(jax.random.key(0), PAIRS)) or {}).items():
-        for before, after in pairs:
-            for name, log_prob in before.items():
-                if _Sum(log_prob, jnp.abs(log_prob)).differs_from(after[name]):
-                    raise masked_sum_error(name, latent, num_states[latent])
+    _raise_first(errors, any_draw(check, 1, 1))
 
 
-def _quick(fn: Callable, argument: Any) -> Any:
-    """``fn(argument)``, compiled with little optimization, as it runs once; None if ``fn`` holds traced values."""
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(argument)
-    if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
-        return None
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    run = jax.jit(partial(jax.core.eval_jaxpr, closed.jaxpr, closed.consts), compiler_options=options)
-    return jax.tree.unflatten(jax.tree.structure(shapes), run(*jax.tree.leaves(argument)))
+def _raise_first(errors: list[Callable[[], ValueError]], found: list[Array] | None) -> None:
+    """Raise the first error that was found; None where nothing could be compared."""
+    for make_error, is_found in zip(errors, found or []):
+        if is_found:
+            raise make_error()
 
 
-class _Site(NamedTuple):
+class _Latent(NamedTuple):
     """The plates of a site that the guide draws.
 
     :ivar level: the named plate that it is in, or None.
@@ -182,49 +157,55 @@ class _Site(NamedTuple):
     frames: list
     event_dim: int
 
-    @classmethod
-    def of(cls, site: dict, program: Program) -> "_Site":
-        return cls(level_of(site, program.plate_particles), site["cond_indep_stack"], site["fn"].event_dim)
 
-    def where(self, choice: np.ndarray, x: Array, y: Array) -> Array:
-        """Elements of ``x`` where ``choice`` is true, and of ``y`` elsewhere; both have a leading axis."""
-        shape = aligned_shape(choice.shape, x.ndim - 1 - self.event_dim, self.event_dim)
-        return jnp.where(choice.reshape(1, *shape), x, y)
+def _draw(program: Program, params: dict[str, Any], rng_key: Array, source: Array) -> tuple[SiteDensities, Values]:
+    """Values of all latents from a source, and the sites of a draw of the guide.
 
-
-class _Sum(NamedTuple):
-    """Log-densities in nats, summed over the elements that share a weight.
-
-    :ivar size: the same sum of their absolute values: rounding is relative to it.
+    A Delta of the guide is a function of other draws and of parameters: it has no value of its own.
     """
-
-    value: Array
-    size: Array
-
-    def part(self, index: slice) -> "_Sum":
-        return _Sum(self.value[index], self.size[index])
-
-    def differs_from(self, other: Array) -> bool:
-        """Whether any value differs by more than rounding. NaN does not count: other checks find it."""
-        same = (self.value == other) | (jnp.abs(self.value - other) <= ROUNDING * (1 + self.size))
-        return not bool(jnp.all(same | jnp.isnan(self.value) | jnp.isnan(other)))
-
-
-Sums = dict[str, _Sum]
+    guide_key, model_key = split(rng_key)
+    sites = program.sites(params, guide_key)
+    values = program.anywhere(params, model_key, sites, source == PRIOR)
+    for site in sample_sites(sites.guide_trace):
+        if is_delta(site):
+            values.pop(site["name"], None)
+        elif is_latent_site(site):
+            drawn = jnp.asarray(site["value"])
+            other = values.get(site["name"], drawn)
+            values[site["name"]] = jnp.where(source == GUIDE, drawn, other.astype(drawn.dtype))
+    return sites, values
 
 
-def _densities(sites: SiteDensities, level: str | None, program: Program) -> Sums:
+def _two_draws(
+    program: Program, params: dict[str, Any], rng_key: Array, source: Array
+) -> tuple[dict[str, _Latent], Structure, list[Values]]:
+    """Two draws of the guide's latents, what is known of these latents, and how plates combine densities."""
+    latents: dict[str, _Latent] = {}
+    structures: list[Structure] = []
+
+    def draw(rng_key: Array) -> Values:
+        sites, values = _draw(program, params, rng_key, source)
+        structures.append(sites.structure)
+        drawn = {name: site for name, site in sites.guide_trace.items() if name in values}
+        for name, site in drawn.items():
+            level = level_of(site, program.plate_particles)
+            latents[name] = _Latent(level, site["cond_indep_stack"], site["fn"].event_dim)
+        return {name: values[name] for name in drawn}
+
+    both = jax.lax.map(draw, split(rng_key))
+    return latents, structures[0], [{name: value[i] for name, value in both.items()} for i in range(2)]
+
+
+def _sums(sites: SiteDensities, level: str | None, program: Program) -> dict[str, Sum]:
     """The log-density of each site of a level, guide and model together.
 
     For the shared level these are all sites, as all are in the plates common to all sites.
     """
-    found: Sums = {}
+    found: dict[str, Sum] = {}
     for tr, log_prob_of_site in ((sites.guide_trace, sites.of_guide_site), (sites.model_trace, log_prob_of)):
         for site in sample_sites(tr):
             if level in (None, level_of(site, program.plate_particles)):
-                log_prob = log_prob_of_site(site)
-                size = jnp.where(jnp.isfinite(log_prob), jnp.abs(log_prob), 0)
-                value, size = (sites.structure.sum_to_level(x, level) for x in (log_prob, size))
-                before = found.get(site["name"], _Sum(jnp.zeros(()), jnp.zeros(())))
-                found[site["name"]] = _Sum(before.value + value, before.size + size)
+                of_site = Sum.of(log_prob_of_site(site), partial(sites.structure.sum_to_level, level=level))
+                before = found.get(site["name"])
+                found[site["name"]] = of_site if before is None else before.plus(of_site)
     return found

@@ -1,16 +1,17 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The enumerated trace of a model at values of its other sites, and whether sums over it are what the model says."""
+"""The enumerated trace of a model at values of its other sites, and which sites can be summed out."""
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jaxtyping import Array
 from numpyro.handlers import block, replay, substitute, trace
 
 from numpyro_vimco.control_flow import Given, is_in_scan
-from numpyro_vimco.dependence import dependence, may_mix
+from numpyro_vimco.dependence import dependence
 from numpyro_vimco.objectives.densities import log_prob_of
 from numpyro_vimco.objectives.enumeration import enumerated_trace, parents_of
 from numpyro_vimco.objectives.enumeration_checks import (
@@ -23,9 +24,19 @@ from numpyro_vimco.objectives.enumeration_checks import (
 from numpyro_vimco.sites import Trace, is_latent_site, mask_of, sample_sites
 
 
-def at_values(model: Callable, params: Mapping[str, Any], subsampled: Trace, guide_trace: Trace) -> Given:
-    """A model at parameters and at the values of a guide, with the subsamples of a trace."""
-    values = {site["name"]: site["value"] for site in sample_sites(guide_trace) if is_latent_site(site)}
+def at_values(
+    model: Callable,
+    params: Mapping[str, Any],
+    subsampled: Trace,
+    guide_trace: Trace,
+    more: Mapping[str, Array] = MappingProxyType({}),
+) -> Given:
+    """A model at parameters and at the values of a guide, with the subsamples of a trace.
+
+    :param more: values of latents that the guide lacks.
+    """
+    drawn = {site["name"]: site["value"] for site in sample_sites(guide_trace) if is_latent_site(site)}
+    values = {**more, **drawn}
     plates = {name: site for name, site in subsampled.items() if site["type"] == "plate"}
     return Given(substitute(replay(model, plates), data=params), values)
 
@@ -50,14 +61,12 @@ def densities_at(model: Callable, values: Mapping[str, Array], args: tuple, kwar
     return {site["name"]: log_prob_of(site) for site in sample_sites(found)}
 
 
-def check_sums(
-    model: Callable, model_trace: Trace, summed: Iterable[str], args: tuple, kwargs: dict
-) -> tuple[bool, bool]:
+def check_sums(model: Callable, model_trace: Trace, summed: Iterable[str], args: tuple, kwargs: dict) -> bool:
     """Raise for sites that cannot be summed out; nothing is computed.
 
     :param model: as of :func:`enumerate_model`.
     :param summed: names of the sites.
-    :return: whether a density may combine elements of those that can; and whether one may depend on masked elements.
+    :return: whether a density may depend on masked elements of these.
     """
 
     def densities(values: dict[str, Array]) -> dict[str, Array]:
@@ -69,9 +78,7 @@ def check_sums(
     enumerated = enumerate_model(model, model_trace, args, kwargs)
     check_enumerated(enumerated, values)
     check_parents(parents, parents_of(enumerated.values(), values))
-    sizes = {frame.size for name in values for frame in model_trace[name]["cond_indep_stack"]} - {1}
     chains = {name for name in values if is_in_scan(model_trace[name])}
-    mixed = bool(chains or (sizes and may_mix(densities, values, sizes)))
     masked = {name for name in values if mask_of(model_trace[name]["fn"])}
     used = chains.union(*(depends - {name} for name, depends in parents.items()))
-    return mixed, bool(masked & used)
+    return bool(masked & used)

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.lax import stop_gradient
 from jaxtyping import Array
-from numpyro.handlers import substitute, trace
+from numpyro.handlers import replay, substitute, trace
 
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
+from numpyro_vimco.independence import anywhere
 from numpyro_vimco.objectives.checks import NotSubstituted, check_joint_plates, check_plate_particles, check_traces
 from numpyro_vimco.objectives.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
 from numpyro_vimco.objectives.enumerated_model import at_values, check_sums, densities_at, enumerate_model
@@ -42,15 +43,15 @@ class Kinds(NamedTuple):
     :ivar path_sites: whether any path site is drawn from a density (:func:`~numpyro_vimco.sites.is_drawn`), so that
         doubly reparameterised gradients differ from plain ones.
     :ivar masks: whether the model masks any element of a latent.
-    :ivar elements: whether any element of a plate has a weight of its own.
-    :ivar mixed_sums: whether a density may combine elements of sites that are summed out.
+    :ivar elements: size of the largest plate whose elements have weights of their own; 0 if there is none.
+    :ivar sums: whether there are sites that are summed out.
     :ivar masked_sums: whether a density may depend on masked elements of sites that are summed out.
     """
 
     path_sites: bool
     masks: bool
-    elements: bool
-    mixed_sums: bool
+    elements: int
+    sums: bool
     masked_sums: bool
 
 
@@ -174,8 +175,15 @@ class Program:
             if auxiliary_sites(model_trace, guide_trace):
                 check_auxiliary(model_trace, guide_trace, self.parents_of_deltas(params, rng_key))
             structure = self._structure(model_trace, guide_trace)
-            elements = any(structure.kept(level) for level in (None, *self.plate_particles))
-            found.append(Kinds(path, masks, elements, *self._check_sums(params, keys, model_trace, guide_trace)))
+            kept = frozenset().union(*(structure.kept(level) for level in (None, *self.plate_particles)))
+            frames = [frame for site in sample_sites(model_trace) for frame in site["cond_indep_stack"]]
+            elements = max((frame.size for frame in frames if frame.dim in kept), default=0)
+            summed = summed_sites(model_trace, guide_trace)
+            masked_sums = False
+            if summed:
+                model = self._at_values(params, keys, model_trace, guide_trace)
+                masked_sums = check_sums(model, model_trace, summed, self.args, self.kwargs)
+            found.append(Kinds(path, masks, elements, bool(summed), masked_sums))
 
         jax.eval_shape(look, params, rng_key)
         return found[0]
@@ -225,10 +233,30 @@ class Program:
         model_trace, guide_trace = self._traces(params, self._first(rng_key), given)
         return SiteDensities(model_trace, guide_trace, self._structure(model_trace, guide_trace))
 
+    def anywhere(self, params: dict[str, Any], rng_key: Array, sites: SiteDensities, from_prior: Array) -> Values:
+        """Values of the model's latents, summed ones too: of their prior, or from all of their support.
+
+        :param sites: of a draw of the guide, whose plates the latents are in.
+        """
+        plates = {name: site for name, site in sites.guide_trace.items() if site["type"] == "plate"}
+
+        def choose(site: dict) -> Array | None:
+            if not is_latent_site(site):
+                return None
+            return anywhere(site, from_prior, sites.model_trace[site["name"]]["value"])
+
+        model = SeedLevels(substitute(replay(self.model, plates), data=params), self._first(rng_key).model, {})
+        model_trace = trace(substitute(model, substitute_fn=choose)).get_trace(*self.args, **self.kwargs)
+        return {site["name"]: site["value"] for site in sample_sites(model_trace) if is_latent_site(site)}
+
     def at(self, params: dict[str, Any], rng_key: Array, values: Values) -> SiteDensities:
-        """:meth:`sites` at values of all latents of the guide, for sites that are summed out."""
+        """:meth:`sites` at values of all latents of the guide, for sites that are summed out.
+
+        :param values: of summed sites too, or without: then these are drawn from their prior.
+        """
         keys = self._first(rng_key)
-        return self._sites(params, keys, *self._traces(params, keys, values))
+        guide_trace = self._trace_guide(params, keys, values)
+        return self._sites(params, keys, self._trace_model(params, keys, guide_trace, values), guide_trace)
 
     def of_summed(self, params: dict[str, Any], rng_key: Array) -> tuple[Trace, Callable[[Values], dict[str, Array]]]:
         """The sites of one particle that are summed out, each at a draw, and the densities of all sites given these."""
@@ -280,8 +308,9 @@ class Program:
         guide = Given(substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params), given or {})
         return trace(substitute(guide, substitute_fn=draw)).get_trace(*self.args, **self.kwargs)
 
-    def _trace_model(self, params, keys: ParticleKeys, guide_trace: Trace) -> Trace:
-        model = SeedLevels(at_values(NotSubstituted(self.model), params, guide_trace, guide_trace), keys.model, {})
+    def _trace_model(self, params, keys: ParticleKeys, guide_trace: Trace, more: Values | None = None) -> Trace:
+        model = at_values(NotSubstituted(self.model), params, guide_trace, guide_trace, more or {})
+        model = SeedLevels(model, keys.model, {})
         model_trace = trace(model).get_trace(*self.args, **self.kwargs)
         check_traces(model_trace, guide_trace)
         check_plate_particles(self.plate_particles, model_trace, guide_trace)
@@ -296,14 +325,6 @@ class Program:
         model = self._at_values(params, keys, model_trace, guide_trace)
         enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
         return SiteDensities(model_trace, guide_trace, structure, enumerated)
-
-    def _check_sums(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> tuple[bool, bool]:
-        """:func:`check_sums` of the sites that are summed out."""
-        summed = summed_sites(model_trace, guide_trace)
-        if not summed:
-            return False, False
-        model = self._at_values(params, keys, model_trace, guide_trace)
-        return check_sums(model, model_trace, summed, self.args, self.kwargs)
 
     def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SeedLevels:
         """The model, to be enumerated at parameters and the guide's values."""

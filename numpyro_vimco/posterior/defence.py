@@ -17,8 +17,8 @@ latent whose tail is too light in the guide does no harm.
 
 There is a set for each latent, and one of all latents. A set has, beside its latent, the parents that the guide does
 not draw before it. Where a site has several elements, its set is one of them, each as likely, and its density is the
-mean over elements; those that the guide draws later are drawn again. A block of latents that a guide draws jointly counts as
-one latent.
+mean over elements; those that the guide draws later are drawn again. A block of latents that a guide draws jointly
+counts as one latent.
 
 Not defended are latents with an improper prior, Delta sites of model or guide, latents whose prior depends on a site
 that is summed out, and those in `scan` alone (they are in the set of all latents).
@@ -27,8 +27,9 @@ that is summed out, and those in `scan` alone (they are in the set of all latent
    a mixture with a component that bounds the weights
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -211,14 +212,12 @@ class Defence:
 
     def densities(self, sites: SiteDensities) -> Levels:
         """Log-densities that :meth:`mixed` takes, of each level, at one guide."""
-        latents = {name for block in self.blocks.values() for name in block.latents} | self.blocks.keys()
-        rest = sites.of_guide_rest(lambda site: site["name"] in latents)
-        of_model, of_guide = sites.of_model(), sites.of_guide(lambda site: site["name"] in latents)
+        is_of_block = partial(_is_among, {*self.blocks, *(x for block in self.blocks.values() for x in block.latents)})
+        rest, of_guide, of_model = sites.of_guide_rest(is_of_block), sites.of_guide(is_of_block), sites.of_model()
         guide, model, element = {}, {}, {}
         one_of = {name for c in self.components if c.element for name in c.sites}
         for name, block in self.blocks.items():
-            parts = {name, *block.latents}
-            guide[name] = sites.of_guide(lambda site, parts=parts: site["name"] in parts).shared
+            guide[name] = sites.of_guide(partial(_is_among, {name, *block.latents})).shared
             of_latents = [sites.of_latent(latent) for latent in block.latents]
             model[name] = sum(sites.structure.sum_to_level(log_prob, None) for log_prob in of_latents)
             if name in one_of:
@@ -242,8 +241,13 @@ class Defence:
         for each in self.components:
             others = shared["rest"] + sum(value for name, value in guide.items() if name not in each.sites)
             terms.append(others + sum((shared["element"] if each.element else prior)[name] for name in each.sites))
-        terms = jnp.stack(jnp.broadcast_arrays(*terms)) + self.log_shares.reshape(-1, *(1,) * jnp.ndim(terms[0]))
-        return terms[0], logsumexp(terms, axis=0)
+        shares = self.log_shares.reshape(-1, *(1,) * jnp.ndim(terms[0]))
+        with_shares = shares + jnp.stack(jnp.broadcast_arrays(*terms))
+        return with_shares[0], logsumexp(with_shares, axis=0)
+
+
+def _is_among(names: Collection[str], site: dict) -> bool:
+    return site["name"] in names
 
 
 def find_defence(fit: Fitted, structure: Structure) -> Defence:

@@ -24,7 +24,7 @@ from numpyro_vimco.posterior.annealing import first_power, geometric
 from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
 from numpyro_vimco.posterior.observed import find_observed
 from numpyro_vimco.posterior.proposals import each_start, program_of
-from numpyro_vimco.posterior.recovery import recovered
+from numpyro_vimco.posterior.recovery import LEAST_STEPS, recovered
 from numpyro_vimco.posterior.results import FitResult, FitState
 from numpyro_vimco.posterior.starts import initial_states, with_known_draws
 from numpyro_vimco.posterior.steps import Steps
@@ -66,6 +66,16 @@ def fit(
     that of p(x | z) with z the sampled latents alone. The power is an argument of the compiled step. Losses at β < 1
     are those of another target.
 
+    **Units.** A step of the optimiser moves a location of an automatic guide of this library by a share of the guide's
+    own scale, and of the prior's at most (:mod:`~numpyro_vimco.guides.units`). So a program in other units has the same
+    fit, and priors may be much wider than the posterior.
+
+    **Recovery.** Starts that begin alike may lose the same part of the posterior together. After the steps, some draws
+    take a latent from the model in place of the guide (:mod:`~numpyro_vimco.posterior.defence`). If these hold more
+    than a fifth of the posterior, a guide is fitted to the weighted draws, and goes on from there by as many steps
+    again, at power 1. The result then has the starts, old or new, whose pooled draws have the largest effective sample
+    size (:mod:`~numpyro_vimco.posterior.recovery`); ``losses`` and ``state`` stay those of the starts as they were.
+
     **Learning rate.** It does best if it is held while β rises, and falls by a cosine afterwards::
 
         schedule = optax.warmup_cosine_decay_schedule(0.01, 0.01, num_steps // 2, num_steps)
@@ -90,6 +100,8 @@ def fit(
         a function from the step (traced, from 0 on) to the power, as optax's schedules are; it may return an array of
         shape ``(num_starts,)``. Defaults to 0.5. Where a fit goes on, a share is that of ``init_state``, and a
         function must be passed again.
+    :param bool recover: whether to look for a part of the posterior that all starts have lost, and to recover it
+        (**Recovery**). Defaults to True; fits of less than 200 steps are not looked at.
     :param bool progress_bar: whether to show the mean bound over starts in nats, the power, and how many starts
         failed. Defaults to True.
     :param bool stable_update: as ``svi.run``: a step whose loss or gradient is not finite is skipped. Defaults to
@@ -133,6 +145,10 @@ def fit(
         state = _checked_state(init_state, anneal)
         if svi.constrain_fn is None:
             svi.init(init_key, *args, init_params=init_params, **kwargs)
+    if isinstance(svi.loss, ImportanceWeightedELBO):
+        # In the steps the power of the likelihood is traced, and values cannot be compared.
+        params = svi.get_params(jax.tree.map(lambda leaf: leaf[int(np.argmin(state.failed))], state.svi))
+        svi.loss.check(params, svi.model, svi.guide, *args, **svi.static_kwargs, **kwargs)
     model_trace, guide_trace = _traces(svi, args, kwargs)
     check_data(model_trace, find_observed(model_trace, set()))
     if not any(site["is_observed"] for site in [*sample_sites(model_trace), *sample_sites(guide_trace)]):
@@ -141,8 +157,6 @@ def fit(
             "`fit(svi, rng_key, num_steps, x)`.",
             stacklevel=2,
         )
-    if isinstance(svi.loss, ImportanceWeightedELBO):  # in the steps the power is traced, and values are not known
-        svi.loss.check({}, svi.model, svi.guide, args, {**svi.static_kwargs, **kwargs})
     if start_sharding is not None:
         _check_start_sharding(start_sharding, len(state.failed))
     steps = Steps(
@@ -166,11 +180,11 @@ def fit(
             "least what was seen. Or give such data a small probability in the model.",
             stacklevel=2,
         )
-    no_evidence = np.full((2, len(state.failed)), np.nan)
+    no_evidence = np.full(len(state.failed), np.nan)
     params = jax.vmap(svi.get_params)(state.svi)
-    result = FitResult(params, losses, state, powers, *no_evidence, state.svi, failed)
+    result = FitResult(params, losses, state, powers, no_evidence, no_evidence, state.svi, failed)
     if _has_evidence(model_trace, guide_trace):
-        if recover and num_steps:
+        if recover and num_steps >= LEAST_STEPS:
             result = _recovered(svi, recovery_key, result, steps, num_steps, args, kwargs, progress_bar)
         estimates, errors = _log_evidence(svi, evidence_key, result, model_trace, args, kwargs, progress_bar)
         result = result._replace(log_evidence=estimates, log_evidence_std_error=errors)

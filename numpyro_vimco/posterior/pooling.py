@@ -139,7 +139,7 @@ class Mixture:
         number = {name: len(next(iter(local.values()))) for name, local in values.local.items()}
         program = program_of(self.fit, number)
 
-        def under(params: dict[str, Any]) -> Levels[dict[str, Any]]:
+        def under(params: dict[str, Any]) -> Levels[Any]:
             params = {**params, **self.fit.of_model}
             # The key is not used: all sites that are drawn have their value.
             levels, structure = program.densities(params, random.key(0), values, self.defence.densities)
@@ -148,14 +148,14 @@ class Mixture:
 
         levels = jax.vmap(under, axis_size=self.num_starts)(self.params)
         log_p, alone, mixture = levels.shared
-        alone, mixture = (logsumexp(x, axis=0) - np.log(self.num_starts) for x in (alone, mixture))
+        alone = logsumexp(alone, axis=0) - np.log(self.num_starts)
+        mixture = logsumexp(mixture, axis=0) - np.log(self.num_starts)
         local = {}
         for name, found in levels.local.items():
             of_start, of_model = self.local_counts(name)
-            counts, log_q = [of_start] * self.num_starts, list(found["guide"])
+            counts, log_q = [of_start] * self.num_starts, found["guide"]
             if of_model:
-                counts, log_q = [*counts, of_model], [*log_q, found["prior"][0]]
-            log_q = jnp.stack(log_q)
+                counts, log_q = [*counts, of_model], jnp.concatenate([log_q, found["prior"][:1]])
             shares = jnp.log(np.array(counts) / sum(counts)).reshape(-1, *(1,) * (log_q.ndim - 1))
             local[name] = found["model"][0], logsumexp(shares + log_q, axis=0)
         return Levels((log_p[0], mixture), local), alone, structures[0]

@@ -21,7 +21,7 @@ import numpy as np
 
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.objectives import control_variates as cv
-from numpyro_vimco.objectives.elements import check_elements, may_be_dependent
+from numpyro_vimco.objectives.elements import check_values
 from numpyro_vimco.objectives.guide_densities import no_density_error
 from numpyro_vimco.objectives.levels import Levels, map_levels
 from numpyro_vimco.objectives.plates import Structure, aligned_shape
@@ -199,11 +199,9 @@ def can_have_particles(fit: Fitted, plate_particles: Mapping[str, int]) -> bool:
 def check_independent(program: Program, fit: Fitted) -> None:
     """Raise for elements that have weights of their own, and are not independent at the fitted parameters.
 
-    :raises ValueError: naming the plate, or the masked latent, and a site.
+    :raises ValueError: as :func:`~numpyro_vimco.objectives.elements.check_values`.
     """
-    kinds = program.kinds(fit.params, random.key(0))
-    if may_be_dependent(program, kinds, fit.params, random.key(0)):
-        check_elements(program, fit.params)
+    check_values(program, program.kinds(fit.params, random.key(0)), fit.params)
 
 
 def check_has_density(fit: Fitted) -> None:

@@ -39,6 +39,8 @@ from numpyro_vimco.sites import log_prob_at_value, mask_of
 
 # Guides have lost something where more than this share of the posterior is proposed by their defence.
 LOST = 0.2
+# Guides of fewer steps have not found what they can hold.
+LEAST_STEPS = 200
 # Pooled draws that this is judged by, and draws of the posterior that wake steps see.
 POOLED, RESAMPLED = 4096, 1024
 # Wake steps of Adam, and its learning rate, which falls to 0 by a cosine.
@@ -80,12 +82,10 @@ def recovered(
     )
     state = go_on(state)
     new = jax.tree.map(lambda x, y: jnp.where(_like(state.failed, x), y, x), state.svi, wide)
-    best, largest = result, _ess(draws)
-    for states in (
-        new,
-        *(_halves(a, b) for a, b in ((result.svi_states, new), (new, wide), (result.svi_states, wide))),
-    ):
-        other = result._replace(svi_states=states, params=jax.vmap(svi.get_params)(states), failed=state.failed & False)
+    old, best, largest = result.svi_states, result, _ess(draws)
+    for states in (new, _halves(old, new), _halves(new, wide), _halves(old, wide)):
+        params = jax.vmap(svi.get_params)(states)
+        other = result._replace(svi_states=states, params=params, failed=np.zeros(num_starts, bool))
         if (ess := _ess(_draws(Fitted.of(svi, other, args, kwargs), keys["choice"], progress))) > largest:
             best, largest = other, ess
     return best
@@ -125,7 +125,8 @@ def _wake(svi: SVI, fit: Fitted, params: Params, latents: Params, units: dict[st
     def log_density(params: Params, values: Params) -> Array:
         guide = substitute(Given(seed(svi.guide, jax.random.key(0)), values), data=params)
         guide_trace = trace(guide).get_trace(*fit.args, **fit.kwargs)
-        return sum(jnp.sum(log_prob_at_value(guide_trace[name])) for name in blocks if masks.get(name) is None)
+        unmasked = [guide_trace[name] for name in blocks if masks.get(name) is None]
+        return jnp.sum(jnp.stack([jnp.sum(log_prob_at_value(site)) for site in unmasked]))
 
     def loss(params: Params) -> tuple[Array, None]:
         constrained = svi.constrain_fn(params)

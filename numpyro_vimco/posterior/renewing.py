@@ -80,5 +80,5 @@ def _places(optim: _NumPyroOptim, state: Any) -> list[int] | None:
     """Which leaves of a state are the parameters; None if ``get_params`` computes anything from it."""
     jaxpr = jax.make_jaxpr(optim.get_params)(state).jaxpr
     places = {var: i for i, var in enumerate(jaxpr.invars)}
-    found = [None if hasattr(var, "val") else places.get(var) for var in jaxpr.outvars]
-    return None if None in found else found
+    found = [places[var] for var in jaxpr.outvars if not hasattr(var, "val") and var in places]
+    return found if len(found) == len(jaxpr.outvars) else None

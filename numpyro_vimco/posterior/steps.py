@@ -21,9 +21,9 @@ import tqdm
 
 from numpyro_vimco.guides.units import RealInUnits
 from numpyro_vimco.posterior.annealing import Annealed
-from numpyro_vimco.posterior.chunks import compiled
 from numpyro_vimco.posterior.renewing import in_renewed_units
 from numpyro_vimco.posterior.results import FitState
+from numpyro_vimco.programs import compiled
 
 # Losses are looked at after at most so many steps, and about after so many seconds.
 CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
@@ -52,14 +52,14 @@ class Steps:
     :ivar args: arguments of model and guide.
     :ivar kwargs: keyword arguments of ``svi.update``.
     :ivar units: of the guide's locations.
-    :ivar power: from a step and ``anneal_steps`` to the power of each start.
+    :ivar power: from a step, ``anneal_steps`` and ``first_power`` to the power of each start.
     """
 
     svi: SVI
     args: tuple
     kwargs: dict[str, Any]
     units: dict[str, RealInUnits]
-    power: Callable[[Array, Array], Array]
+    power: Callable[[Array, Array, Array], Array]
     stable_update: bool
     vectorize_starts: bool
     start_sharding: Sharding | None
