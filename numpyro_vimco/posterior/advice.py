@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from numpyro_vimco.guides.auto_mixed import AutoMixed
-from numpyro_vimco.posterior.agreement import LEAST_ESS, differences, pooled_evidence
+from numpyro_vimco.posterior.agreement import LEAST_ESS, differences, is_evidence, pooled_evidence
 from numpyro_vimco.posterior.exchange import LostOrder
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.past import Stretch
@@ -45,6 +45,7 @@ def advise(
     annealed: bool,
     lost_order: LostOrder | None,
     doubts: list[str],
+    humps: str,
 ) -> str:
     """What to make of the weights, or what to do.
 
@@ -53,6 +54,7 @@ def advise(
     :param annealed: whether the fit was.
     :param lost_order: of two elements.
     :param doubts: of :func:`find_doubts`.
+    :param humps: of :func:`about_lost_humps`.
     """
     if lost_order:
         return _of_order(lost_order)
@@ -60,7 +62,7 @@ def advise(
         assert agreement is not None
         return _trusted(agreement)
     summary = weighed.summary
-    parts = list(doubts)
+    parts = [*doubts, humps] if humps else list(doubts)
     if past:
         start, stretch = next(iter(past.items()))
         parts.append(
@@ -76,7 +78,7 @@ def advise(
     few = summary.ess.min() / len(weighed.continuous) < LOW_ESS
     heavy = summary.pareto_k.max() >= HEAVY_TAIL
     plate = _joint_plate(fit) if reading == "bad" or disagree or few or heavy else None
-    if past or disagree:
+    if (past or disagree) and not humps:
         impossible = agreement is not None and bool(np.isneginf(agreement["log_evidence"]).any())
         parts.append(f"What helps, in this order: {_remedies(fit, annealed, plate, impossible)}.")
     if past:
@@ -154,6 +156,30 @@ def find_doubts(weighed: Weighed, std_error: float, ahead: bool, above_all: bool
     if std_error > MOST_ERROR:
         found.append(f"The log evidence has a standard error of {std_error:.2f} nats: take more draws (`num_samples`).")
     return found
+
+
+def about_lost_humps(fit: Fitted, agreement: "xr.Dataset", recovered: bool) -> str:
+    """Which latent has a part that guides cannot hold with the rest, and a guide that can; empty if none differs.
+
+    :param recovered: whether starts were replaced by recovered ones.
+    """
+    latents = agreement.isel(quantity=~is_evidence(agreement))
+    amount = np.where(latents["differs"], np.abs(latents["difference"]), 0).max(0, initial=0)
+    if not amount.any():
+        return ""
+    quantity = str(latents["quantity"].values[int(np.argmax(amount))])
+    name = quantity.partition("[")[0]
+    if name not in fit.latents() or len(states(fit.model_trace[name]["fn"])):
+        return ""
+    found = (
+        "All starts had lost a part of the posterior. Some were recovered, and have what others lack. "
+        if recovered
+        else ""
+    )
+    return (
+        f"{found}The guide of '{quantity}' holds one hump, and the posterior may have several. A guide that can hold "
+        f"them: `AutoMixed(model, num_components={{'{name}': 2}})`."
+    )
 
 
 def _trusted(agreement: "xr.Dataset") -> str:

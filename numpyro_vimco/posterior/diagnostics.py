@@ -13,12 +13,22 @@ import numpy as np
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer, check_key
-from numpyro_vimco.posterior.advice import HEAVY_ESS, HEAVY_TAIL, LEAST_ESS, LOW_ESS, SEEN_ESS, advise, find_doubts
+from numpyro_vimco.posterior.advice import (
+    HEAVY_ESS,
+    HEAVY_TAIL,
+    LEAST_ESS,
+    LOW_ESS,
+    SEEN_ESS,
+    about_lost_humps,
+    advise,
+    find_doubts,
+)
 from numpyro_vimco.posterior.agreement import compare, contradictions, share_that_agrees
 from numpyro_vimco.posterior.exchange import find_lost_order
 from numpyro_vimco.posterior.fitted import Fitted, Result
 from numpyro_vimco.posterior.past import earlier_bounds
 from numpyro_vimco.posterior.proposals import check_has_density
+from numpyro_vimco.posterior.recovery import LOST
 from numpyro_vimco.posterior.results import FitResult
 from numpyro_vimco.posterior.weighing import moments_of_starts, weigh
 from numpyro_vimco.randomness import split
@@ -172,7 +182,7 @@ def importance_diagnostics(
     weighed = weigh(fit, pool_key, num_samples, "diagnostics" if progress_bar else None)
     summary = weighed.summary
     log_evidence, std_error = float(summary.log_evidence.sum()), float(np.sqrt(summary.variance.sum()))
-    agreement, past, annealed = None, {}, False
+    agreement, past, annealed, recovered = None, {}, False, False
     if isinstance(svi_result, FitResult):
         assert weighed.moments is not None
         starts = moments_of_starts(fit, start_key, num_samples, "starts" if progress_bar else None)
@@ -182,12 +192,15 @@ def importance_diagnostics(
             earlier_bound=("start", [past[i].bound if i in past else np.nan for i in indices]),
             earlier_bound_std_error=("start", [past[i].std_error if i in past else np.nan for i in indices]),
         )
-        annealed = bool((svi_result.power < 1).any())
+        annealed, recovered = bool((svi_result.power < 1).any()), svi_result.recovered
     k, ess = float(summary.pareto_k.max()), float(summary.ess.min())
     agreeing = 0.0 if agreement is None else share_that_agrees(agreement)
     all_off = agreement is not None and bool(agreement["differs"].any("quantity").all())
     ahead, above_all = (False, False) if agreement is None else contradictions(agreement)
     doubts = find_doubts(weighed, std_error, ahead, above_all)
+    humps = ""
+    if agreement is not None and (weighed.lost > LOST or recovered):
+        humps = about_lost_humps(fit, agreement, recovered)
     reading = _reading(k, ess, num_samples, agreeing, all_off, bool(past) or ahead, bool(doubts))
     lost_order = None
     if reading == "good" and weighed.draws:
@@ -207,7 +220,7 @@ def importance_diagnostics(
         ess=summary.ess.reshape(weighed.shape)[()],
         pareto_k=summary.pareto_k.reshape(weighed.shape)[()],
         reading=reading,
-        advice=advise(fit, weighed, reading, agreement, past, annealed, lost_order, doubts),
+        advice=advise(fit, weighed, reading, agreement, past, annealed, lost_order, doubts, humps),
         num_samples=num_samples,
         heaviest=heaviest,
         log_weight=weighed.log_weight,

@@ -61,9 +61,10 @@ def fit(
     not lose it does. Starts differ in all their keys, and so in where an automatic guide begins (``init_loc_fn``).
 
     **Annealing.** The target is :math:`p(z)\,p(x \mid z)^\beta` [1]: the observed sites of the model, factors among
-    them, count with a power β that rises geometrically from 0.001 to 1, and stays there. So a guide is as wide as the
-    prior when the data begin to count, and narrows around all that they allow. Where sites are summed out, the power is
-    that of p(x | z) with z the sampled latents alone. The power is an argument of the compiled step. Losses at β < 1
+    them, count with a power β that rises geometrically to 1, and stays there. It begins at 0.001, or at 0.1 divided by
+    the spread of the log-likelihood under the prior, if that is less: there the data hardly count. So a guide is as
+    wide as the prior when they begin to, and narrows around all that they allow. Where sites are summed out, the power
+    is that of p(x | z) with z the sampled latents alone. The power is an argument of the compiled step. Losses at β < 1
     are those of another target.
 
     **Units.** A step of the optimiser moves a location of an automatic guide of this library by a share of the guide's

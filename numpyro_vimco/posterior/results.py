@@ -56,6 +56,12 @@ class FitResult(NamedTuple):
     svi_states: SVIState
     failed: np.ndarray
 
+    @property
+    def recovered(self) -> bool:
+        """Whether starts were replaced, as all had lost a part of the posterior that defensive draws found."""
+        now, before = (jax.random.key_data(states.rng_key) for states in (self.svi_states, self.state.svi))
+        return not np.array_equal(now, before)
+
     def start(self, index: int) -> SVIRunResult:
         """One start, as ``svi.run`` would return it."""
         params, state = jax.tree.map(lambda leaf: leaf[index], (self.params, self.svi_states))
