@@ -40,8 +40,15 @@ class AutoDiscrete(StructuralGuide):
     other, each given those before it that the model couples it to: :class:`AutoMixed` has the formula.
 
     Counts have two parameters, a location above ``low`` and a scale: a posterior is often narrower than a Poisson
-    distribution of its mean, which a negative binomial cannot be, or wider. Both are positive and optimised by their
-    logarithm, so that a step is a fraction of what they are.
+    distribution of its mean, which a negative binomial cannot be, or wider. Both are positive, and optimised by their
+    logarithm. A step moves the scale by a share of itself. It moves the location by a share of the scale, and at most
+    by a share of itself: by a share of itself alone, a large count would leave what the data allow. (The scale is that
+    of the prior; in :func:`~numpyro_vimco.fit`, the guide's own.)
+
+    A count whose prior is a mixture of up to 8 components has a guide of as many, and one that is inflated at zero has
+    a guide of two: a mixture of discretised logistic distributions, with ``{site}_{prefix}_logits`` for their weights.
+    They begin at the prior's components. ``num_components`` asks for a number at any count: these begin side by side
+    within the prior.
 
     The guide begins near the prior of each site, at the values that ``init_loc_fn`` gives to the latents that the site
     depends on. It differs from the prior in two ways. 1% of the probability is spread evenly over finite supports, so
@@ -58,10 +65,13 @@ class AutoDiscrete(StructuralGuide):
         in :class:`AutoMixed`.
     :param int rank: rank of the matrices of couplings. Defaults to None: full up to 131,072 entries of one
         site, 8 beyond.
+    :param dict num_components: number of mixture components by site, ``{"count": 2}``, of counts; 2 or more. Defaults
+        to that of the prior. Finite supports need none.
     :param callable init_loc_fn: a NumPyro initialization function. Where it has a value for a discrete site
         (``init_to_value(values={"z": 2})``), the guide begins there: with 90% of the probability if the support is
-        finite, as its location if not. Defaults to :func:`numpyro.infer.init_to_median`, which has no values for
-        discrete sites, so that the guide begins at the prior given the medians of the other latents.
+        finite, as its location if not (mixture components stay where they are). Defaults to
+        :func:`numpyro.infer.init_to_median`, which has no values for discrete sites, so that the guide begins at the
+        prior given the medians of the other latents.
     :param callable create_plates: as in NumPyro: returns the plates, for data subsampling.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
         at the first call, if there is no discrete latent, or if bounds of a support depend on other latents, differ

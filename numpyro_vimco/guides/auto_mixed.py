@@ -54,30 +54,32 @@ class AutoMixed(StructuralGuide):
     spike and its slab can differ. An element depends on the discrete sites all of whose plates it is in too: on the
     same element of these plates, and along other dimensions on all elements.
 
-    **autoregressive**: latents are drawn one after the other, each given those before it: discrete ones first. With
-    :math:`d_i` the elements of discrete sites, :math:`f_j` their features, :math:`u_i` the elements of continuous sites
-    in unconstrained space, and "own" the discrete values that :math:`u_i` depends on in *conditional*,
+    **autoregressive**: latents are drawn one after the other, each given those before it: discrete ones first. Let
+    :math:`d_i` be the elements of discrete sites, :math:`f_j` their features, :math:`u_i` the elements of continuous
+    sites in unconstrained space, and "own" the discrete values that :math:`u_i` depends on in *conditional*. Then
 
     .. math::
 
         \mathrm{logits\ of}\ d_i &= b_i + \kappa \sum_{j<i} W_{ij} f_j, \\
-        u_i &\sim \mathrm{Normal}\Big( m_i(\mathrm{own}) + \kappa g_i \sum_j A_{ij} f_j
-               + \kappa g_i \sum_{j<i} B_{ij} g_j u_j, \;
-               s_i(\mathrm{own}) \exp t \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
+        u_i &= m_i(\mathrm{own}) + s_i(\mathrm{own}) \, e_i, \\
+        e_i &\sim \mathrm{Normal}\Big( \kappa g_i \sum_j A_{ij} f_j + \kappa g_i \sum_{j<i} B_{ij} g_j e_j, \;
+               \exp t \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
 
-    (Derived in this project.) The feature of a boolean is its value. The features of a finite support are the
-    indicators of its values. A count k above its smallest value has four features: k, centred and scaled by the prior's
-    median and scale; log(1 + k), less that of the median; 1 / (1 + k); and an indicator of 0. Counts have a W for the
-    logarithm of the location and one for that of the scale. In scales, and in the locations of other counts, a feature
-    counts up to 3: beyond, they would grow exponentially with a count. And t(x) = 3 tanh(x / 3), as many elements may
-    shift a scale by little each, and in a rare draw by so much that it overflows; "own" values of several elements, in
-    s, shift it inside of t.
+    (Derived in this project.) So A and B are in units of the guide's own scales: a site that narrows takes its
+    couplings along. The feature of a boolean is its value. The features of a finite support are the indicators of its
+    values. A count k above its smallest value has four: k, centred and scaled by the prior's median and scale;
+    log(1 + k), less that of the median; 1 / (1 + k); and an indicator of 0. The feature of a continuous element is
+    :math:`g_j e_j`. Counts have a W for the logarithm of the scale, and one for the location, where 1 stands for a
+    scale (or for a factor of e, if that is less). In scales, and in the locations of other counts, a feature of a
+    discrete element is cut off at 3: else they would grow exponentially with a count. And t(x) = 3 tanh(x / 3). Many
+    elements may shift a scale by little each, and all together by so much that a rare draw overflows. "Own" values of
+    several elements shift the scale inside of t, not in s.
 
     g is 0 where the own values leave a latent without effect on all others, such as a coefficient that is multiplied by
-    a switch that is off. The posterior of such a latent is its prior, whatever the others are. These values are found
-    by evaluating the model at each. W, A, B and S begin at zero, where the guide is *conditional*, and learn by the
-    factor :math:`\kappa` more slowly than the other parameters: couplings that learn as fast follow the first particle
-    that does well, and lose modes.
+    a switch that is off. The posterior of such a latent is its prior: it then follows only the sites that its prior
+    depends on. Such values are found by evaluating the model at each. W, A, B and S begin at zero, where the guide is
+    *conditional*, and learn by the factor :math:`\kappa` more slowly than the other parameters: couplings that learn as
+    fast follow the first particle that does well, and lose modes.
 
     Latents are coupled as they are in the model given the data: two latents that share no factor, and that no later
     latent connects, have no coupling. Elements of a plate that share only latents outside of the plate are drawn
@@ -94,16 +96,30 @@ class AutoMixed(StructuralGuide):
     Finite sites of the model that are marked ``infer={"enumerate": "parallel"}`` are left out, as the objectives sum
     them out. If all discrete sites are marked, the guide is that of the continuous ones.
 
-    **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`), continuous ones at the
-    median of their prior with a scale of 0.1, by ``init_loc_fn``. A random start far from it, as NumPyro's default,
-    costs *autoregressive* half of its effective sample size, as latents that are switched off have to find their prior
-    again. Where the prior is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that
-    not all weight is with one particle.
+    **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`). Continuous ones have the scale
+    of their prior, times ``init_scale``, and a location from ``init_loc_fn``: about the prior's median. (For
+    *mean_field* it is NumPyro's default, between -2 and 2 in unconstrained space.) A location far from the prior costs
+    *autoregressive* effective sample size, as latents that are switched off have to find their prior again. Where the
+    prior is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that not all weight is
+    with one particle.
+
+    **Units.** A program in other units (kilometres for metres) has the same fit, up to rounding. A location is
+    optimised in units of the prior's scale, which is half of the central 68% of draws of the prior in unconstrained
+    space. :func:`~numpyro_vimco.fit` renews the unit at each step: it is the guide's own scale, or the prior's if that
+    is smaller (``docs/mathematics.md``). Where another guide is given as ``continuous`` or ``discrete``, continuous
+    latents keep NumPyro's units.
+
+    **Mixture components.** One Normal cannot hold two humps. Where the prior of a continuous element is a finite
+    mixture of up to 8 components, its guide is a mixture of as many Normals in unconstrained space, which begins at the
+    prior's components. ``num_components`` asks for a number at any site: they begin side by side within the prior, and
+    ``init_loc_fn`` does not move them. Couplings and "own" values shift and scale all components of an element alike,
+    for later elements its e is in units of the prior, and elements of such a site have no couplings to each other. A
+    mixture has no reparameterised draws, so that the site takes score-function gradients.
 
     :param callable model: a NumPyro model.
     :param continuous: an automatic guide of NumPyro for continuous latents, or a function from a model (and keyword
-        arguments, if any are given here) to one, such as ``partial(AutoNormal, init_scale=0.01)``. It sees the
-        continuous latents only. Defaults to :class:`~numpyro.infer.autoguide.AutoNormal`, which it must be for all
+        arguments, if any are given here) to one, such as ``partial(AutoLowRankMultivariateNormal, rank=3)``. It sees
+        the continuous latents only. Defaults to :class:`~numpyro.infer.autoguide.AutoNormal`, which it must be for all
         structures but mean_field.
     :param discrete: the same for discrete latents. Defaults to :class:`AutoDiscrete`.
     :param str structure: ``"mean_field"``, ``"conditional"`` or ``"autoregressive"``. Defaults to the last, which is
@@ -113,6 +129,11 @@ class AutoMixed(StructuralGuide):
     :param float coupling_speed: :math:`\kappa`. Defaults to 0.3. At 0.1 a coupling cannot get far enough in some
         thousand steps, which loses modes of change points; at 1 they are lost by chasing.
     :param int rank: rank of the matrices of couplings. Defaults to None: as above.
+    :param float init_scale: scale of continuous latents where a fit begins, in units of the prior's scale. Defaults to
+        1: the guide begins as wide as the prior. It has no effect where ``continuous`` is given.
+    :param dict num_components: number of mixture components by site, ``{"mu": 2}``, of continuous latents and of
+        counts. Defaults to that of the prior. It has no effect where another guide is given as ``continuous`` or
+        ``discrete``.
     :param kwargs: ``prefix``, ``init_loc_fn``, ``create_plates``: keyword arguments of both guides. Each
         has its own defaults; with a structure, ``init_loc_fn`` is :func:`~numpyro.infer.init_to_median`.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
