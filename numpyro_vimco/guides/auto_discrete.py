@@ -133,7 +133,7 @@ class AutoDiscrete(StructuralGuide):
         prior_keys = split_by_name(keys["priors"], [site["name"] for site in sites])
         for site in sites:
             name, event_dim = site["name"], site["fn"].event_dim
-            self.families[name] = family = family_of(site, prior_keys[name], self.num_components.get(name, 1))
+            self.families[name] = family = family_of(site, prior_keys[name], self.num_components.get(name))
             start = family.start(site, given.get(name))
             self._start[name] = {k: self._full_size(site, v, event_dim + family.event_dim) for k, v in start.items()}
         self._check_bounds(*args, **kwargs)

@@ -169,6 +169,11 @@ class AutoMixed(StructuralGuide):
     ):
         if structure is None:  # the others need these two
             structure = "autoregressive" if continuous is AutoNormal and discrete is AutoDiscrete else "mean_field"
+        if continuous is not AutoNormal and init_scale != 1.0:
+            raise ValueError(
+                f"`init_scale` is {init_scale!r}, but `continuous` is a guide of its own. Pass the scale to that guide: "
+                "`continuous=partial(AutoMultivariateNormal, init_scale=0.1)`."
+            )
         self.structure = check_structure(structure, ["mean_field", "conditional", "autoregressive"])
         if continuous is AutoNormal:  # NumPyro's default for the others is a uniform draw, in a unit of its own
             kwargs = {"init_loc_fn": init_to_median, **kwargs}

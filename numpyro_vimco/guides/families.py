@@ -145,10 +145,10 @@ class Count:
     num_features: ClassVar = 4
 
     @classmethod
-    def of_prior(cls, site: dict, low: Any, rng_key: Array, number: int = 1) -> "Count":
+    def of_prior(cls, site: dict, low: Any, rng_key: Array, number: int | None) -> "Count":
         """The family for a prior. Location and scale are quantiles of draws, as not all priors have moments.
 
-        :param number: of mixture components, where the prior is no mixture.
+        :param number: of mixture components; None for those of the prior, if it is a mixture.
 
         :raises ValueError: for counts that are too large for single precision.
         """
@@ -163,9 +163,10 @@ class Count:
                 "single precision. Call `numpyro.enable_x64()` before anything else, or count in larger units."
             )
         loc = jnp.maximum(median, 0.5)
-        components = components_of_prior(site, lambda draws: (draws - low).astype(float))
-        if number > 1:
-            components = spread_components(loc, scale, number)
+        if number is None:
+            components = components_of_prior(site, lambda draws: (draws - low).astype(float))
+        else:
+            components = spread_components(loc, scale, number) if number > 1 else None
         return cls(low, loc, scale) if components is None else CountMixture(low, loc, scale, components)
 
     def start(self, site, given):
@@ -216,6 +217,8 @@ class CountMixture(Count):
 
     def start(self, site, given):
         logits, loc, scale = self.components
+        if given is not None:
+            loc = jnp.broadcast_to((given - self.low)[..., None], loc.shape).astype(loc.dtype)
         return {"logits": logits, "loc": jnp.maximum(loc, LEAST_LOC), "scale": scale}
 
     def constraints(self, start, stem):
@@ -243,10 +246,10 @@ def has_common_bounds(family: Family) -> bool:
     return not any(isinstance(getattr(family, bound, None), np.ndarray) for bound in ("low", "high"))
 
 
-def family_of(site: dict, rng_key: Array, number: int = 1) -> Family:
+def family_of(site: dict, rng_key: Array, number: int | None = None) -> Family:
     """The family for a discrete site.
 
-    :param number: of mixture components of a count.
+    :param number: of mixture components of a count; None for those of its prior.
 
     :raises NotImplementedError: for a support without a family.
     :raises ValueError: for bounds that are traced.

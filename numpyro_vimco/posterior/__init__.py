@@ -7,7 +7,8 @@ In: an ``SVI`` and its arguments, or its fitted parameters. Out: fits, weighted 
 pictures.
 
 - `fit`: several fits side by side (`starts`: where they begin, `steps`: how they go, `annealing`: the power of the
-  likelihood), and draws from all of their guides (`pooling`, `widening`).
+  likelihood, `renewing`: their units, `recovery`: what all had lost), and draws from all of their guides (`pooling`,
+  `defence`).
 - `inference_data`: `to_arviz` (`log_likelihoods`: of plates with latents).
 - `diagnostics`: whether a fit can be trusted (`agreement`: do its starts agree, `past`: what its losses prove,
   `exchange`: do its draws have both orders of two elements, `advice`: what to do if not); `gradient_noise`: was its

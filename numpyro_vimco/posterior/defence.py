@@ -100,6 +100,7 @@ class Defence:
     :ivar blocks: by the guide's site, all blocks of shared latents that have a density, in the order of the guide.
     :ivar components: may be none.
     :ivar local: by named plate, the latents that can all be drawn from the model; empty if they cannot.
+    :ivar undefended: the latents that have no component, or only one that is not of them and their parents.
     """
 
     fit: Fitted
@@ -107,6 +108,7 @@ class Defence:
     blocks: dict[str, Block]
     components: tuple[Component, ...]
     local: dict[str, tuple[str, ...]]
+    undefended: tuple[str, ...]
 
     @property
     def log_shares(self) -> Array:
@@ -263,8 +265,10 @@ def find_defence(fit: Fitted, structure: Structure) -> Defence:
         local[plate] = latents if drawable.keys() >= set(latents) and blocks.keys() >= set(latents) else ()
     of_plates = {name for plate in fit.plate_particles for name in fit.latents(plate)}
     blocks = {name: block for name, block in blocks.items() if not of_plates & set(block.latents)}
-    components = _components(fit, guide_trace, blocks, drawable, structure.dims)
-    return Defence(fit, structure.dims, blocks, tuple(components), local)
+    components, defended = _components(fit, guide_trace, blocks, drawable, structure.dims)
+    defended = defended.union(*local.values())
+    undefended = tuple(name for name in fit.latents() if name not in defended)
+    return Defence(fit, structure.dims, blocks, tuple(components), local, undefended)
 
 
 def _guide_trace(fit: Fitted) -> Trace:
@@ -314,8 +318,10 @@ def _has_sampler(site: dict) -> bool:
     return True
 
 
-def _components(fit: Fitted, guide_trace: Trace, blocks: Mapping[str, Block], drawable, kept) -> list[Component]:
-    """A component for each block as far as it can be drawn, and one of all."""
+def _components(
+    fit: Fitted, guide_trace: Trace, blocks: Mapping[str, Block], drawable: Mapping[str, set[str]], kept: frozenset[int]
+) -> tuple[list[Component], set[str]]:
+    """A component for each block as far as it can be drawn, and one of all; and the latents of these blocks."""
     parents = {}
     home = {latent: name for name, block in blocks.items() for latent in block.latents}
     for name, block in blocks.items():
@@ -324,18 +330,21 @@ def _components(fit: Fitted, guide_trace: Trace, blocks: Mapping[str, Block], dr
             # A parent without a block, a Delta, is as good as drawn last.
             parents[name] = {home.get(parent, "") for parent in of_block}
     order = list(blocks)
-    components = []
+    components, defended = [], set()
     in_scan = {name for name, block in blocks.items() if any(is_in_scan(fit.model_trace[x]) for x in block.latents)}
     if not any(is_in_scan(guide_trace[name]) for name in blocks):
         for name in blocks:
             found = _closed(name, parents, order)
-            if found is None or found[0] & in_scan or (len(found[0]) == len(blocks) > 1):
+            if found is None or found[0] & in_scan:
                 continue
+            defended.update(blocks[name].latents)
+            if len(found[0]) == len(blocks) > 1:
+                continue  # the one of all
             is_one = len(found[0]) == 1 and _has_elements(guide_trace[name], blocks[name], kept)
             components.append(Component(*found, element=is_one))
     if blocks.keys() == parents.keys() and all("" not in of_block for of_block in parents.values()):
         components.append(Component(frozenset(blocks), frozenset()))
-    return list(dict.fromkeys(components))
+    return list(dict.fromkeys(components)), defended
 
 
 def _closed(name: str, parents: Mapping[str, set[str]], order: list[str]) -> tuple[frozenset, frozenset] | None:

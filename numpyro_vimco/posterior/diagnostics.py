@@ -50,8 +50,8 @@ class ImportanceDiagnostics:
 
     :ivar log_evidence: estimate of log p(x) in nats: the logarithm of the mean weight.
     :ivar log_evidence_std_error: its standard error in nats, by the delta method.
-    :ivar bounds: the importance-weighted bound (α = 0) in nats by number of particles N, from 1 (the ELBO) upwards,
-        each a mean over the draws in groups of N.
+    :ivar bounds: the importance-weighted bound (α = 0) of the defended draws in nats, by number of particles N, each a
+        mean over the draws in groups of N. At N = 1 defensive draws make it low.
     :ivar ess: effective sample size, 1 / Σ W², of the normalized weights as they are.
     :ivar pareto_k: shape of the weights' tail, as in ArviZ; -inf where the tail is tied, or where what lies above its
         beginning is less than 0.1 / √draws of the weight, so that it can do no harm
@@ -104,7 +104,7 @@ class ImportanceDiagnostics:
         no_tail = " (no tail of weights that could do harm)" if np.isneginf(k) else ""
         rows = {
             "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_std_error:.3f} nats",
-            "bounds": ", ".join(f"{bound:.3f}\xa0(N\xa0=\xa0{n})" for n, bound in self.bounds.items()),
+            "bounds": ", ".join(f"{bound:.3f}\xa0(N\xa0=\xa0{n})" for n, bound in self.bounds.items() if n > 1),
             "ESS": f"{np.min(self.ess):,.1f} of {self.num_samples:,} draws{worst}",
             "Pareto k": f"{k:.2f}{worst}{no_tail}",
             "starts": self._starts(),

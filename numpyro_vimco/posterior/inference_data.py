@@ -188,7 +188,7 @@ def _draw(
 
     keys = split_by_name(rng_key, ("proposals", "resampling", "posterior", "elements", "prior", "summed"))
     proposal_args = keys["proposals"], num_proposals, progress("proposals")
-    if fit.starts is not None and pool:
+    if pool:
         sampler = pooled(fit)
         proposals = [propose_pooled(sampler, *proposal_args)]
     else:

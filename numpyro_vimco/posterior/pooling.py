@@ -92,8 +92,8 @@ class Mixture:
     def local_counts(self, plate: str) -> tuple[int, int]:
         """How many local particles of a plate each start takes, one at least; and how many come from the model."""
         number = self.fit.plate_particles[plate]
-        of_model = max(round(SHARE * number), 1) if self.defence.local[plate] else 0
-        return max((number - of_model) // self.num_starts, 1), of_model
+        of_model = max(round(SHARE * number), 1) if self.defence.local[plate] and number > 1 else 0
+        return -(-(number - of_model) // self.num_starts), of_model
 
     def draw(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[Values], Trace]:
         """A draw of one defended guide, with local particles of all; sites that are Delta are left out.
@@ -169,7 +169,7 @@ def drawn(tr: Trace) -> Values:
 def pooled(fit: Fitted) -> Sampler:
     """Draws from the defended guides of several starts, weighted with the density of their mixture.
 
-    A key gives one draw of each start.
+    A key gives one draw of each start, in random order.
 
     :raises NotImplementedError: for a guide with a Delta site whose value depends on parameters.
     """
@@ -198,19 +198,19 @@ def pooled(fit: Fitted) -> Sampler:
         return chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=alone - log_q)
 
     def draw(rng_key: Array) -> Draw:
-        return jax.lax.map(lambda x: particle(*x), (jnp.arange(num_starts), mixture.params, split(rng_key, num_starts)))
+        order_key, draw_key = split(rng_key)
+        inputs = jnp.arange(num_starts), mixture.params, split(draw_key, num_starts)
+        draws = jax.lax.map(lambda x: particle(*x), inputs)
+        order = random.permutation(order_key, num_starts)
+        return jax.tree.map(lambda x: x[order], draws)
 
     # The guides' densities are evaluated for all starts at a time.
     return Sampler(draw, num_starts, int(np.clip(fit.chunk_size() // num_starts**2, 1, MOST_AT_ONCE)), structure)
 
 
 def undefended_latents(fit: Fitted) -> tuple[str, ...]:
-    """Names of the latents that no defensive component draws from the model without drawing all of them."""
-    defence = find_defence(fit, structure_of(program_of(fit, fit.plate_particles), fit))
-    whole = [c for c in defence.components if len(c.sites) < len(defence.blocks) or len(defence.blocks) == 1]
-    drawn = {latent for c in whole for site in c.sites for latent in defence.blocks[site].latents}
-    drawn |= {latent for latents in defence.local.values() for latent in latents}
-    return tuple(name for name in fit.latents() if name not in drawn)
+    """Names of the latents that no defensive component draws from the model with at most their parents."""
+    return find_defence(fit, structure_of(program_of(fit, fit.plate_particles), fit)).undefended
 
 
 def log_ratio(log_p: Array, log_q: Array) -> Array:
