@@ -479,11 +479,12 @@ def test_largest_sum_of_a_stretch():
         (0.3, 0.2, 1, True, "bad"),
         (0.3, 0.05, 1, False, "usable"),
         (0.3, 0.005, 1, False, "bad"),
-        # A tail that starts have seen which all agree and have an ESS of half the draws.
-        (0.9, 0.5, 1, False, "good"),
-        (0.9, 0.5, 0.75, False, "bad"),
-        (0.9, 0.5, 0, False, "bad"),
-        (0.9, 0.49, 1, False, "bad"),
+        # The more of the weight is seen, the less a heavy tail counts.
+        (0.9, 0.5, 0.75, False, "good"),
+        (0.9, 0.5, 0, False, "usable"),
+        (0.9, 0.49, 1, False, "usable"),
+        (0.9, 0.25, 1, False, "usable"),
+        (0.9, 0.24, 1, False, "bad"),
         (0.49, 0.1, 1, False, "good"),
         (0.51, 0.24, 1, False, "usable"),
         (0.69, 0.25, 1, False, "good"),
@@ -491,19 +492,20 @@ def test_largest_sum_of_a_stretch():
     ],
 )
 def test_reading(k, ess, agreeing, proof, expected):
-    assert _reading(k, ess * 10_000, 10_000, agreeing, False, proof) == expected
+    assert _reading(k, ess * 10_000, 10_000, agreeing, False, proof, False) == expected
+    assert _reading(k, ess * 10_000, 10_000, agreeing, False, proof, True) == expected.replace("good", "usable")
 
 
 def test_reading_where_each_start_is_off():
     """Then the pool is right only by luck, unless it has enough draws of the posterior."""
-    assert _reading(0.1, 400, 10_000, 0, True, False) == "bad"
-    assert _reading(0.1, 2000, 10_000, 0, True, False) == "usable"
+    assert _reading(0.1, 400, 10_000, 0, True, False, False) == "bad"
+    assert _reading(0.1, 2000, 10_000, 0, True, False, False) == "usable"
 
 
 def test_reading_of_few_draws():
     """An ESS of 87 of 100 draws is no sign of a bad guide."""
-    assert _reading(-0.01, 87, 100, 1, False, False) == "usable"
-    assert _reading(-0.01, 20, 100, 1, False, False) == "bad"
+    assert _reading(-0.01, 87, 100, 1, False, False, False) == "usable"
+    assert _reading(-0.01, 20, 100, 1, False, False, False) == "bad"
 
 
 def test_two_fits_that_agree_make_a_heavy_tail_good():

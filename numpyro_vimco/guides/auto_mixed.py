@@ -171,7 +171,7 @@ class AutoMixed(StructuralGuide):
             structure = "autoregressive" if continuous is AutoNormal and discrete is AutoDiscrete else "mean_field"
         if continuous is not AutoNormal and init_scale != 1.0:
             raise ValueError(
-                f"`init_scale` is {init_scale!r}, but `continuous` is a guide of its own. Pass the scale to that guide: "
+                f"`init_scale` is {init_scale!r}, but `continuous` is another guide, which takes its own: "
                 "`continuous=partial(AutoMultivariateNormal, init_scale=0.1)`."
             )
         self.structure = check_structure(structure, ["mean_field", "conditional", "autoregressive"])

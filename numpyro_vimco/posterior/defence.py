@@ -330,7 +330,8 @@ def _components(
             # A parent without a block, a Delta, is as good as drawn last.
             parents[name] = {home.get(parent, "") for parent in of_block}
     order = list(blocks)
-    components, defended = [], set()
+    components: list[Component] = []
+    defended: set[str] = set()
     in_scan = {name for name, block in blocks.items() if any(is_in_scan(fit.model_trace[x]) for x in block.latents)}
     if not any(is_in_scan(guide_trace[name]) for name in blocks):
         for name in blocks:

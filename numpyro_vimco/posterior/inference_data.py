@@ -54,9 +54,9 @@ def to_arviz(
     The posterior as ArviZ knows it, from draws of the guide that are resampled by their importance weights. Named and
     ordered after ``arviz.from_numpyro_svi``, which takes draws of the guide as they are.
 
-    A result of ``fit`` has several starts, and the draws are pooled: they come from the guides of all of them, and of
-    wider copies, and are weighted with the density of that mixture. So a part of the posterior that some starts lost is
-    there if one has it. ``pool=False`` shows the starts apart, as chains: each has draws of its own guide with its
+    Some draws take a latent from the model in place of the guide, and all have the density of that mixture
+    (:mod:`~numpyro_vimco.posterior.defence`). A result of ``fit`` has several starts, and their draws are pooled in the
+    same way. So a part of the posterior that some starts lost is there if one has it. ``pool=False`` shows the starts apart, as chains: each has draws of its own guide with its
     own weights, and ``az.rhat``, ``az.plot_forest`` and ``az.plot_trace`` compare them as those of MCMC. Starts that
     failed are left out. Parameters of the model are those of the best start for all.
 

@@ -85,7 +85,7 @@ def recovered(
     old, best, largest = result.svi_states, result, _ess(draws)
     for states in (new, _halves(old, new), _halves(new, wide), _halves(old, wide)):
         params = jax.vmap(svi.get_params)(states)
-        other = result._replace(svi_states=states, params=params, failed=np.zeros(num_starts, bool))
+        other = result._replace(svi_states=states, params=params, failed=np.zeros(num_starts, bool), recovered=True)
         if (ess := _ess(_draws(Fitted.of(svi, other, args, kwargs), keys["choice"], progress))) > largest:
             best, largest = other, ess
     return best

@@ -45,6 +45,7 @@ class FitResult(NamedTuple):
     :ivar svi_states: of all starts, with a leading axis. They are those of ``state``, unless all starts had lost a part
         of the posterior and it was recovered (:func:`~numpyro_vimco.fit`).
     :ivar failed: whether each start was dropped, of shape ``(starts,)``.
+    :ivar recovered: whether starts were replaced, as all had lost a part of the posterior that defensive draws found.
     """
 
     params: dict[str, Any]
@@ -55,12 +56,7 @@ class FitResult(NamedTuple):
     log_evidence_std_error: np.ndarray
     svi_states: SVIState
     failed: np.ndarray
-
-    @property
-    def recovered(self) -> bool:
-        """Whether starts were replaced, as all had lost a part of the posterior that defensive draws found."""
-        now, before = (jax.random.key_data(states.rng_key) for states in (self.svi_states, self.state.svi))
-        return not np.array_equal(now, before)
+    recovered: bool = False
 
     def start(self, index: int) -> SVIRunResult:
         """One start, as ``svi.run`` would return it."""
