@@ -28,7 +28,7 @@ from numpyro_vimco import (
     importance_diagnostics,
     plots,
 )
-from numpyro_vimco.posterior import chunks
+from numpyro_vimco.posterior import chunks, defence
 from numpyro_vimco.posterior.diagnostics import _reading
 from numpyro_vimco.posterior.weights import WeightStream, pareto_smooth
 
@@ -55,6 +55,12 @@ def at(**params):
     return SVIRunResult({"loc": X / 2, "scale": jnp.array(0.8), **params}, None, jnp.zeros(1))
 
 
+@pytest.fixture
+def hardly_defended(monkeypatch):
+    """Next to no defensive draws, which would cure what these tests are about."""
+    monkeypatch.setattr(defence, "SHARE", 1e-6)
+
+
 def test_log_evidence_is_within_two_standard_errors_in_17_of_20_seeds():
     errors = []
     for seed in range(20):
@@ -65,7 +71,7 @@ def test_log_evidence_is_within_two_standard_errors_in_17_of_20_seeds():
     assert 0.5 < np.std(errors) < 1.6
 
 
-def test_good_weights_of_one_fit_are_usable():
+def test_good_weights_of_one_fit_are_usable(hardly_defended):
     found = importance_diagnostics(SVI_GAUSSIAN, at(), model_args=(X,), rng_key=random.key(0))
     assert found.reading == "usable" and "The weights are good. Only a second start can show" in found.advice
     # Each bound is below the evidence, and they rise with N.
@@ -77,11 +83,11 @@ def test_good_weights_of_one_fit_are_usable():
     assert abs(found.bounds[1] - (LOG_EVIDENCE - kl)) < 0.03
 
 
-def test_ess_and_k_are_those_of_arviz():
+def test_k_is_that_of_arviz():
     found = importance_diagnostics(SVI_GAUSSIAN, at(scale=jnp.array(0.55)), model_args=(X,), rng_key=random.key(0))
-    smoothed, k = arviz_psislw(found.log_weight)
-    np.testing.assert_allclose(found.pareto_k, k)
-    np.testing.assert_allclose(found.ess, 1 / np.sum(np.exp(smoothed) ** 2))
+    np.testing.assert_allclose(found.pareto_k, arviz_psislw(found.log_weight)[1])
+    weight = np.exp(found.log_weight)
+    np.testing.assert_allclose(found.ess, weight.sum() ** 2 / np.sum(weight**2))
 
 
 @pytest.mark.parametrize(
@@ -92,14 +98,14 @@ def test_ess_and_k_are_those_of_arviz():
         ({"scale": jnp.array(0.55), "loc": X / 2 + 0.5}, True, True),
     ],
 )
-def test_usable_fit_says_why(params, tail, few):
+def test_usable_fit_says_why(params, tail, few, hardly_defended):
     found = importance_diagnostics(SVI_GAUSSIAN, at(**params), model_args=(X,), rng_key=random.key(1))
     assert found.reading == "usable"
     assert (found.pareto_k >= 0.5) == tail == ("heavy tail" in found.advice)
     assert (found.ess < 1000) == few == ("Few draws" in found.advice)
 
 
-def test_bad_fit_says_so():
+def test_bad_fit_says_so(hardly_defended):
     found = importance_diagnostics(
         SVI_GAUSSIAN, at(loc=X / 2 + 4, scale=jnp.array(0.3)), model_args=(X,), rng_key=random.key(0)
     )
@@ -271,7 +277,7 @@ def test_where_a_tail_begins_to_be_a_danger(excess, k):
 )
 def test_bound_of_bad_is_that_of_the_number_of_draws(k, num_samples, expected):
     """1 - 1 / log10(draws), at most 0.7: 0.667 for 1,000 draws."""
-    assert _reading(k, 0.4 * num_samples, num_samples, 0, False, False) == expected
+    assert _reading(k, 0.2 * num_samples, num_samples, 0, False, False, False) == expected
 
 
 def test_standard_error_adds_up_over_elements():
@@ -305,10 +311,10 @@ def test_stream_of_weights_is_what_all_weights_say():
     for block in np.split(log_weight, [1, 13, 400, 3000]):
         stream.add(block)
     found = stream.summary()
-    smoothed, k = arviz_psislw(log_weight.T)
+    _, k = arviz_psislw(log_weight.T)
     relative = np.exp(log_weight - log_weight.max(0))
     np.testing.assert_allclose(found.pareto_k, k)
-    np.testing.assert_allclose(found.ess, 1 / np.exp(2 * smoothed).sum(1))
+    np.testing.assert_allclose(found.ess, relative.sum(0) ** 2 / (relative**2).sum(0))
     np.testing.assert_allclose(found.log_evidence, np.log(relative.mean(0)) + log_weight.max(0))
     np.testing.assert_allclose(found.variance, relative.var(0, ddof=1) / 4900 / relative.mean(0) ** 2)
     worst = np.sort(relative[:, np.argmax(k)])[::-1]
@@ -349,7 +355,7 @@ def test_advice_knows_correlated_latents():
     advice = {}
     for name, continuous in {"apart": AutoNormal, "together": AutoMultivariateNormal}.items():
         guide = AutoMixed(correlated, continuous=partial(continuous, init_scale=0.3))
-        svi = SVI(correlated, guide, optax.adam(0.02), VIMCOStar())
+        svi = SVI(correlated, guide, optax.adam(optax.cosine_decay_schedule(0.02, 1500)), VIMCOStar())
         result = svi.run(random.key(0), 1500, x, progress_bar=False)
         advice[name] = importance_diagnostics(svi, result, model_args=(x,), rng_key=random.key(1)).advice
     assert "'slope' and 'rate'" in advice["apart"] and "continuous=AutoMultivariateNormal" in advice["apart"]

@@ -47,8 +47,8 @@ from numpyro_vimco.posterior.proposals import (
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites
 
-# So many keys at a time at most, so that calls of any length share a program.
-MOST_AT_ONCE = 256
+# So many draws at a time at most, so that calls of any length share a program.
+MOST_AT_ONCE = 1024
 
 Values = dict[str, Array]
 
@@ -169,7 +169,7 @@ def drawn(tr: Trace) -> Values:
 def pooled(fit: Fitted) -> Sampler:
     """Draws from the defended guides of several starts, weighted with the density of their mixture.
 
-    A key gives one draw of each start, in random order.
+    Each draw is of any start, as likely as another.
 
     :raises NotImplementedError: for a guide with a Delta site whose value depends on parameters.
     """
@@ -180,8 +180,10 @@ def pooled(fit: Fitted) -> Sampler:
     mixture = Mixture(fit, find_defence(fit, structure))
     event_dims = fit.event_dims
 
-    def particle(start: Array, params: dict[str, Any], rng_key: Array) -> Draw:
-        draw_key, choice_key, rest_key = split(rng_key, 3)
+    def draw(rng_key: Array) -> Draw:
+        start_key, draw_key, choice_key, rest_key = split(rng_key, 4)
+        start = random.randint(start_key, (), 0, num_starts)
+        params = jax.tree.map(lambda leaf: leaf[start], mixture.params)
         values, guide_trace = mixture.draw(params, draw_key)
         levels, alone, structure = mixture.densities(values)
         log_p, log_q = levels.shared
@@ -195,17 +197,11 @@ def pooled(fit: Fitted) -> Sampler:
             params = {**params, **fit.of_model}
             guide_trace = mixture.defence.trace_guide(params, rest_key, chosen.values)
         latents = [s for s in sample_sites(guide_trace) if is_latent_site(s) and s["name"] in fit.model_trace]
-        return chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=alone - log_q)
-
-    def draw(rng_key: Array) -> Draw:
-        order_key, draw_key = split(rng_key)
-        inputs = jnp.arange(num_starts), mixture.params, split(draw_key, num_starts)
-        draws = jax.lax.map(lambda x: particle(*x), inputs)
-        order = random.permutation(order_key, num_starts)
-        return jax.tree.map(lambda x: x[order], draws)
+        chosen = chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=alone - log_q)
+        return jax.tree.map(lambda x: x[None], chosen)
 
     # The guides' densities are evaluated for all starts at a time.
-    return Sampler(draw, num_starts, int(np.clip(fit.chunk_size() // num_starts**2, 1, MOST_AT_ONCE)), structure)
+    return Sampler(draw, 1, int(np.clip(fit.chunk_size() // num_starts, 1, MOST_AT_ONCE)), structure)
 
 
 def undefended_latents(fit: Fitted) -> tuple[str, ...]:
