@@ -127,8 +127,7 @@ def _check_shape(site: dict) -> None:
     except ValueError:
         raise ValueError(
             f"Model and guide shapes disagree at site '{site['name']}': {expected} vs {given}. Give it the same plates "
-            "and events in both. After a fit pass the arguments that it was fitted with, for which the guide has its "
-            "parameters."
+            "and events in both; after a fit, the arguments that it was fitted with."
         ) from None
 
 
@@ -137,5 +136,5 @@ def _without_time_error(site: dict, value: Array) -> ValueError:
     return ValueError(
         f"The model draws '{site['name']}' inside of `scan`, at {len(site['value'])} times, but its value in the guide "
         f"has the shape {jnp.shape(value)}, which does not begin with the times. Draw it inside of `scan` in the guide "
-        "as well, or with a first dimension for time. After a fit pass the arguments that it was fitted with."
+        "as well, or with a first dimension for time; after a fit, pass the arguments that it was fitted with."
     )

@@ -20,6 +20,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
+from numpyro_vimco.objectives.checks import check_plates
 from numpyro_vimco.objectives.enumeration import summed_sites
 from numpyro_vimco.posterior.observed import Observed, find_observed, given_name, observed_sites, present_elements
 from numpyro_vimco.posterior.results import FitResult
@@ -91,6 +92,7 @@ class Fitted:
                 "The model has no latent site, so that there is no posterior to describe. Pass model arguments with "
                 "which what is to be inferred is not observed."
             )
+        check_plates(model_trace, guide_trace)
         check_given(svi.model, model_trace, args, kwargs)
         observed = find_observed(model_trace, _moving_masks(svi, params, latents, args, kwargs))
         check_data(model_trace, observed)
@@ -221,10 +223,10 @@ def check_given(model: Callable, model_trace: Trace, args: tuple, kwargs: Mappin
     for name, sources in dependence(values, {"key": random.key(1)}).items():
         if sources:
             raise ValueError(
-                f"Site '{given_name(name, model_trace)}' is observed, but at least a part of its value is drawn: what "
-                "is drawn is neither data nor latent. Often `condition` has a series that is shorter than its `scan`: "
-                "pass the series of all times, leave the future out, as in the fit, or give it a latent site of its "
-                "own. A subsample: draw it by `numpyro.plate(..., subsample_size=...)`."
+                f"Site '{given_name(name, model_trace)}' is observed, but its value is drawn, in part at least: the "
+                "drawn part is neither data nor latent. Often `condition` has a series that is shorter than its "
+                "`scan`. Pass the whole series; or leave the future out, in the fit and after it; or make the rest a "
+                "latent site of its own."
             )
 
 
