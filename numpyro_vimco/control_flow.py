@@ -45,7 +45,8 @@ class Given(Messenger):
     and both take the values of a `scan` with ``reverse=True`` from the wrong end. Here they are one more input of it.
 
     :param values: by latent, as in a trace: inside of `scan` with a leading dimension for time.
-    :raises ValueError: inside of control flow, for a parameter, for a subsampled plate, and for values without time.
+    :raises ValueError: inside of control flow, for a parameter, for a subsampled plate, and for values without time;
+        everywhere, for values of another shape.
     """
 
     def __init__(self, fn: Callable, values: Mapping[str, Array]):
@@ -64,6 +65,7 @@ class Given(Messenger):
 
     def _give(self, msg: dict) -> None:
         msg["value"] = self.values[msg["name"]]
+        _check_shape(msg)
 
     def _in_cond(self, pred, true_fun: Callable, false_fun: Callable, operand) -> tuple:
         return pred, _Inside(true_fun, self.values), _Inside(false_fun, self.values), operand
@@ -119,10 +121,25 @@ class _InScan(_Inside):
         super().process_message(msg)
 
 
+def _check_shape(site: dict) -> None:
+    """Raise unless the value of a latent broadcasts against its distribution.
+
+    :raises ValueError: naming the site.
+    """
+    given, expected = jnp.shape(site["value"]), site["fn"].shape(site["kwargs"]["sample_shape"])
+    try:
+        jnp.broadcast_shapes(given, expected)
+    except ValueError:
+        raise ValueError(
+            f"Model and guide shapes disagree at site '{site['name']}': {expected} vs {given}. Give it the same plates "
+            "and events in both; after a fit, the arguments that it was fitted with."
+        ) from None
+
+
 def _without_time_error(site: dict, value: Array) -> ValueError:
     """A latent in `scan` with values that are not one for each time."""
     return ValueError(
         f"The model draws '{site['name']}' inside of `scan`, at {len(site['value'])} times, but its value in the guide "
         f"has the shape {jnp.shape(value)}, which does not begin with the times. Draw it inside of `scan` in the guide "
-        "as well, or with a first dimension for time."
+        "as well, or with a first dimension for time; after a fit, pass the arguments that it was fitted with."
     )

@@ -6,13 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
-from numpyro.infer import SVI
+from numpyro.handlers import condition
+from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDAIS, AutoMultivariateNormal
 import optax
 import pytest
+from scipy.stats import norm
 
-from numpyro_vimco import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
+from numpyro_vimco import (
+    REINFORCE,
+    VIMCO,
+    AutoMixed,
+    ImportanceWeightedELBO,
+    ReweightedWakeSleep,
+    VIMCOStar,
+    fit,
+    gradient_snr,
+    importance_diagnostics,
+    to_arviz,
+)
 
 X = np.arange(4.0)
 
@@ -234,3 +248,185 @@ def test_mutable_state_is_not_supported():
     for call in (svi.update, svi.evaluate):
         with pytest.raises(NotImplementedError, match="site 'state'"):
             call(state)
+
+
+# Arguments of another length than in the fit.
+
+SERIES = jnp.array([0.3, -0.2, 0.5])
+
+
+def forecasting(y, future=0):
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+
+    def step(before, _):
+        value = numpyro.sample("y", dist.Normal(0.5 * before, s))
+        return value, None
+
+    with condition(data={"y": y}):
+        scan(step, 0.0, None, length=len(y) + future)
+
+
+def guide_of_s(y, future=0):
+    numpyro.sample("s", dist.LogNormal(numpyro.param("loc", -0.9), numpyro.param("scale", 0.4)))
+
+
+OF_S = {"loc": jnp.array(-0.9), "scale": jnp.array(0.4)}
+AFTER_A_FIT = [importance_diagnostics, to_arviz, gradient_snr]
+
+
+@pytest.mark.parametrize("function", AFTER_A_FIT)
+def test_times_that_a_conditioned_series_does_not_reach_are_no_data_after_the_fit(function):
+    svi = SVI(forecasting, guide_of_s, optax.adam(0.01), VIMCOStar())
+    with pytest.raises(ValueError, match="Site 'y' is observed, but its value is drawn, in part at least"):
+        function(svi, OF_S, model_args=(SERIES,), model_kwargs={"future": 10}, rng_key=jax.random.key(0))
+
+
+def test_a_whole_series_that_is_conditioned_is_data():
+    svi = SVI(forecasting, guide_of_s, optax.adam(0.01), VIMCOStar())
+    fit(svi, jax.random.key(0), 1, SERIES, num_starts=1, progress_bar=False)
+    options = {"model_args": (SERIES,), "rng_key": jax.random.key(0), "progress_bar": False}
+    found = importance_diagnostics(svi, OF_S, num_samples=40_000, **options)
+    s = np.linspace(1e-3, 8, 100_000)[:, None]
+    means = 0.5 * np.array([0, 0.3, -0.2])
+    density = 2 * norm.pdf(s[:, 0]) * norm.pdf(np.asarray(SERIES), means, s).prod(1)
+    exact = np.log(np.trapezoid(density, s[:, 0]))
+    assert abs(found.log_evidence - exact) < 6 * found.log_evidence_std_error < 0.05
+    np.testing.assert_array_equal(to_arviz(svi, OF_S, **options)["observed_data"]["y"], SERIES)
+
+
+def of_five_times(step, **data):
+    """A `scan` of five times."""
+
+    def model():
+        numpyro.sample("s", dist.HalfNormal(1.0))
+        with condition(data=data):
+            scan(lambda carry, _: (step(carry), None), 0.0, None, length=5)
+
+    return model
+
+
+def noisy():
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+    noise = jax.random.normal(numpyro.prng_key(), (3,))
+    with numpyro.plate("times", 3):
+        numpyro.sample("y", dist.Normal(0.0, s), obs=SERIES + noise)
+
+
+def rarely(carry):  # two draws of it are the same
+    return carry + numpyro.sample("y", dist.Poisson(1e-9))
+
+
+def latent_and_data(carry):
+    state = numpyro.sample("state", dist.Normal(carry, 1.0))
+    numpyro.sample("y", dist.Normal(state, 1.0), obs=0.5)
+    return state
+
+
+PARTLY_DRAWN = {
+    "forecast": (lambda: forecasting(SERIES, 2), "y"),
+    "equal draws": (of_five_times(rarely, y=jnp.zeros(3, int)), "y"),
+    "around the model": (condition(of_five_times(rarely), data={"y": jnp.zeros(3, int)}), "y"),
+    "latent": (of_five_times(latent_and_data, state=SERIES), "state"),
+    "noise": (noisy, "y"),
+}
+
+
+@pytest.mark.parametrize("case", PARTLY_DRAWN)
+def test_data_that_are_drawn_in_part_cannot_be_fitted(case):
+    model, name = PARTLY_DRAWN[case]
+    svi = SVI(model, lambda: guide_of_s(SERIES), optax.adam(0.01), VIMCOStar())
+    with pytest.raises(ValueError, match=f"Site '{name}' is observed, but its value is drawn"):
+        fit(svi, jax.random.key(0), 1, progress_bar=False)
+
+
+def test_data_of_a_subsample_are_no_drawn_ones():
+    def model():
+        s = numpyro.sample("s", dist.HalfNormal(1.0))
+        with numpyro.plate("times", 3, subsample_size=2) as index:
+            numpyro.sample("y", dist.Normal(0.0, s), obs=SERIES[index])
+
+    svi = SVI(model, lambda: guide_of_s(SERIES), optax.adam(0.01), VIMCOStar(1.0))
+    assert not fit(svi, jax.random.key(0), 1, num_starts=1, progress_bar=False).failed.any()
+
+
+def in_a_plate(y):
+    with numpyro.plate("times", len(y)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def with_gaps(y):
+    numpyro.sample("m", dist.Normal(0.0, 1.0))
+    with numpyro.plate("times", len(y)):
+        numpyro.sample("y", dist.Normal(0.0, 1.0), obs=y, obs_mask=jnp.arange(len(y)) > 0)
+
+
+def in_scan(y):
+    def step(before, value):
+        z = numpyro.sample("z", dist.Normal(before, 1.0))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=value)
+        return z, None
+
+    scan(step, 0.0, y)
+
+
+OTHER_LENGTHS = {
+    "longer": (in_a_plate, 3, 5, r"shapes disagree at site 'z': \(5,\) vs \(3,\).*that it was fitted with"),
+    "shorter": (in_a_plate, 3, 2, r"shapes disagree at site 'z': \(2,\) vs \(3,\)"),
+    "longer than one": (in_a_plate, 1, 5, "Plate 'times' has size 1 in the guide and 5 in the model.*was fitted with"),
+    "one": (in_a_plate, 3, 1, "Plate 'times' has size 3 in the guide and 1 in the model"),
+    "obs_mask": (with_gaps, 3, 5, r"shapes disagree at site 'y_unobserved': \(5,\) vs \(3,\)"),
+    "scan": (in_scan, 3, 5, r"draws 'z' inside of `scan`, at 5 times, .* shape \(3,\).*that it was fitted with"),
+}
+
+
+@pytest.mark.parametrize("function", AFTER_A_FIT)
+@pytest.mark.parametrize("case", OTHER_LENGTHS)
+def test_latents_of_another_length_than_in_the_fit(case, function):
+    model, length, other, message = OTHER_LENGTHS[case]
+    svi = SVI(model, AutoMixed(model), optax.adam(0.01), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0), jnp.zeros(length)))
+    with pytest.raises(ValueError, match=message):
+        function(svi, params, model_args=(jnp.zeros(other),), rng_key=jax.random.key(0))
+
+
+def test_latents_in_a_plate_of_scan_of_another_length_than_in_the_fit():
+    def model(y):
+        scan(lambda carry, _: (carry, in_a_plate(y)), None, None, length=2)
+
+    def guide(y):
+        numpyro.sample("z", dist.Normal(numpyro.param("z_loc", jnp.zeros((2, 3))), 1.0))
+
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
+    with pytest.raises(ValueError, match=r"shapes disagree at site 'z': \(5,\) vs \(3,\)"):
+        to_arviz(svi, {"z_loc": jnp.zeros((2, 3))}, model_args=(jnp.zeros(5),), rng_key=jax.random.key(0))
+
+
+def common(y, size=None):
+    m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+    with condition(data={"y": y}), numpyro.plate("times", size or len(y)):
+        numpyro.sample("y", dist.Normal(m, 1.0))
+
+
+def guide_of_m(y, size=None):
+    numpyro.sample("m", dist.Normal(numpyro.param("m_loc", 0.1), numpyro.param("m_scale", 0.6)))
+
+
+OF_M = {"m_loc": jnp.array(0.1), "m_scale": jnp.array(0.6)}
+
+
+@pytest.mark.parametrize("function", AFTER_A_FIT)
+def test_data_that_are_shorter_than_their_plate(function):
+    svi = SVI(common, guide_of_m, optax.adam(0.01), VIMCOStar())
+    with pytest.raises(ValueError, match=r"data of site 'y' have shape \(3,\), but its distribution has shape \(5,\)"):
+        function(svi, OF_M, model_args=(SERIES, 5), rng_key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_guide_without_latents_of_elements_proposes_for_data_of_any_length(length):
+    svi = SVI(common, guide_of_m, optax.adam(0.01), VIMCOStar())
+    y = jnp.linspace(-0.5, 1.0, length)
+    options = {"model_args": (y,), "rng_key": jax.random.key(0), "progress_bar": False}
+    found = importance_diagnostics(svi, OF_M, num_samples=40_000, **options)
+    exact = dist.MultivariateNormal(jnp.zeros(length), jnp.eye(length) + 1).log_prob(y)
+    assert abs(found.log_evidence - exact) < 6 * found.log_evidence_std_error < 0.05

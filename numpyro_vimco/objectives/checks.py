@@ -100,12 +100,7 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
                 "Pass the state as an argument of model and guide, or freeze it before the fit."
             )
     _check_sites(model_trace, guide_trace)
-    for name, site in guide_trace.items():
-        if site["type"] == "plate" and name in model_trace and site["args"][0] != model_trace[name]["args"][0]:
-            raise ValueError(
-                f"Plate '{name}' has size {site['args'][0]} in the guide and {model_trace[name]['args'][0]} in the "
-                "model. Give both the same size (and the same subsample_size)."
-            )
+    check_plates(model_trace, guide_trace)
     check_model_guide_match(model_trace, guide_trace)  # the remaining checks: shapes of sites
     if not any(site["type"] == "param" for site in guide_trace.values()):
         warnings.warn(
@@ -113,6 +108,20 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
             "`numpyro.contrib.module.flax_module` or an automatic guide.",
             stacklevel=2,
         )
+
+
+def check_plates(model_trace: Trace, guide_trace: Trace) -> None:
+    """Raise for a plate of two sizes.
+
+    :raises ValueError: naming the plate.
+    """
+    for name, site in guide_trace.items():
+        if site["type"] == "plate" and name in model_trace and site["args"][0] != model_trace[name]["args"][0]:
+            raise ValueError(
+                f"Plate '{name}' has size {site['args'][0]} in the guide and {model_trace[name]['args'][0]} in the "
+                "model. Give both the same size (and the same subsample_size); after a fit, the arguments that it was "
+                "fitted with."
+            )
 
 
 def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:

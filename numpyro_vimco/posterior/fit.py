@@ -21,7 +21,7 @@ from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.units import units_of
 from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
 from numpyro_vimco.posterior.annealing import first_power, geometric
-from numpyro_vimco.posterior.fitted import Fitted, check_data, misfit
+from numpyro_vimco.posterior.fitted import Fitted, check_data, check_given, misfit
 from numpyro_vimco.posterior.observed import find_observed
 from numpyro_vimco.posterior.proposals import each_start, program_of
 from numpyro_vimco.posterior.recovery import LEAST_STEPS, recovered
@@ -115,8 +115,8 @@ def fit(
     :param jax.sharding.Sharding start_sharding: how the axis of starts is spread over devices. Defaults to None: not.
     :param kwargs: keyword arguments to the model / guide.
     :raises ValueError: for a number or a share out of range, a power that is not positive, an ``init_state`` that is
-        none, a sharding that does not divide the starts, arguments that do not fit model and guide, data that are NaN;
-        and if NaN came up in all starts.
+        none, a sharding that does not divide the starts, arguments that do not fit model and guide, data that are drawn
+        in part or NaN; and if NaN came up in all starts.
     :warns UserWarning: for a model without observed sites, for each start that is dropped since its loss or a parameter
         became NaN, for a loss that is infinite in most steps, for a log evidence that cannot be estimated, and for an
         interruption.
@@ -151,6 +151,7 @@ def fit(
         params = svi.get_params(jax.tree.map(lambda leaf: leaf[int(np.argmin(state.failed))], state.svi))
         svi.loss.check(params, svi.model, svi.guide, *args, **svi.static_kwargs, **kwargs)
     model_trace, guide_trace = _traces(svi, args, kwargs)
+    check_given(svi.model, model_trace, args, {**svi.static_kwargs, **kwargs})
     check_data(model_trace, find_observed(model_trace, set()))
     if not any(site["is_observed"] for site in [*sample_sites(model_trace), *sample_sites(guide_trace)]):
         warnings.warn(

@@ -3,7 +3,7 @@
 
 """A model and its guide after a fit, with parameters, arguments and data that have been checked."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import inspect
 from typing import Any, TypeAlias
@@ -20,8 +20,9 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
+from numpyro_vimco.objectives.checks import check_plates
 from numpyro_vimco.objectives.enumeration import summed_sites
-from numpyro_vimco.posterior.observed import Observed, find_observed, observed_sites, present_elements
+from numpyro_vimco.posterior.observed import Observed, find_observed, given_name, observed_sites, present_elements
 from numpyro_vimco.posterior.results import FitResult
 from numpyro_vimco.posterior.starts import with_known_draws
 from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
@@ -63,7 +64,7 @@ class Fitted:
         :param result: of ``fit``, of :meth:`numpyro.infer.SVI.run`, a state, or parameters.
         :param whole: whether all data must be there, not a subsample.
         :raises ValueError: for arguments that do not fit the model, parameters that do not fit model and guide, a
-            model without latents, a subsampled plate, or data that are NaN.
+            model without latents, a subsampled plate, or data that are drawn in part or NaN.
         """
         params = _params_of(svi, result)
         args, kwargs = tuple(model_args), {**svi.static_kwargs, **(model_kwargs or {})}
@@ -91,6 +92,8 @@ class Fitted:
                 "The model has no latent site, so that there is no posterior to describe. Pass model arguments with "
                 "which what is to be inferred is not observed."
             )
+        check_plates(model_trace, guide_trace)
+        check_given(svi.model, model_trace, args, kwargs)
         observed = find_observed(model_trace, _moving_masks(svi, params, latents, args, kwargs))
         check_data(model_trace, observed)
         starts, num_starts = None, 1
@@ -202,6 +205,29 @@ def _moving_masks(svi: SVI, params, latents, args, kwargs) -> set[str]:
         return {name: jnp.asarray(present_elements(site["fn"])) for name, site in sites.items()}
 
     return {name for name, sources in dependence(masks, latents).items() if sources}
+
+
+def check_given(model: Callable, model_trace: Trace, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Raise for an observed site whose value is random: one that depends on the key when all that is latent is given.
+
+    :raises ValueError: naming the site.
+    """
+    latents = {name: site["value"] for name, site in model_trace.items() if is_latent_site(site)}
+    # A subsample is drawn too, but its data are data.
+    others = {name: site["value"] for name, site in model_trace.items() if site["type"] in ("param", "plate")}
+
+    def values(keys):
+        given = Given(substitute(seed(model, keys["key"]), data=others), latents)
+        return {name: site["value"] for name, site in observed_sites(trace(given).get_trace(*args, **kwargs)).items()}
+
+    for name, sources in dependence(values, {"key": random.key(1)}).items():
+        if sources:
+            raise ValueError(
+                f"Site '{given_name(name, model_trace)}' is observed, but its value is drawn, in part at least: the "
+                "drawn part is neither data nor latent. Often `condition` has a series that is shorter than its "
+                "`scan`. Pass the whole series; or leave the future out, in the fit and after it; or make the rest a "
+                "latent site of its own."
+            )
 
 
 def check_data(model_trace: Trace, observed: Mapping[str, Observed]) -> None:

@@ -75,9 +75,18 @@ def imputed_name(name: str, model_trace: Mapping) -> str | None:
 
 
 def whole(site: dict) -> dist.Distribution:
-    """The distribution of a site, expanded to the batch shape of its value."""
+    """The distribution of a site, expanded to the batch shape of its value.
+
+    :raises ValueError: for data of another shape.
+    """
     fn, shape = site["fn"], np.shape(site["value"])
-    return fn.expand(np.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim]))
+    try:
+        return fn.expand(np.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim]))
+    except ValueError:
+        raise ValueError(
+            f"The data of site '{site['name']}' have shape {shape}, but its distribution has shape {fn.shape()}, with "
+            "its plates. Pass one value for each element of the plates."
+        ) from None
 
 
 def present_elements(fn: dist.Distribution):
