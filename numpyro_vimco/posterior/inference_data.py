@@ -57,8 +57,9 @@ def to_arviz(
     Some draws take a latent from the model in place of the guide, and all have the density of that mixture
     (:mod:`~numpyro_vimco.posterior.defence`). A result of ``fit`` has several starts, and their draws are pooled in the
     same way. So a part of the posterior that some starts lost is there if one has it. ``pool=False`` shows the starts
-    apart, as chains: each has draws of its own guide with its own weights, and ``az.rhat``, ``az.plot_forest`` and ``az.plot_trace`` compare them as those of MCMC. Starts that
-    failed are left out. Parameters of the model are those of the best start for all.
+    apart, as chains: each has draws of its own guide with its own weights, and ``az.rhat``, ``az.plot_forest`` and
+    ``az.plot_trace`` compare them as those of MCMC. Starts that failed are left out. Parameters of the model are those
+    of the best start for all.
 
     Sites that the objective sums out (``infer={"enumerate": "parallel"}``) are drawn from their exact distribution
     given each draw of the others, along chains too.
