@@ -181,7 +181,8 @@ def pooled(fit: Fitted) -> Sampler:
     event_dims = fit.event_dims
 
     def draw(rng_key: Array) -> Draw:
-        start_key, draw_key, choice_key, rest_key = split(rng_key, 4)
+        (own_key,) = split(rng_key, 1)  # a level deeper than `each_start`, whose draws of the same key are others
+        start_key, draw_key, choice_key, rest_key = split(own_key, 4)
         start = random.randint(start_key, (), 0, num_starts)
         params = jax.tree.map(lambda leaf: leaf[start], mixture.params)
         values, guide_trace = mixture.draw(params, draw_key)
