@@ -306,7 +306,14 @@ def test_local_particles_are_chosen_by_their_weights():
 def test_densities_are_those_of_the_chosen_particles():
     svi = SVI(local, far_off, optax.adam(0.05), VIMCOStar(plate_particles={"row": 3}))
     tree = to_arviz(
-        svi, {"loc": jnp.array(0.2)}, model_args=(X,), rng_key=random.key(1), num_samples=500, resample=False, groups=()
+        svi,
+        {"loc": jnp.array(0.2)},
+        model_args=(X,),
+        rng_key=random.key(1),
+        num_samples=500,
+        resample=False,
+        pool=False,
+        groups=(),
     )
     g, z = (tree["posterior"][name].values[0] for name in ("g", "z"))
     log_q = dist.Normal(0.2, 0.8).log_prob(g) + dist.Bernoulli(jnp.array([0.8, 0.2, 0.5, 0.7])).log_prob(z).sum(1)

@@ -339,8 +339,8 @@ class ContinuousSite(Site):
         if self.components is None:
             loc, unit = params["loc"] + own_loc, params["scale"] * jnp.exp(own_log_scale)
         else:
-            loc, unit = self.centre, self.unit
-        gate = self._gate(earlier, self.full_shape)
+            loc, unit = jnp.mean(self.centre), jnp.mean(self.unit)
+        gate = self._gate(earlier, params["loc"].shape[: len(self.full_shape)])
         discrete = [name for name in self.coupled if isinstance(earlier.sites[name], DiscreteSite)]
         continuous = [name for name in self.coupled if name not in discrete]
         of_loc, _ = earlier.shifts(self, "loc_weights", discrete, 1)

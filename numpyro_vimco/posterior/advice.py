@@ -265,11 +265,11 @@ def _missing_correlation(weighed: Weighed) -> tuple[str, str, float, float] | No
     The guide's are those of its draws, the posterior's those of its weighted draws, if these are enough to tell.
     """
     values = weighed.continuous
-    if values.shape[1] < 2 or weighed.log_weight is None:
+    if values.shape[1] < 2 or weighed.log_weight is None or weighed.guide_share is None:
         return None
     weight = np.exp(weighed.log_weight - weighed.log_weight.max())
     posterior = _correlation(values, weight / weight.sum())
-    guide = _correlation(values, np.full(len(values), 1 / len(values)))
+    guide = _correlation(values, weighed.guide_share / weighed.guide_share.sum())
     difference = np.abs(np.triu(posterior - guide, 1))
     # Four standard errors of a correlation of as many draws.
     if difference.max() < max(CORRELATED, 4 / weighed.summary.ess[0] ** 0.5):

@@ -33,6 +33,8 @@ class Weighed:
     :ivar summary: of the weights.
     :ivar shape: of the plates that are common to all sites, whose elements have weights of their own.
     :ivar log_weight: the log-weights themselves, of shape ``(draws,)``, where they are joint; else None.
+    :ivar guide_share: the share of the mixture's density that guides have without their defence, of each draw, where
+        weights are joint: draws weighted by it are draws of the guides.
     :ivar continuous: draws of the first continuous latents that are in no plate, in unconstrained space, of shape
         ``(draws, coordinates)``, where weights are joint.
     :ivar coordinates: their names.
@@ -45,6 +47,7 @@ class Weighed:
     summary: WeightSummary
     shape: tuple[int, ...]
     log_weight: np.ndarray | None
+    guide_share: np.ndarray | None
     continuous: np.ndarray
     coordinates: list[str]
     moments: Moments | None
@@ -72,6 +75,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
 
     stream = WeightStream(num_draws, int(np.prod(shape)))
     kept: list[np.ndarray] = []
+    shares: list[np.ndarray] = []
     continuous: list[np.ndarray] = []
     draws: list[Mapping[str, np.ndarray]] = []
     taken = nan = kept_size = 0
@@ -92,6 +96,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
         continuous.append(unconstrained)
         if not shape:
             kept.append(flat[:, 0])
+            shares.append(np.exp(log_share.reshape(len(flat)).astype(float)))
         if moments is not None:
             moments.add(log_weight, values)
             if not shape and kept_size < KEPT_SIZE and taken - len(flat) < KEPT_DRAWS:
@@ -99,11 +104,21 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
                 kept_size += sum(value.size for value in values.values())
     check_weights(nan, not nan and stream.has_zero(), num_draws)
     names = [name for names in coordinates.values() for name in names]
-    log_weight = np.concatenate(kept) if not shape else None
+    log_weight, guide_share = (None, None) if shape else (np.concatenate(kept), np.concatenate(shares))
     kept_draws = {name: np.concatenate([block[name] for block in draws]) for name in (draws[0] if draws else ())}
     lost = float(np.max(-np.expm1(of_guides - total)))
-    coordinates_of = np.concatenate(continuous), names
-    return Weighed(stream.summary(), shape, log_weight, *coordinates_of, moments, lost, undefended, kept_draws)
+    return Weighed(
+        stream.summary(),
+        shape,
+        log_weight,
+        guide_share,
+        np.concatenate(continuous),
+        names,
+        moments,
+        lost,
+        undefended,
+        kept_draws,
+    )
 
 
 def moments_of_starts(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = None) -> list[Moments]:
