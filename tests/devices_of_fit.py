@@ -65,7 +65,7 @@ if __name__ == "__main__":
     x = jax.device_put(np.linspace(-1, 1, 14, dtype=np.float32), NamedSharding(SPREAD.mesh, PartitionSpec("starts")))
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
     state = fit(svi, random.key(0), 0, x, num_starts=1, progress_bar=False).state
-    steps = Steps(svi, (x,), {}, geometric, False, True, None)
+    steps = Steps(svi, (x,), {}, {}, geometric, False, True, None)
     program = compiled(steps._chunk, state, 1)
     text = program.func.lower(*program.args, state, 1).compile().as_text()
     assert "f32[7]" in text and "f32[14]" not in text and "f32[4,14]" not in text

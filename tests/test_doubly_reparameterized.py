@@ -114,7 +114,7 @@ def masked_model():
     with numpyro.plate("data", 2):
         with mask(mask=X > 0):
             z = normal("z", mu, 1.0)
-        numpyro.sample("x", dist.Normal(z, 1.0), obs=X)
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=X)
 
 
 def masked_guide():

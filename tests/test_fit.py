@@ -352,10 +352,11 @@ def test_power_is_an_argument_of_one_compiled_program():
     def count(num_steps, anneal):
         traces.clear()
         svi = SVI(model, switch_guide, optax.adam(0.05), VIMCOStar(0.5, 4))
-        quietly(svi, random.key(0), num_steps, X, anneal=anneal, num_starts=1)
+        quietly(svi, random.key(0), num_steps, X, anneal=anneal, num_starts=1, recover=False)
         return len(traces)
 
-    assert count(250, 0.5) == count(1, 0) == count(250, optax.linear_schedule(0.1, 1.0, 100))
+    # The first power is found by one more trace.
+    assert count(250, 0.5) - 1 == count(1, 0) == count(250, optax.linear_schedule(0.1, 1.0, 100))
 
 
 def test_steps_are_those_of_svi_without_annealing():
@@ -380,9 +381,9 @@ def test_one_start_after_the_other_gives_the_same(result):
 def temp_size(vectorize_starts):
     svi = SVI(switch_model, switch_guide, optax.adam(0.05), VIMCOStar(num_particles=512))
     states = initial_states(svi, random.key(0), 16, (X,), {})
-    state = FitState(states, jnp.array(0), jnp.zeros(16, int), jnp.zeros(16, bool))
-    power = lambda step, _: jnp.ones(16)  # noqa: E731
-    program = compiled(steps.Steps(svi, (X,), {}, power, False, vectorize_starts, None)._chunk, state, 1)
+    state = FitState(states, jnp.array(0), jnp.zeros(16, int), jnp.ones(()), jnp.zeros(16, bool))
+    power = lambda *_: jnp.ones(16)  # noqa: E731
+    program = compiled(steps.Steps(svi, (X,), {}, {}, power, False, vectorize_starts, None)._chunk, state, 1)
     return program.func.lower(*program.args, state, 1).compile().memory_analysis().temp_size_in_bytes
 
 
