@@ -9,12 +9,12 @@ from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.handlers import mask, seed, trace
 from numpyro.infer import SVI
-from numpyro.infer.autoguide import AutoMultivariateNormal
+from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal
 import optax
 import pytest
 
 from helpers import fit_result
-from numpyro_vimco import AutoMixed, VIMCOStar
+from numpyro_vimco import AutoMixed, VIMCOStar, importance_diagnostics
 from numpyro_vimco.objectives.levels import Levels
 from numpyro_vimco.posterior import defence
 from numpyro_vimco.posterior.defence import SHARE, find_defence
@@ -249,3 +249,17 @@ def test_continuous_draws_have_the_density_that_is_computed(model, make, mostly_
             of_draws = of_draws * weight[:, None]
             error = np.sqrt((of_draws.var(0) + of_prior.var(0)) / DRAWS)
             assert (abs(of_draws.mean(0) - of_prior.mean(0)) < 6 * error).all(), name
+
+
+def test_a_flow_without_an_inverse_is_not_defended():
+    """Its weights need no density at other draws than its own; the reading says that it is not defended."""
+
+    def model():
+        c = numpyro.sample("c", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        numpyro.sample("x", dist.Normal(c.sum(), 1.0), obs=0.5)
+
+    guide = AutoBNAFNormal(model)
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(doubly_reparameterized=False))
+    result = svi.run(random.key(0), 2, progress_bar=False)
+    found = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=100, progress_bar=False)
+    assert "No draw takes 'c' from the model alone" in found.advice

@@ -285,7 +285,9 @@ def blocks_of(fit: Fitted) -> dict[str, Block]:
     blocks = {}
     for site in filter(is_latent_site, sample_sites(guide_trace)):
         name = site["name"]
-        if name in fit.model_trace and not is_delta(site):
+        if is_delta(site) or not _can(site["fn"].log_prob, site["value"]):
+            continue
+        if name in fit.model_trace:
             blocks[name] = Block((name,))
         elif name in joint:
             latents = tuple(latents_of(joint[name]))
@@ -305,15 +307,16 @@ def _drawable(fit: Fitted) -> dict[str, set[str]]:
     found = {}
     for name, site in fit.latents().items():
         parents = graph.factors[name] - {name}
-        if parents <= fit.sampled and not is_delta(site) and _has_sampler(site):
+        if parents <= fit.sampled and not is_delta(site) and _can(site["fn"].sample, random.key(0)):
             found[name] = parents
     return found
 
 
-def _has_sampler(site: dict) -> bool:
+def _can(method: Callable, argument: Array) -> bool:
+    """Whether a distribution has a method: an improper prior cannot be sampled, nor some flows be inverted."""
     try:
-        jax.eval_shape(site["fn"].sample, random.key(0))
-    except NotImplementedError:  # an improper prior
+        jax.eval_shape(method, argument)
+    except NotImplementedError:
         return False
     return True
 
@@ -343,7 +346,7 @@ def _components(
                 continue  # the one of all
             is_one = len(found[0]) == 1 and _has_elements(guide_trace[name], blocks[name], kept)
             components.append(Component(*found, element=is_one))
-    if blocks.keys() == parents.keys() and all("" not in of_block for of_block in parents.values()):
+    if blocks and blocks.keys() == parents.keys() and all("" not in of_block for of_block in parents.values()):
         components.append(Component(frozenset(blocks), frozenset()))
     return list(dict.fromkeys(components)), defended
 

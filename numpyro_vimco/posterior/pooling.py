@@ -21,7 +21,7 @@ and it is large only where *no* guide proposes enough: what one start lost, anot
    and Effective Importance Sampling*, for mixtures with fixed shares
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ from numpyro_vimco.posterior.proposals import (
     Sampler,
     check_independent,
     choose,
+    each_start,
     merged,
     program_of,
     structure_of,
@@ -177,7 +178,10 @@ def pooled(fit: Fitted) -> Sampler:
     program = program_of(fit, plates)
     check_independent(program, fit)
     structure = structure_of(program, fit)
-    mixture = Mixture(fit, find_defence(fit, structure))
+    defence = find_defence(fit, structure)
+    if num_starts == 1 and not defence.components:  # weights that need no density at other draws than the guide's
+        return replace(each_start(fit), undefended=defence.undefended)
+    mixture = Mixture(fit, defence)
     event_dims = fit.event_dims
 
     def draw(rng_key: Array) -> Draw:
@@ -202,12 +206,8 @@ def pooled(fit: Fitted) -> Sampler:
         return jax.tree.map(lambda x: x[None], chosen)
 
     # The guides' densities are evaluated for all starts at a time.
-    return Sampler(draw, 1, int(np.clip(fit.chunk_size() // num_starts, 1, MOST_AT_ONCE)), structure)
-
-
-def undefended_latents(fit: Fitted) -> tuple[str, ...]:
-    """Names of the latents that no defensive component draws from the model with at most their parents."""
-    return find_defence(fit, structure_of(program_of(fit, fit.plate_particles), fit)).undefended
+    at_once = int(np.clip(fit.chunk_size() // num_starts, 1, MOST_AT_ONCE))
+    return Sampler(draw, 1, at_once, structure, defence.undefended)
 
 
 def log_ratio(log_p: Array, log_q: Array) -> Array:

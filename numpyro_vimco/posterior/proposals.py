@@ -60,12 +60,14 @@ class Sampler:
     :ivar size: their number.
     :ivar at_once: for how many keys it is called at a time.
     :ivar structure: what plates the densities have.
+    :ivar undefended: of pooled draws, the latents that no defensive component draws with at most their parents.
     """
 
     draw: Callable[[Array], Draw]
     size: int
     at_once: int
     structure: Structure
+    undefended: tuple[str, ...] = ()
 
     def all(self, rng_key: Array, num_keys: int, progress: str | None) -> Draw:
         """The draws of so many keys, as NumPy arrays of shape ``(keys, size, ...)``.
@@ -104,7 +106,8 @@ def each_start(fit: Fitted) -> Sampler:
         program_key, choice_key = split(rng_key)
         levels, structure = program.propose({**params, **fit.of_model}, program_key)
         draws = map_levels(lambda pair: Draw(pair[0], pair[1].model, pair[1].log_guide, pair[1].log_weight), levels)
-        return choose(draws, choice_key, structure, event_dims)._replace(component=component)
+        chosen = choose(draws, choice_key, structure, event_dims)
+        return chosen._replace(component=component, log_guide_share=jnp.zeros_like(chosen.log_weight))
 
     def draw(rng_key: Array) -> Draw:
         inputs = jnp.arange(num_starts), starts, split(rng_key, num_starts)

@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.moments import Moments
-from numpyro_vimco.posterior.pooling import pooled, undefended_latents
+from numpyro_vimco.posterior.pooling import pooled
 from numpyro_vimco.posterior.proposals import Draw, check_weights, each_start, merged, plate_names, plate_sizes
 from numpyro_vimco.posterior.weights import WeightStream, WeightSummary
 from numpyro_vimco.sites import element_names, is_discrete, is_latent_site
@@ -61,7 +61,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
 
     :raises ValueError: for NaN weights, and where all are zero.
     """
-    sampler, undefended = pooled(fit), undefended_latents(fit)
+    sampler = pooled(fit)
     structure, sizes = sampler.structure, plate_sizes(fit)
     shape = tuple(sizes[name] for name in plate_names(fit, structure.dims))
     coordinates = _coordinates(fit) if not shape else {}
@@ -116,7 +116,7 @@ def weigh(fit: Fitted, rng_key: Array, num_draws: int, progress: str | None = No
         names,
         moments,
         lost,
-        undefended,
+        sampler.undefended,
         kept_draws,
     )
 
