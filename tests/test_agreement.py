@@ -500,8 +500,8 @@ def test_reading(k, ess, agreeing, proof, expected):
 
 def test_reading_where_each_start_is_off():
     """Then the pool is right only by luck, unless it has enough draws of the posterior."""
-    assert _reading(0.1, 400, 10_000, 0, True, False, False) == "bad"
-    assert _reading(0.1, 2000, 10_000, 0, True, False, False) == "usable"
+    assert _reading(0.1, 200, 10_000, 0, True, False, False) == "bad"
+    assert _reading(0.1, 400, 10_000, 0, True, False, False) == "usable"
 
 
 def test_reading_of_few_draws():

@@ -61,12 +61,14 @@ class AutoMixed(StructuralGuide):
     .. math::
 
         \mathrm{logits\ of}\ d_i &= b_i + \kappa \sum_{j<i} W_{ij} f_j, \\
-        u_i &= m_i(\mathrm{own}) + s_i(\mathrm{own}) \, e_i, \\
-        e_i &\sim \mathrm{Normal}\Big( \kappa g_i \sum_j A_{ij} f_j + \kappa g_i \sum_{j<i} B_{ij} g_j e_j, \;
-               \exp t \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big).
+        u_i &\sim \mathrm{Normal}\Big( m_i(\mathrm{own}) + s_i(\mathrm{own}) \, \kappa g_i \sum_j A_{ij} f_j
+               + \sigma_i \, \kappa g_i \sum_{j<i} B_{ij} g_j e_j, \;
+               s_i(\mathrm{own}) \exp t \big( \kappa g_i \sum_j S_{ij} f_j \big) \Big), \\
+        e_j &= (u_j - m_j(\mathrm{own})) / \sigma_j.
 
-    (Derived in this project.) So A and B are in units of the guide's own scales: a site that narrows takes its
-    couplings along. The feature of a boolean is its value. The features of a finite support are the indicators of its
+    (Derived in this project.) A is in units of the guide's own scale: a site that narrows takes it along. B is in units
+    of the prior's scales :math:`\sigma`, as a narrow ridge would need a coupling without bound in units of its own
+    scales. The feature of a boolean is its value. The features of a finite support are the indicators of its
     values. A count k above its smallest value has four: k, centred and scaled by the prior's median and scale;
     log(1 + k), less that of the median; 1 / (1 + k); and an indicator of 0. The feature of a continuous element is
     :math:`g_j e_j`. Counts have a W for the logarithm of the scale, and one for the location, where 1 stands for a

@@ -61,6 +61,9 @@ class Statements(Protocol):
     def sample(self, name: str, fn: dist.Distribution) -> Array:
         """A draw."""
 
+    def constant(self, value: Array, event_dim: int) -> Array:
+        """A constant of full plates, as far as a call sees these."""
+
 
 class InGuide:
     """NumPyro's statements, in the plates of one call of a guide."""
@@ -83,6 +86,10 @@ class InGuide:
         """A draw."""
         return numpyro.sample(name, fn)
 
+    def constant(self, value: Array, event_dim: int) -> Array:
+        """A constant of full plates, for the subsample of this call."""
+        return numpyro.subsample(value, event_dim)
+
 
 class FromParams:
     """Draws at known parameters, of full plates; each site from a key of its own."""
@@ -101,6 +108,10 @@ class FromParams:
     def sample(self, name: str, fn: dist.Distribution) -> Array:
         """A draw."""
         return fn.sample(self._keys[name])
+
+    def constant(self, value: Array, event_dim: int) -> Array:
+        """A constant of full plates."""
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,25 +347,30 @@ class ContinuousSite(Site):
         elements = self.elements
         params = self._params(earlier)
         own_loc, own_log_scale, of_several = self._own_shifts(earlier)
-        if self.components is None:
-            loc, unit = params["loc"] + own_loc, params["scale"] * jnp.exp(own_log_scale)
-        else:
-            loc, unit = jnp.mean(self.centre), jnp.mean(self.unit)
+        # Continuous latents are coupled in units of the prior. In those of the guide's own scales, a narrow ridge would
+        # need a coupling without bound.
+        centre, unit = (earlier.statements.constant(x, self.event_dim) for x in (self.centre, self.unit))
+        own_scale = jnp.exp(own_log_scale)
+        loc = centre if self.components is not None else params["loc"] + own_loc
         gate = self._gate(earlier, params["loc"].shape[: len(self.full_shape)])
         discrete = [name for name in self.coupled if isinstance(earlier.sites[name], DiscreteSite)]
         continuous = [name for name in self.coupled if name not in discrete]
         of_loc, _ = earlier.shifts(self, "loc_weights", discrete, 1)
         of_scale, _ = earlier.shifts(self, "log_scale_weights", discrete, 1, largest=LARGEST)
         of_continuous, within = earlier.shifts(self, "couplings", continuous, 1, 1)
-        shift = self._sum({**of_loc, **of_continuous}, gate)
+        shift, in_units = self._sum(of_loc, gate), unit * self._sum(of_continuous, gate)
         spread = jnp.exp(saturated(of_several + self._sum(of_scale, gate)))
         if self.components is not None:
-            widths = params["scale"] * _last(jnp.exp(own_log_scale))
-            normal = dist.Normal(params["loc"] + _last(own_loc) + widths * _last(shift), widths * _last(spread))
+            widths = params["scale"] * _last(own_scale)
+            locs = params["loc"] + _last(own_loc + in_units) + widths * _last(shift)
+            normal = dist.Normal(locs, widths * _last(spread))
             fn: dist.Distribution = dist.MixtureSameFamily(dist.Categorical(logits=params["logits"]), normal)
         elif within is None:
-            fn = dist.Normal(loc + unit * shift, unit * spread)
+            scale = params["scale"] * own_scale
+            fn = dist.Normal(loc + scale * shift + in_units, scale * spread)
         else:
+            scale = params["scale"] * own_scale / unit
+            shift, spread = scale * shift + in_units / unit, scale * spread
             loc_of, unit_of, shift_of, spread_of, gate_of = (
                 elements.gather(jnp.broadcast_to(x, gate.shape)) for x in (loc, unit, shift, spread, gate)
             )

@@ -168,9 +168,14 @@ class SiteDensities:
         table = safe_table(partial(log_prob_of, is_table=True), untempered(site))
         return table if (time_dim := time_dim_of(site)) is None else in_turn(site, table, time_dim)
 
-    def of_guide(self, is_part: Callable[[dict], bool]) -> Levels[Density]:
-        """The log-density of the guide sites that ``is_part`` is true of, never scaled."""
-        return self._sum(filter(is_part, sample_sites(self.guide_trace)), self.of_guide_site)
+    def of_guide(
+        self, is_part: Callable[[dict], bool], log_prob: Callable[[dict], Array] | None = None
+    ) -> Levels[Density]:
+        """The log-density of the guide sites that ``is_part`` is true of, never scaled.
+
+        :param log_prob: of a site; defaults to :meth:`of_guide_site`.
+        """
+        return self._sum(filter(is_part, sample_sites(self.guide_trace)), log_prob or self.of_guide_site)
 
     def of_guide_rest(self, is_part: Callable[[dict], bool], guide_trace: Trace | None = None) -> Levels[Density]:
         """The other terms of the guide's log-density log q(z): :meth:`of_guide` of the same sites and this sum to it.

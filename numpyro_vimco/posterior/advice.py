@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Where "good" ends: an effective sample size relative to the draws, and the same for weights of infinite variance, of
 # a k of 0.5 or more. benchmarks/agreement.py sets the last two.
 HEAVY_TAIL, LOW_ESS, HEAVY_ESS = 0.5, 0.1, 0.25
+# "Bad" begins here where each start is off: then the pool alone is to be believed.
+LEAST_SHARE = 0.03
 # The same where k tells of a tail that smoothing does not cure.
 SEEN_ESS = 0.5
 # The largest standard error of a log evidence that is good, in nats.

@@ -52,7 +52,7 @@ from numpyro_vimco.objectives.plates import Structure
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.starts import automatic_guides
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites, support_of
 
 # The share of the draws that are defensive.
 SHARE = 0.1
@@ -215,15 +215,20 @@ class Defence:
     def densities(self, sites: SiteDensities) -> Levels:
         """Log-densities that :meth:`mixed` takes, of each level, at one guide."""
         is_of_block = partial(_is_among, {*self.blocks, *(x for block in self.blocks.values() for x in block.latents)})
-        rest, of_guide, of_model = sites.of_guide_rest(is_of_block), sites.of_guide(is_of_block), sites.of_model()
+        inside = partial(_inside, sites)
+        rest, of_guide, of_model = (
+            sites.of_guide_rest(is_of_block),
+            sites.of_guide(is_of_block, inside),
+            sites.of_model(),
+        )
         guide, model, element = {}, {}, {}
         one_of = {name for c in self.components if c.element for name in c.sites}
         for name, block in self.blocks.items():
-            guide[name] = sites.of_guide(partial(_is_among, {name, *block.latents})).shared
+            guide[name] = sites.of_guide(partial(_is_among, {name, *block.latents}), inside).shared
             of_latents = [sites.of_latent(latent) for latent in block.latents]
             model[name] = sum(sites.structure.sum_to_level(log_prob, None) for log_prob in of_latents)
             if name in one_of:
-                own = sites.of_guide_site(sites.guide_trace[name])
+                own = inside(sites.guide_trace[name])
                 element[name] = _with_one_of_model(of_latents[0], own, self.kept, sites.structure)
         local = {
             plate: {
@@ -250,6 +255,17 @@ class Defence:
 
 def _is_among(names: Collection[str], site: dict) -> bool:
     return site["name"] in names
+
+
+def _inside(sites: SiteDensities, site: dict) -> Array:
+    """Log-density of a site of the guide, -inf outside of its support, where distributions of NumPyro give NaN.
+
+    A value from the model may be there. It is asked of discrete sites only: a simplex, say, is one up to rounding.
+    """
+    log_prob, support = sites.of_guide_site(site), support_of(site["fn"])
+    if support is None or not support.is_discrete:
+        return log_prob
+    return jnp.where(support(site["value"]), log_prob, -jnp.inf)
 
 
 def find_defence(fit: Fitted, structure: Structure) -> Defence:

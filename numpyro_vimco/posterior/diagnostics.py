@@ -17,6 +17,7 @@ from numpyro_vimco.posterior.advice import (
     HEAVY_ESS,
     HEAVY_TAIL,
     LEAST_ESS,
+    LEAST_SHARE,
     LOW_ESS,
     SEEN_ESS,
     about_lost_humps,
@@ -60,7 +61,7 @@ class ImportanceDiagnostics:
 
         - ``"bad"``: a proof of a loss; a start with more evidence than the pool, for certain; an ESS of less than a
           quarter of the draws where it is below 100, or where k is min(1 - 1 / log10(draws), 0.7) or more (Vehtari et
-          al. 2024); or an ESS of less than a tenth of the draws where each start is off.
+          al. 2024); or an ESS of less than 3% of the draws where each start is off.
         - ``"good"``, if not bad, and the ESS is 100 or more: there are two starts or more, three quarters of them
           agree, the others are stuck in less than a hundredth of the evidence, and the ESS is a tenth of the draws or
           more; a quarter where k is 0.5 or more, and half where k is 0.7 or more. The standard error of the log
@@ -234,7 +235,7 @@ def _reading(
     # The heavier the tail, the more the seen draws must hold: see `importance_diagnostics`.
     share, scarce = ess / num_samples, ess < LEAST_ESS
     heavy = k >= min(1 - 1 / np.log10(num_samples), 0.7)
-    few = share < (HEAVY_ESS if heavy or scarce else LOW_ESS if all_off else 0)
+    few = share < (HEAVY_ESS if heavy or scarce else LEAST_SHARE if all_off else 0)
     if wrong_for_certain or few:
         return "bad"
     needed = SEEN_ESS if heavy else HEAVY_ESS if k >= HEAVY_TAIL else LOW_ESS
