@@ -481,11 +481,10 @@ def test_largest_sum_of_a_stretch():
         (0.3, 0.2, 1, True, "bad"),
         (0.3, 0.05, 1, False, "usable"),
         (0.3, 0.005, 1, False, "bad"),
-        # The more of the weight is seen, the less a heavy tail counts.
-        (0.9, 0.5, 0.75, False, "good"),
+        # A quarter of the draws counts for more than a tail that is extrapolated, if all starts agree.
+        (0.9, 0.5, 0.75, False, "usable"),
         (0.9, 0.5, 0, False, "usable"),
-        (0.9, 0.49, 1, False, "usable"),
-        (0.9, 0.25, 1, False, "usable"),
+        (0.9, 0.25, 1, False, "good"),
         (0.9, 0.24, 1, False, "bad"),
         (0.49, 0.1, 1, False, "good"),
         (0.51, 0.24, 1, False, "usable"),

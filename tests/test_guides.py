@@ -507,7 +507,7 @@ def test_mixture_of_iris_with_local_particles():
 
     def fit(objective, *args):
         start = init_to_value(values={"mean": jnp.array([2.0, 4.0])})
-        guide = AutoMixed(model, structure="mean_field", init_loc_fn=start)  # its locations are means
+        guide = AutoMixed(model, structure="mean_field", init_loc_fn=start, init_scale=0.05)  # its locations are means
         svi = SVI(model, guide, optax.adam(optax.cosine_decay_schedule(0.05, 1000)), objective)
         params = svi.run(random.key(0), 1000, *args, progress_bar=False).params
         loss = jax.jit(jax.vmap(lambda key: objective.loss(key, params, model, guide, *args)))

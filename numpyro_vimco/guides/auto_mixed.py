@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
+from typing import Any
 import warnings
 
 import jax
@@ -37,7 +38,7 @@ from numpyro_vimco.guides.point_masses import check_no_point_mass
 from numpyro_vimco.guides.private import set_up, unconstrained_event_dim
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.guides.structured import ContinuousSite, Sampler, Samples, Site
-from numpyro_vimco.guides.units import location_and_scale, prior_draws
+from numpyro_vimco.guides.units import concrete, location_and_scale, prior_draws
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, is_latent_site
 
@@ -258,14 +259,15 @@ class AutoMixed(StructuralGuide):
             warnings.warn(f"structure='conditional' changes nothing: {why}. Leave it out.", stacklevel=2)
             self._sites = []
 
-    def _units(self, names: Iterable[str], *args, **kwargs) -> dict[str, tuple[Array, Array]]:
+    def _units(self, names: Iterable[str], *args, **kwargs) -> dict[str, tuple[Any, Any]]:
         """Location and scale of the prior of continuous sites, in unconstrained space and for full plates."""
         units = {}
         for name, draws in prior_draws(self.model, args, kwargs, names).items():
             site = self.prototype_trace[name]
             location, scale = location_and_scale(jax.vmap(biject_to(site["fn"].support).inv)(draws))
             event_dim = unconstrained_event_dim(self._parts[-1], name)
-            units[name] = self._full_size(site, location, event_dim), self._full_size(site, scale, event_dim)
+            location, scale = (self._full_size(site, x, event_dim) for x in (location, scale))
+            units[name] = concrete(location), concrete(scale)
         return units
 
     def _components(self, names: Iterable[str], units: Mapping[str, tuple[Array, Array]]) -> dict[str, Components]:

@@ -22,7 +22,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_vimco.guides.components import Components, components_of_prior, spread_components
 from numpyro_vimco.guides.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, IntervalCategorical
-from numpyro_vimco.guides.units import PositiveInUnits
+from numpyro_vimco.guides.units import PositiveInUnits, concrete
 from numpyro_vimco.sites import unwrapped
 
 # At the start: the probability that is spread evenly over a finite support, the standard deviation of moves in
@@ -173,8 +173,10 @@ class Count:
         return {"loc": self.loc if given is None else jnp.maximum(given - self.low, 0.5), "scale": self.scale}
 
     def constraints(self, start, stem):
-        unit = _relative(**start)
-        return {"loc": PositiveInUnits(jnp.log(start["loc"]), unit, f"{stem}_scale"), "scale": constraints.positive}
+        loc, scale = concrete(start["loc"]), concrete(start["scale"])
+        unit = _relative(loc, scale)
+        log = np.log if isinstance(loc, np.ndarray) else jnp.log
+        return {"loc": PositiveInUnits(log(loc), unit, f"{stem}_scale"), "scale": constraints.positive}
 
     def distribution(self, loc, scale):
         return DiscretizedLogistic(self.low + loc, scale, self.low)
@@ -302,7 +304,8 @@ def _relative(loc: Array, scale: Array) -> Array:
 
     By a share of itself, a large count would leave what the data allow.
     """
-    return jnp.minimum(scale / loc, 1)
+    minimum = np.minimum if isinstance(loc, np.ndarray) and isinstance(scale, np.ndarray) else jnp.minimum
+    return minimum(scale / loc, 1)
 
 
 def jitter(start: Array, constraint: constraints.Constraint, rng_key: Array) -> Array:

@@ -106,6 +106,14 @@ def _(constraint: RealInUnits) -> Transform:
     return constraint.transform()
 
 
+def concrete(x: Array) -> Array | np.ndarray:
+    """An array of NumPy, unless JAX traces it: what is computed from it in a call that is traced is then no tracer.
+
+    Constraints outlive such a call, in ``svi.constrain_fn``.
+    """
+    return x if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
 def units_of(guide_trace: Mapping[str, dict]) -> dict[str, RealInUnits]:
     """The units of a guide's parameters that have one, by name."""
     found = {name: site["kwargs"].get("constraint") for name, site in guide_trace.items() if site["type"] == "param"}

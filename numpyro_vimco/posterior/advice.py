@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 HEAVY_TAIL, LOW_ESS, HEAVY_ESS = 0.5, 0.1, 0.25
 # "Bad" begins here where each start is off: then the pool alone is to be believed.
 LEAST_SHARE = 0.03
-# The same where k tells of a tail that smoothing does not cure.
-SEEN_ESS = 0.5
 # The largest standard error of a log evidence that is good, in nats.
 MOST_ERROR = 0.1
 FEW_STATES = 8  # of a site that can be summed out

@@ -273,7 +273,8 @@ def find_defence(fit: Fitted, structure: Structure) -> Defence:
 
     :param structure: of its program.
     """
-    guide_trace, blocks = _guide_trace(fit), blocks_of(fit)
+    guide_trace = _guide_trace(fit)
+    blocks = _blocks(fit, guide_trace)
     drawable = _drawable(fit)
     local = {}
     for plate in fit.plate_particles:
@@ -294,7 +295,10 @@ def _guide_trace(fit: Fitted) -> Trace:
 
 def blocks_of(fit: Fitted) -> dict[str, Block]:
     """The blocks of a guide that have a density, by site, in its order."""
-    guide_trace = _guide_trace(fit)
+    return _blocks(fit, _guide_trace(fit))
+
+
+def _blocks(fit: Fitted, guide_trace: Trace) -> dict[str, Block]:
     joint = {
         f"_{part.prefix}_latent": part for part in automatic_guides(fit.svi.guide) if isinstance(part, AutoContinuous)
     }

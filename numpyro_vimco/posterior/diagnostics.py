@@ -19,7 +19,6 @@ from numpyro_vimco.posterior.advice import (
     LEAST_ESS,
     LEAST_SHARE,
     LOW_ESS,
-    SEEN_ESS,
     about_lost_humps,
     advise,
     find_doubts,
@@ -64,7 +63,7 @@ class ImportanceDiagnostics:
           al. 2024); or an ESS of less than 3% of the draws where each start is off.
         - ``"good"``, if not bad, and the ESS is 100 or more: there are two starts or more, three quarters of them
           agree, the others are stuck in less than a hundredth of the evidence, and the ESS is a tenth of the draws or
-          more; a quarter where k is 0.5 or more, and half where k is 0.7 or more. The standard error of the log
+          more; a quarter where k is 0.5 or more, and there all starts agree where "bad" begins by k. The standard error of the log
           evidence is at most 0.1 nats. Every latent is defended, and the guides propose four fifths of what the
           defended draws found. The pool has no more evidence than each start, beyond errors. And no two elements of a
           plate or of an event were found that the posterior has in both orders, and the draws in one
@@ -155,8 +154,8 @@ def importance_diagnostics(
     (Vehtari et al. 2024): where starts agree, it is no reason for less than "good" if the ESS is a quarter of the draws
     (a limit found by ``benchmarks/agreement.py``). Above, k tells from the largest weights of one set of draws that
     *unseen* ones may be so large that they would move its estimates. Defended weights are bounded where one latent
-    alone makes them large. So the more of the draws' weight is seen, the less k counts: a quarter of the draws is
-    "usable", and half of them, where starts agree, "good".
+    alone makes them large. So an ESS of a quarter of the draws counts for more than a tail that is
+    extrapolated: it is "usable", and "good" if all starts agree.
 
     Draws are not kept: memory is that of ``3 √num_samples`` weights for each element of plates that are common to all
     sites, beside that of a few draws of the model; with several starts, that of a few sums for each element of each
@@ -238,5 +237,6 @@ def _reading(
     few = share < (HEAVY_ESS if heavy or scarce else LEAST_SHARE if all_off else 0)
     if wrong_for_certain or few:
         return "bad"
-    needed = SEEN_ESS if heavy else HEAVY_ESS if k >= HEAVY_TAIL else LOW_ESS
-    return "good" if agreeing >= MOST and share >= needed and not scarce and not doubtful else "usable"
+    needed = HEAVY_ESS if k >= HEAVY_TAIL else LOW_ESS
+    agree = agreeing >= (1 if heavy else MOST)
+    return "good" if agree and share >= needed and not scarce and not doubtful else "usable"
