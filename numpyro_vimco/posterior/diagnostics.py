@@ -63,10 +63,10 @@ class ImportanceDiagnostics:
           al. 2024); or an ESS of less than 3% of the draws where each start is off.
         - ``"good"``, if not bad, and the ESS is 100 or more: there are two starts or more, three quarters of them
           agree, the others are stuck in less than a hundredth of the evidence, and the ESS is a tenth of the draws or
-          more; a quarter where k is 0.5 or more, and there all starts agree where "bad" begins by k. The standard error of the log
-          evidence is at most 0.1 nats. Every latent is defended, and the guides propose four fifths of what the
-          defended draws found. The pool has no more evidence than each start, beyond errors. And no two elements of a
-          plate or of an event were found that the posterior has in both orders, and the draws in one
+          more. From a k of 0.5 on the ESS is a quarter of the draws, and from 0.7 on all starts agree. The standard
+          error of the log evidence is at most 0.1 nats. Every latent is defended, and the guides propose four fifths of
+          what the defended draws found. The pool has no more evidence than each start, beyond errors. And no two
+          elements of a plate or of an event were found that the posterior has in both orders, and the draws in one
           (``posterior/exchange`` says what is tried).
         - ``"usable"``: neither of these. It is the best reading for a single fit, or for starts that disagree.
 
