@@ -399,6 +399,7 @@ def test_a_scale_does_not_grow_without_bound_with_a_count():
     params = svi.get_params(state)
     params |= {
         "total_auto_loc": jnp.array(400.0),
+        "shares_auto_scale": jnp.full_like(params["shares_auto_scale"], 0.1),
         "shares_auto_log_scale_total": params["shares_auto_log_scale_total"].at[:, 0].set(1.0),
     }
     draws = guide.sample_posterior(random.key(1), params, sample_shape=(2000,))
