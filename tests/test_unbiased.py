@@ -113,7 +113,7 @@ def auxiliary_site():
     def model():
         z = bernoulli("z", numpyro.param("prior", 0.3))
         numpyro.sample("x", dist.Normal(numpyro.param("effect", 1.5) * z, 1.0), obs=X[0])
-        bernoulli("u", numpyro.param("reverse", 0.8) * z)  # what the guide draws before z, given z
+        bernoulli("u", numpyro.param("reverse", 0.8) * (z - 0.3))  # what the guide draws before z, given z
 
     def guide():
         u = bernoulli("u", numpyro.param("u_logits", 0.5))
