@@ -11,6 +11,7 @@ A private part of NumPyro's distributions is read, in :func:`mask_of` only; it w
 is admitted, and in 0.22.
 """
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -63,6 +64,15 @@ def states(fn: dist.Distribution) -> np.ndarray:
             return np.ravel(fn.enumerate_support(expand=False))
     except (NotImplementedError, jax.errors.JAXTypeError):
         return np.empty(0)
+
+
+def can(method: Callable, argument: Array) -> bool:
+    """Whether a distribution has a method: an improper prior cannot be sampled, nor some flows be inverted."""
+    try:
+        jax.eval_shape(method, argument)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def log_prob_at_value(site: dict) -> Array:

@@ -27,6 +27,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
 from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import can
 
 # Draws of the prior: so many, and fewer where all of a draw's elements would be more than the second number.
 PRIOR_DRAWS, PRIOR_SIZE = 200, 2**22
@@ -142,9 +143,7 @@ class FromPrior(Messenger):
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None:
-            try:
-                jax.eval_shape(msg["fn"].sample, jax.random.key(0))
-            except NotImplementedError:
+            if not can(msg["fn"].sample, jax.random.key(0)):
                 msg["value"] = init_to_uniform(msg)
 
 

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 from jax import random
 from jax.nn import logsumexp
 import jax.numpy as jnp
@@ -52,7 +51,7 @@ from numpyro_vimco.objectives.plates import Structure
 from numpyro_vimco.posterior.fitted import Fitted
 from numpyro_vimco.posterior.starts import automatic_guides
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites, support_of
+from numpyro_vimco.sites import Trace, can, is_delta, is_latent_site, sample_sites, support_of
 
 # The share of the draws that are defensive.
 SHARE = 0.1
@@ -305,7 +304,7 @@ def _blocks(fit: Fitted, guide_trace: Trace) -> dict[str, Block]:
     blocks = {}
     for site in filter(is_latent_site, sample_sites(guide_trace)):
         name = site["name"]
-        if is_delta(site) or not _can(site["fn"].log_prob, site["value"]):
+        if is_delta(site) or not can(site["fn"].log_prob, site["value"]):
             continue
         if name in fit.model_trace:
             blocks[name] = Block((name,))
@@ -327,18 +326,9 @@ def _drawable(fit: Fitted) -> dict[str, set[str]]:
     found = {}
     for name, site in fit.latents().items():
         parents = graph.factors[name] - {name}
-        if parents <= fit.sampled and not is_delta(site) and _can(site["fn"].sample, random.key(0)):
+        if parents <= fit.sampled and not is_delta(site) and can(site["fn"].sample, random.key(0)):
             found[name] = parents
     return found
-
-
-def _can(method: Callable, argument: Array) -> bool:
-    """Whether a distribution has a method: an improper prior cannot be sampled, nor some flows be inverted."""
-    try:
-        jax.eval_shape(method, argument)
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _components(
