@@ -23,7 +23,7 @@ class RenewedUnits:
     multiplied by r. So it is the inner optimiser in a unit that is renewed at each step; its moments stay as they are,
     since the gradient in the guide's own unit keeps its size while the guide narrows.
 
-    :param inner: an optimiser whose state holds the parameters themselves (:func:`holds_parameters`).
+    :param inner: an optimiser whose state holds the parameters themselves, so that they can be replaced there.
     :param units: of the locations.
     :param constrain: from unconstrained to constrained parameters.
     """
