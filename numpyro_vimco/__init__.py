@@ -10,7 +10,7 @@ import jaxlib
 
 from numpyro_vimco.guides import AutoDiscrete, AutoMixed
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
-from numpyro_vimco.posterior import compare_objectives, fit, gradient_snr, importance_diagnostics, plots, to_arviz
+from numpyro_vimco.posterior import Posterior, fit, plots
 
 __version__ = "0.2.0"
 
@@ -20,14 +20,11 @@ __all__ = [
     "AutoDiscrete",
     "AutoMixed",
     "ImportanceWeightedELBO",
+    "Posterior",
     "ReweightedWakeSleep",
     "VIMCOStar",
-    "compare_objectives",
     "fit",
-    "gradient_snr",
-    "importance_diagnostics",
     "plots",
-    "to_arviz",
 ]
 
 if jaxlib.__version__ == "0.10.2" and "xla_cpu_experimental_ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):

@@ -22,9 +22,9 @@ from numpyro.infer import SVI
 import optax
 
 from numpyro_vimco import VIMCOStar, fit
-from numpyro_vimco.posterior.annealing import geometric
-from numpyro_vimco.posterior.steps import Steps
-from numpyro_vimco.programs import compiled
+from numpyro_vimco.fitting.tempering import geometric
+from numpyro_vimco.fitting.steps import Steps
+from numpyro_vimco.compilation import compiled
 
 assert len(jax.devices()) == 2
 SPREAD = NamedSharding(Mesh(np.array(jax.devices()), ("starts",)), PartitionSpec("starts"))

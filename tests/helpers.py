@@ -17,7 +17,7 @@ from numpyro.infer.util import log_density
 import pytest
 
 from numpyro_vimco import REINFORCE, VIMCO, VIMCOStar
-from numpyro_vimco.posterior.results import FitResult, FitState
+from numpyro_vimco.fitting.state import FitResult, FitState
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

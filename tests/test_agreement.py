@@ -27,11 +27,11 @@ from numpyro_vimco import (
     plots,
     to_arviz,
 )
-from numpyro_vimco.posterior.agreement import compare, share_that_agrees
-from numpyro_vimco.posterior.diagnostics import _reading
-from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.moments import Moments
-from numpyro_vimco.posterior.past import _largest_sum, earlier_bounds
+from numpyro_vimco.diagnostics.agreement import compare, share_that_agrees
+from numpyro_vimco.diagnostics.verdict import _reading
+from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco.draws.moments import Moments
+from numpyro_vimco.diagnostics.earlier_bounds import _largest_sum, earlier_bounds
 
 matplotlib.use("agg")
 

@@ -15,8 +15,8 @@ import optax
 import pytest
 
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, programs, to_arviz
-from numpyro_vimco.posterior.chunks import in_chunks
-from numpyro_vimco.programs import compiled
+from numpyro_vimco.draws.chunks import in_chunks
+from numpyro_vimco.compilation import compiled
 
 
 @pytest.fixture

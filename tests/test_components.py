@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from numpyro_vimco import AutoDiscrete, AutoMixed
-from numpyro_vimco.guides.distributions import DiscretizedLogistic, DiscretizedLogisticMixture
+from numpyro_vimco.families.distributions import DiscretizedLogistic, DiscretizedLogisticMixture
 
 HUMPS = dist.MixtureSameFamily(dist.Categorical(jnp.array([0.2, 0.8])), dist.Normal(jnp.array([-5.0, 6.0]), 0.5))
 GENERAL = dist.MixtureGeneral(

@@ -23,8 +23,8 @@ from scipy.stats import binom, norm, poisson
 
 from helpers import of_two_lengths
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
-from numpyro_vimco.objectives.levels import Levels
-from numpyro_vimco.posterior.annealing import Annealed
+from numpyro_vimco.densities.levels import Levels
+from numpyro_vimco.fitting.tempering import Annealed
 
 X = jnp.array([0.5, -1.0, 2.0])
 XX = jnp.array([[0.5, -1.0, 2.0], [1.5, 0.0, -0.5]])

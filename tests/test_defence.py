@@ -15,12 +15,12 @@ import pytest
 
 from helpers import fit_result
 from numpyro_vimco import AutoMixed, VIMCOStar, importance_diagnostics
-from numpyro_vimco.objectives.levels import Levels
-from numpyro_vimco.posterior import defence
-from numpyro_vimco.posterior.defence import SHARE, find_defence
-from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.pooling import Mixture, pooled, propose_pooled
-from numpyro_vimco.posterior.proposals import program_of, structure_of
+from numpyro_vimco.densities.levels import Levels
+from numpyro_vimco.draws import defence
+from numpyro_vimco.draws.defence import SHARE, find_defence
+from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco.draws.pooling import Mixture, pooled, propose_pooled
+from numpyro_vimco.draws.proposals import program_of, structure_of
 
 DRAWS = 40_000
 

@@ -30,8 +30,8 @@ from numpyro_vimco import (
     plots,
 )
 from numpyro_vimco.posterior import chunks, defence
-from numpyro_vimco.posterior.diagnostics import _reading
-from numpyro_vimco.posterior.weights import WeightStream, pareto_smooth
+from numpyro_vimco.diagnostics.verdict import _reading
+from numpyro_vimco.draws.weights import WeightStream, pareto_smooth
 
 matplotlib.use("agg")
 X = jnp.array([0.5, 1.0, -1.0])

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, to_arviz
-from numpyro_vimco.independence import splits
+from numpyro_vimco.checks.independence import splits
 from numpyro_vimco.posterior import steps
 
 Y = jnp.array([0.2, 0.9, 6.0, 1.8, 2.5])

@@ -20,7 +20,7 @@ import pytest
 
 from helpers import UNBIASED, Program, exact_bound, expected_estimate, of_two_lengths, product_of
 from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar, fit
-from numpyro_vimco.posterior.annealing import Annealed
+from numpyro_vimco.fitting.tempering import Annealed
 
 MARK = {"enumerate": "parallel"}
 X = np.array([0.3, 2.1, -0.7, -0.2, 1.4])

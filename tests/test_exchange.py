@@ -17,10 +17,10 @@ from scipy.stats import norm
 
 from helpers import fit_result
 from numpyro_vimco import VIMCOStar, importance_diagnostics
-from numpyro_vimco.posterior import defence
-from numpyro_vimco.posterior.exchange import find_lost_order
-from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.moments import Moments
+from numpyro_vimco.draws import defence
+from numpyro_vimco.diagnostics.label_switching import find_lost_order
+from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco.draws.moments import Moments
 
 PRIOR, NOISE = 10.0, 0.5
 DATA = jnp.array([-3.0, 1.0, 4.0])

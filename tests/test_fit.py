@@ -39,10 +39,10 @@ import pytest
 from helpers import Program, exact_bound, expected_estimate, initial_params, of_two_lengths, product_of
 from numpyro_vimco import AutoDiscrete, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
 from numpyro_vimco.posterior import starts, steps
-from numpyro_vimco.posterior.annealing import FIRST_POWER, Annealed
-from numpyro_vimco.posterior.results import FitState
-from numpyro_vimco.posterior.starts import automatic_guides, initial_states
-from numpyro_vimco.programs import compiled
+from numpyro_vimco.fitting.tempering import FIRST_POWER, Annealed
+from numpyro_vimco.fitting.state import FitState
+from numpyro_vimco.fitting.starts import automatic_guides, initial_states
+from numpyro_vimco.compilation import compiled
 
 HERE = Path(__file__).parent
 quietly = partial(fit, progress_bar=False)

@@ -24,8 +24,8 @@ from sklearn.datasets import load_diabetes
 from helpers import arviz_psislw, load_example, of_two_lengths, pointwise_loo
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, __version__, importance_diagnostics, to_arviz
 from numpyro_vimco.posterior import log_likelihoods, proposals
-from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.weights import pareto_smooth, resample
+from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco.draws.weights import pareto_smooth, resample
 
 matplotlib.use("agg")
 X = jnp.array([0.3, 2.1, 1.7, -0.2])

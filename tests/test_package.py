@@ -47,7 +47,7 @@ EXPECTED = [
     'note: Revealed type is "float"',
     'note: Revealed type is "dict[int, float]"',
     'note: Revealed type is "float | numpy.ndarray[',
-    "numpyro_vimco.posterior.gradient_noise.GradientStatistics",
+    "numpyro_vimco.diagnostics.gradient_noise.GradientStatistics",
     'note: Revealed type is "xarray.core.dataset.Dataset"',
     'note: Revealed type is "str"',
     'note: Revealed type is "numpyro_vimco.objectives.elbo.VIMCOStar"',

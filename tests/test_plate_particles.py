@@ -18,7 +18,7 @@ import pytest
 from helpers import ScoreNormal, initial_params, of_two_lengths
 from numpyro_vimco import VIMCOStar
 from numpyro_vimco.control_variates import local_vimco_star_signal, log_one_minus_share, normalized_weights
-from numpyro_vimco.objectives.plates import plate_structure
+from numpyro_vimco.densities.plates import plate_structure
 
 X = np.array([0.7, -1.2])
 Y = np.array([0.4, -0.3])

@@ -18,12 +18,12 @@ import pytest
 
 from helpers import fit_result
 from numpyro_vimco import AutoMixed, VIMCOStar
-from numpyro_vimco.objectives.levels import Levels
-from numpyro_vimco.posterior.defence import find_defence
-from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.pooling import Mixture, log_ratio, pooled, propose_pooled
-from numpyro_vimco.posterior.proposals import program_of, structure_of
-from numpyro_vimco.posterior.starts import initial_states
+from numpyro_vimco.densities.levels import Levels
+from numpyro_vimco.draws.defence import find_defence
+from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco.draws.pooling import Mixture, log_ratio, pooled, propose_pooled
+from numpyro_vimco.draws.proposals import program_of, structure_of
+from numpyro_vimco.fitting.starts import initial_states
 
 X = np.array([0.7, -1.2])
 

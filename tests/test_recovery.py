@@ -14,9 +14,9 @@ import pytest
 import xarray as xr
 
 from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics
-from numpyro_vimco.posterior.agreement import contradictions
-from numpyro_vimco.posterior.proposals import Draw
-from numpyro_vimco.posterior.recovery import lost_share
+from numpyro_vimco.diagnostics.agreement import contradictions
+from numpyro_vimco.draws.proposals import Draw
+from numpyro_vimco.fitting.recovery import lost_share
 
 
 def two_humps(x=None):

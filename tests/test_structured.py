@@ -20,7 +20,7 @@ from scipy.stats import poisson
 
 from helpers import of_two_lengths
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit, importance_diagnostics
-from numpyro_vimco.guides.distributions import InsideSimplex
+from numpyro_vimco.families.distributions import InsideSimplex
 
 STRUCTURED = partial(AutoMixed, structure="autoregressive")
 DISCRETE = partial(AutoDiscrete, structure="autoregressive")
@@ -136,7 +136,7 @@ def test_continuous_density_and_sampler_agree(rank, x64):
 
 def test_continuous_draw_solves_what_its_density_says():
     """Noise that a draw is made of is what the density sees again."""
-    from numpyro_vimco.guides.autoregressive import AutoregressiveNormal, Elements, FullCoupling, LowRankCoupling
+    from numpyro_vimco.families.autoregressive import AutoregressiveNormal, Elements, FullCoupling, LowRankCoupling
 
     loc, scale, gate, shift, unit = (random.normal(random.key(i), (3, 5)) for i in (0, 1, 2, 7, 8))
     scale, unit, gate = jnp.exp(scale), jnp.exp(unit), (gate > 0).astype(float)

@@ -17,7 +17,7 @@ import pytest
 
 from helpers import of_two_lengths
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
-from numpyro_vimco.posterior.summed import draw_at
+from numpyro_vimco.export.summed import draw_at
 from test_enumeration import CASES, LENGTHS, MARK, SEQUENCES, X, bernoulli, forward, initial, normal
 
 MEANS, LEVEL = {"means": jnp.array([-0.4, 1.3])}, {"level": jnp.array(0.7)}

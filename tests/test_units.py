@@ -16,9 +16,9 @@ import optax
 import pytest
 
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit
-from numpyro_vimco.guides.units import PositiveInUnits, RealInUnits, location_and_scale, prior_draws
-from numpyro_vimco.posterior.annealing import FIRST_POWER, LOWEST, first_power
-from numpyro_vimco.posterior.renewing import RenewedUnits, with_params
+from numpyro_vimco.families.units import PositiveInUnits, RealInUnits, location_and_scale, prior_draws
+from numpyro_vimco.fitting.tempering import FIRST_POWER, LOWEST, first_power
+from numpyro_vimco.fitting.renewing import RenewedUnits, with_params
 
 
 def switch(x, unit):

@@ -13,9 +13,9 @@ from benchmarks.posteriors.measuring import Clock, Mapped, Quantities, forget_co
 from benchmarks.posteriors.results import in_one_sentence
 from benchmarks.posteriors.summed_out import summed_out
 from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit
-from numpyro_vimco.posterior.fitted import Fitted
-from numpyro_vimco.posterior.inference_data import _weighed
-from numpyro_vimco.posterior.proposals import Draw, program_of
+from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco.export.inference_data import _weighed
+from numpyro_vimco.draws.proposals import Draw, program_of
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0)
 STARTS, STEPS, PROPOSALS, CHUNK = 3, 2000, 20_000, 500

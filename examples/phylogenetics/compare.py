@@ -17,7 +17,7 @@ from numpyro.infer.svi import SVIRunResult
 import pandas as pd
 
 from numpyro_vimco import VIMCO, ReweightedWakeSleep, VIMCOStar, gradient_snr, importance_diagnostics
-from numpyro_vimco.posterior.gradient_noise import GradientStatistics
+from numpyro_vimco.diagnostics.gradient_noise import GradientStatistics
 
 from . import run
 from .alignment import Alignment, read_alignment

@@ -5,11 +5,9 @@
 
 In: a model. Out: a guide with parameters for all of its latents, or for the discrete ones; no estimator is known here.
 Open `auto_mixed` for the guide of all latents and the formulas, `auto_discrete` for that of discrete ones, `structured`
-for how sites are drawn one after the other, `autoregressive` for the distributions of one site, `couplings` for which
-latents the model couples, `plan` for the order of sites and their parents, `families` for which distribution a support
-gets and where it begins, `distributions` for the integer distributions themselves, `units` for the units of locations,
-`components` for mixtures, `supports` and `point_masses` for priors that are refused, `options` for checks of arguments,
-`structural` for the guides' common base class, and `private` for the private parts of NumPyro's guides.
+for how sites are drawn one after the other, `plan` for the order of sites and their parents, `structural` for the
+guides' common base class, `point_masses` for priors that are refused, `options` for checks of arguments, `automatic` for
+how automatic guides are found in a guide by hand, and `private` for the private parts of NumPyro's guides.
 """
 
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete

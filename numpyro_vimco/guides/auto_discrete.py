@@ -14,7 +14,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute
 from numpyro.infer import init_to_median
 
-from numpyro_vimco.guides.families import Family, bounds_error, family_of, has_common_bounds
+from numpyro_vimco.families.families import Family, bounds_error, family_of, has_common_bounds
 from numpyro_vimco.guides.options import check_couplings, check_num_components, check_structure
 from numpyro_vimco.guides.plan import discrete_sites
 from numpyro_vimco.guides.structural import StructuralGuide

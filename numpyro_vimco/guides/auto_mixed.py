@@ -25,8 +25,9 @@ from numpyro.infer.autoguide import (
 )
 
 from numpyro_vimco.control_flow import Given
+from numpyro_vimco.families.components import Components, components_of_prior, spread_components
+from numpyro_vimco.families.units import concrete, location_and_scale, prior_draws
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
-from numpyro_vimco.guides.components import Components, components_of_prior, spread_components
 from numpyro_vimco.guides.options import (
     check_couplings,
     check_init_scale,
@@ -38,7 +39,6 @@ from numpyro_vimco.guides.point_masses import check_no_point_mass
 from numpyro_vimco.guides.private import set_up, unconstrained_event_dim
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.guides.structured import ContinuousSite, Sampler, Samples, Site
-from numpyro_vimco.guides.units import concrete, location_and_scale, prior_draws
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, is_latent_site
 

@@ -12,10 +12,10 @@ from jaxtyping import Array
 import numpy as np
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_vimco.guides.autoregressive import Elements
-from numpyro_vimco.guides.components import Components
-from numpyro_vimco.guides.couplings import Graph
-from numpyro_vimco.guides.families import Boolean, Family, Interval, has_common_bounds
+from numpyro_vimco.families.autoregressive import Elements
+from numpyro_vimco.families.components import Components
+from numpyro_vimco.families.couplings import Graph
+from numpyro_vimco.families.families import Boolean, Family, Interval, has_common_bounds
 from numpyro_vimco.guides.private import init_locs, init_scale, unconstrained_event_dim
 from numpyro_vimco.guides.structured import ContinuousSite, DiscreteSite, Samples, Site
 from numpyro_vimco.sites import Trace, is_latent_site

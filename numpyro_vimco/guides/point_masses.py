@@ -5,7 +5,7 @@
 
 import numpyro.distributions as dist
 
-from numpyro_vimco.guides.supports import parts
+from numpyro_vimco.families.supports import parts
 
 # A hurdle distribution with a continuous base has a mass at 0; NumPyro has it since 0.22. Its zero-inflated
 # distributions are discrete.

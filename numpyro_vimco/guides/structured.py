@@ -25,7 +25,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import StickBreakingTransform, Transform
 
-from numpyro_vimco.guides.autoregressive import (
+from numpyro_vimco.families.autoregressive import (
     AutoregressiveDiscrete,
     AutoregressiveNormal,
     Coupling,
@@ -33,10 +33,10 @@ from numpyro_vimco.guides.autoregressive import (
     FullCoupling,
     LowRankCoupling,
 )
-from numpyro_vimco.guides.components import Components
-from numpyro_vimco.guides.distributions import InsideSimplex
-from numpyro_vimco.guides.families import Count, CountMixture, Family, jitter
-from numpyro_vimco.guides.units import RealInUnits
+from numpyro_vimco.families.components import Components
+from numpyro_vimco.families.distributions import InsideSimplex
+from numpyro_vimco.families.families import Count, CountMixture, Family, jitter
+from numpyro_vimco.families.units import RealInUnits
 
 Samples = dict[str, Array]
 

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float
 from numpyro.infer.elbo import ELBO
 
 from numpyro_vimco.arguments import check_key
+from numpyro_vimco.checks.supports_and_plates import check_chunk_size, check_particles, check_sharding, delta_error
+from numpyro_vimco.densities.densities import Densities
+from numpyro_vimco.densities.program import Program
 from numpyro_vimco.objectives import control_variates, gradients
-from numpyro_vimco.objectives.checks import check_chunk_size, check_particles, check_sharding, delta_error
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
-from numpyro_vimco.objectives.densities import Densities
-from numpyro_vimco.objectives.elements import check_values
+from numpyro_vimco.objectives.elements import value_checks
 from numpyro_vimco.objectives.gradients import Weights
-from numpyro_vimco.objectives.program import Program
 from numpyro_vimco.randomness import SeedPlates, split
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
 
@@ -179,8 +179,8 @@ class ImportanceWeightedELBO(ELBO):
             # In a fit parameters are traced: the check is then at those that the program itself begins with.
             with jax.ensure_compile_time_eval():
                 untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
-                check_values(untraced, kinds, {} if _has_tracers(param_map) else param_map)
-        self._check(program, param_map, rng_key)
+                value_checks(untraced, kinds)({} if _has_tracers(param_map) else param_map)
+        self.check_program(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)
         evaluate = partial(gradients.one_pass, program, self.vectorize_particles_fn, self._cotangents)
@@ -198,8 +198,8 @@ class ImportanceWeightedELBO(ELBO):
         traced by JAX. The parameters are those of :meth:`loss`, without a key.
         """
         program = self.program(model, guide, args, kwargs, jax.random.key(0))
-        check_values(program, program.kinds(param_map, jax.random.key(0)), param_map)
-        self._check(program, param_map, jax.random.key(0))
+        value_checks(program, program.kinds(param_map, jax.random.key(0)))(param_map)
+        self.check_program(program, param_map, jax.random.key(0))
 
     def program(self, model: Callable, guide: Callable, args: tuple, kwargs: dict, plate_key: Array) -> Program:
         """
@@ -219,7 +219,7 @@ class ImportanceWeightedELBO(ELBO):
             linear=self.alpha == 1,
         )
 
-    def _check(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
+    def check_program(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
         """Raise for programs that this estimator cannot fit; a subclass may have such."""
 
     def _shard(self, keys: Array) -> Array:
@@ -429,7 +429,7 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
     def _by_score(site: dict) -> bool:
         return is_latent_site(site)
 
-    def _check(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
+    def check_program(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
         for name in program.deltas_at_parameters(params, rng_key):
             raise delta_error(name)
 

@@ -3,8 +3,8 @@
 
 """Checks of a program's values: are the elements of plates independent, as a bound for each of them supposes?
 
-:mod:`numpyro_vimco.independence` says how that is found out. No density may depend on latents that the model masks, and
-sums over latents must be what the model says.
+:mod:`numpyro_vimco.checks.independence` says how that is found out. No density may depend on latents that the model
+masks, and sums over latents must be what the model says.
 
 The checks miss what shows at very rare values only, or at other parameters (a coupling that is zero at the start of a
 fit). Diagnostics therefore check again, at the fitted parameters.
@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from numpyro_vimco.independence import Sum, any_draw, are_dependent
-from numpyro_vimco.objectives.checks import elements_error, masked_latent_error
-from numpyro_vimco.objectives.densities import SiteDensities, log_prob_of
-from numpyro_vimco.objectives.enumeration_checks import masked_sum_error, table_error
-from numpyro_vimco.objectives.levels import level_of
-from numpyro_vimco.objectives.plates import Structure
-from numpyro_vimco.objectives.program import Kinds, Program, Values
+from numpyro_vimco.checks.enumeration_checks import masked_sum_error, table_error
+from numpyro_vimco.checks.independence import Sum, any_draw, are_dependent
+from numpyro_vimco.checks.supports_and_plates import elements_error, masked_latent_error
+from numpyro_vimco.densities.densities import SiteDensities, log_prob_of
+from numpyro_vimco.densities.levels import level_of
+from numpyro_vimco.densities.plates import Structure
+from numpyro_vimco.densities.program import Kinds, Program, Values
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_delta, is_latent_site, mask_of, sample_sites, states
 
@@ -35,30 +35,45 @@ NUM_SOURCES = 3
 # A masked element takes so many states.
 STATES = 5
 
+Params = dict[str, Any]
+Errors = list[Callable[[], ValueError]]
+# Errors, and a function of parameters to whether each is to be raised.
+Check = tuple[Errors, Callable[[Params], list[Array] | None]]
 
-def check_values(program: Program, kinds: Kinds, params: dict[str, Any]) -> None:
-    """Raise for a program whose log-weights would be wrong.
+
+def value_checks(program: Program, kinds: Kinds) -> Callable[[Params], None]:
+    """A function of parameters that raises where a program's log-weights would be wrong. It compiles once.
 
     Where the program holds values that JAX traces, nothing can be compared, and the check passes.
 
     :param kinds: of the program.
-    :raises ValueError: naming a site, and the plate, the masked latent, or the summed sites.
+    :return: the function; it raises ``ValueError``, naming a site, and the plate, the masked latent, or the summed
+        sites.
     """
     # Nothing is differentiated. So all objectives and diagnostics have one compiled check.
     program = replace(program, by_score=lambda site: False)
+    checks = []
     if kinds.elements > 1 or kinds.masks:
-        _check_elements(program, kinds, params)
+        checks.append(_elements_check(program, kinds))
     if kinds.sums:
-        _check_tables(program, params)
+        checks.append(_tables_check(program))
     if kinds.masked_sums:
-        _check_masked_sums(program, params)
+        checks.append(_masked_sums_check(program))
+
+    def run(params: Params) -> None:
+        for errors, found in checks:
+            for make_error, is_found in zip(errors, found(params) or []):
+                if is_found:
+                    raise make_error()
+
+    return run
 
 
-def _check_elements(program: Program, kinds: Kinds, params: dict[str, Any]) -> None:
-    """Raise for elements that have weights of their own and are not independent, and for masked ones that count."""
-    errors: list[Callable[[], ValueError]] = []
+def _elements_check(program: Program, kinds: Kinds) -> Check:
+    """For elements that have weights of their own and are not independent, and for masked ones that count."""
+    errors: Errors = []
 
-    def check(rng_key: Array, source: Array) -> list[Array]:
+    def check(params: Params, rng_key: Array, source: Array) -> list[Array]:
         draw_key, evaluation_key = split(rng_key)
         latents, structure, (first, second) = _two_draws(program, params, draw_key, source)
 
@@ -92,14 +107,14 @@ def _check_elements(program: Program, kinds: Kinds, params: dict[str, Any]) -> N
                     found.append(Sum(of_site.value[i], of_site.size[i]).differs_from(of_site.value[0]))
         return found
 
-    _raise_first(errors, any_draw(check, NUM_SOURCES, kinds.elements))
+    return errors, any_draw(check, NUM_SOURCES, kinds.elements)
 
 
-def _check_tables(program: Program, params: dict[str, Any]) -> None:
-    """Raise for a site whose density where others are summed out is not that at the same values drawn."""
-    errors: list[Callable[[], ValueError]] = []
+def _tables_check(program: Program) -> Check:
+    """For a site whose density where others are summed out is not that at the same values drawn."""
+    errors: Errors = []
 
-    def check(rng_key: Array, source: Array) -> list[Array]:
+    def check(params: Params, rng_key: Array, source: Array) -> list[Array]:
         draw_key, evaluation_key = split(rng_key)
         _, values = _draw(program, params, draw_key, source)
         sites = program.at(params, evaluation_key, values)
@@ -112,14 +127,14 @@ def _check_tables(program: Program, params: dict[str, Any]) -> None:
             found.append(Sum.of(drawn).differs_from(tabled) if same else jnp.array(True))
         return found
 
-    _raise_first(errors, any_draw(check, NUM_SOURCES, 1))
+    return errors, any_draw(check, NUM_SOURCES, 1)
 
 
-def _check_masked_sums(program: Program, params: dict[str, Any]) -> None:
-    """Raise for a density that depends on elements of a summed site that are masked: these take other values."""
-    errors: list[Callable[[], ValueError]] = []
+def _masked_sums_check(program: Program) -> Check:
+    """For a density that depends on elements of a summed site that are masked: these take other values."""
+    errors: Errors = []
 
-    def check(rng_key: Array, source: Array) -> list[Array]:
+    def check(params: Params, rng_key: Array, source: Array) -> list[Array]:
         summed, densities = program.of_summed(params, rng_key)
         values = {name: site["value"] for name, site in summed.items()}
         before = densities(values)
@@ -136,14 +151,7 @@ def _check_masked_sums(program: Program, params: dict[str, Any]) -> None:
                     found.append(Sum.of(before[name]).differs_from(log_prob))
         return found
 
-    _raise_first(errors, any_draw(check, 1, 1))
-
-
-def _raise_first(errors: list[Callable[[], ValueError]], found: list[Array] | None) -> None:
-    """Raise the first error that was found; None where nothing could be compared."""
-    for make_error, is_found in zip(errors, found or []):
-        if is_found:
-            raise make_error()
+    return errors, any_draw(check, 1, 1)
 
 
 class _Latent(NamedTuple):
@@ -158,7 +166,7 @@ class _Latent(NamedTuple):
     event_dim: int
 
 
-def _draw(program: Program, params: dict[str, Any], rng_key: Array, source: Array) -> tuple[SiteDensities, Values]:
+def _draw(program: Program, params: Params, rng_key: Array, source: Array) -> tuple[SiteDensities, Values]:
     """Values of all latents from a source, and the sites of a draw of the guide.
 
     A Delta of the guide is a function of other draws and of parameters: it has no value of its own.
@@ -177,7 +185,7 @@ def _draw(program: Program, params: dict[str, Any], rng_key: Array, source: Arra
 
 
 def _two_draws(
-    program: Program, params: dict[str, Any], rng_key: Array, source: Array
+    program: Program, params: Params, rng_key: Array, source: Array
 ) -> tuple[dict[str, _Latent], Structure, list[Values]]:
     """Two draws of the guide's latents, what is known of these latents, and how plates combine densities."""
     latents: dict[str, _Latent] = {}

@@ -17,12 +17,12 @@ from jax.lax import stop_gradient
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_vimco.checks.supports_and_plates import second_derivative_error
+from numpyro_vimco.densities.densities import Draws
+from numpyro_vimco.densities.levels import Levels, map_levels
+from numpyro_vimco.densities.plates import Structure, aligned_shape
+from numpyro_vimco.densities.program import Program
 from numpyro_vimco.objectives import control_variates as cv
-from numpyro_vimco.objectives.checks import second_derivative_error
-from numpyro_vimco.objectives.densities import Draws
-from numpyro_vimco.objectives.levels import Levels, map_levels
-from numpyro_vimco.objectives.plates import Structure, aligned_shape
-from numpyro_vimco.objectives.program import Program
 
 
 class Weights(NamedTuple):

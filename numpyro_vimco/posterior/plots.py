@@ -1,42 +1,45 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of a fit, in Matplotlib. Each takes an axes and returns it; lines differ in style as well as in colour.
+"""Pictures of a :class:`~numpyro_vimco.Posterior`, in Matplotlib. Each takes an axes and returns it.
 
-Pictures of the posterior are ArviZ's.
+Lines differ in style as well as in colour. Pictures of the latents are ArviZ's.
 """
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from numpyro_vimco.posterior.agreement import TOLERANCE, is_evidence
-from numpyro_vimco.posterior.diagnostics import ImportanceDiagnostics
-from numpyro_vimco.posterior.results import FitResult
+from numpyro_vimco.diagnostics.agreement import TOLERANCE, is_evidence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    import xarray as xr
+
+    from numpyro_vimco.posterior.posterior import Posterior
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--")]
 
 
 def plot_bound(
-    losses, *, log_evidence: float | None = None, window: int | None = None, ax: "Axes | None" = None
+    posterior: "Posterior", *, log_evidence: float | None = None, window: int | None = None, ax: "Axes | None" = None
 ) -> "Axes":
     """
-    The bound over the steps of a fit: each estimate, and a running mean.
+    The bound over the steps of a fit, as a running mean for each start; of a single fit, with each estimate.
 
-    :param losses: ``svi_result.losses``, in nats; or what ``fit`` returned: a running mean for each start, of the steps
-        at power 1, as those before have another target.
-    :param float log_evidence: drawn as a line, if given: ``importance_diagnostics(...).log_evidence``, or the truth.
+    Steps at an inverse temperature below 1 are left out, as they have another target.
+
+    :param Posterior posterior: with known losses, of ``fit`` or of a result of ``svi.run``.
+    :param float log_evidence: drawn as a line, if given: ``posterior.log_evidence``, or the truth.
     :param int window: number of steps that the running mean is over. Defaults to 2% of them.
     :param Axes ax: where to draw; a new figure by default.
+    :raises ValueError: for a posterior without losses.
     """
+    starts = posterior.starts
+    steps, several = starts.losses.shape[1], len(starts) > 1
+    if not steps:
+        raise ValueError("This posterior was made from a state or from parameters, and its losses are not known.")
     ax = _axes(ax)
-    several = isinstance(losses, FitResult)
-    bound = -(np.where(losses.power == 1, losses.losses, np.nan) if several else np.asarray(losses, float)[None])
-    steps = bound.shape[1]
+    bound = -np.where(starts.inverse_temperature == 1, np.asarray(starts.losses, float), np.nan)
     shown = bound[np.isfinite(bound)]
     window = min(max(steps // 50, 1) if window is None else window, steps)
     for i, of_start in enumerate(bound):
@@ -56,26 +59,26 @@ def plot_bound(
         bottom = np.quantile(last if len(last) else shown, 0.01)
         margin = 0.1 * (top - bottom) + 1e-3
         ax.set_ylim(bottom - margin, top + margin)
-    if not several and len(shown) < steps:
-        ax.set_title(f"{steps - len(shown):,} estimates are not finite")
+    if not several and (infinite := np.isinf(bound).sum()):
+        ax.set_title(f"{infinite:,} estimates are not finite")
     ax.set(xlabel="step", ylabel="bound (nats)")
     ax.legend(loc="lower right")
     return ax
 
 
-def plot_bound_by_particles(diagnostics: ImportanceDiagnostics, *, ax: "Axes | None" = None) -> "Axes":
+def plot_bound_by_particles(posterior: "Posterior", *, ax: "Axes | None" = None) -> "Axes":
     """
     The importance-weighted bound of the fitted guide against the number of particles N, from the ELBO (N = 1) upwards.
 
     It rises to the log evidence: at once for a guide that is the posterior, slowly for one that proposes it rarely.
 
-    :param ImportanceDiagnostics diagnostics: of :func:`~numpyro_vimco.importance_diagnostics`.
+    :param Posterior posterior: it is diagnosed, if it was not.
     :param Axes ax: where to draw; a new figure by default.
     """
-    ax = _axes(ax)
-    evidence, error = diagnostics.log_evidence, 2 * diagnostics.log_evidence_std_error
-    numbers = list(diagnostics.bounds)
-    ax.plot(numbers, list(diagnostics.bounds.values()), "o-", color="C0", lw=1.8, label="bound")
+    ax, found = _axes(ax), posterior.diagnostics
+    evidence, error = found.log_evidence, 2 * found.log_evidence_std_error
+    numbers = list(found.bounds)
+    ax.plot(numbers, list(found.bounds.values()), "o-", color="C0", lw=1.8, label="bound")
     ax.axhline(evidence, color="black", ls="--", lw=1.2, label="log evidence ± 2 standard errors")
     ax.axhspan(evidence - error, evidence + error, color="black", alpha=0.15, lw=0)
     ax.set(xscale="log", xlabel="number of particles N", ylabel="bound (nats)")
@@ -85,65 +88,46 @@ def plot_bound_by_particles(diagnostics: ImportanceDiagnostics, *, ax: "Axes | N
     return ax
 
 
-def plot_gradient_snr(dataset: "xr.Dataset", *, ax: "Axes | None" = None) -> "Axes":
-    """
-    Signal-to-noise ratio against the number of particles, one line for each objective, on logarithmic axes.
-
-    :param Dataset dataset: of :func:`~numpyro_vimco.compare_objectives`. Shown is the median over parameters.
-    :param Axes ax: where to draw; a new figure by default.
-    """
-    ax = _axes(ax)
-    median = dataset["snr"].median("parameter")
-    for (marker, line), name in zip(STYLES * len(median.objective), median.objective.values):
-        ax.plot(median.num_particles, median.sel(objective=name), marker=marker, ls=line, label=str(name))
-    ax.set(xscale="log", yscale="log", xlabel="number of particles N", ylabel="gradient SNR (median over parameters)")
-    ax.set_xticks(median.num_particles.values, [str(n) for n in median.num_particles.values], minor=False)
-    ax.minorticks_off()
-    ax.legend()
-    return ax
-
-
-def plot_weights(diagnostics: ImportanceDiagnostics, *, ax: "Axes | None" = None) -> "Axes":
+def plot_weights(posterior: "Posterior", *, ax: "Axes | None" = None) -> "Axes":
     """
     The share of the total weight that the heaviest draws hold, against how many they are.
 
     With equal weights this is the dotted line; a curve that is high at its left end says that few draws decide.
 
-    :param ImportanceDiagnostics diagnostics: of :func:`~numpyro_vimco.importance_diagnostics`. Where weights are
-        per element, the element with the largest k is shown, as far as its heaviest draws.
+    :param Posterior posterior: it is diagnosed, if it was not. Where weights are per element, the element with the
+        largest k is shown, as far as its heaviest draws.
     :param Axes ax: where to draw; a new figure by default.
     """
-    ax = _axes(ax)
-    rank = np.arange(1, len(diagnostics.heaviest) + 1)
-    equal = np.arange(1, diagnostics.num_samples + 1)
-    worst = np.argmax(diagnostics.pareto_k)
-    ess, k = np.ravel(diagnostics.ess)[worst], np.ravel(diagnostics.pareto_k)[worst]
-    ax.plot(rank, np.cumsum(diagnostics.heaviest), color="C0", lw=1.8, label="weights of the draws")
+    ax, found = _axes(ax), posterior.diagnostics
+    rank = np.arange(1, len(found.heaviest) + 1)
+    equal = np.arange(1, found.num_draws + 1)
+    worst = np.argmax(found.pareto_k)
+    ess, k = np.ravel(found.ess)[worst], np.ravel(found.pareto_k)[worst]
+    ax.plot(rank, np.cumsum(found.heaviest), color="C0", lw=1.8, label="weights of the draws")
     ax.plot(equal, equal / len(equal), color="black", ls=":", lw=1.2, label="equal weights")
     ax.axvline(ess, color="C3", ls="--", lw=1.2, label=f"ESS {ess:,.0f} of {len(equal):,}")
     ax.set(xscale="log", xlabel="number of heaviest draws", ylabel="share of the weight", ylim=(0, 1.05))
-    ax.set_title(f"Pareto k {k:.2f} ({diagnostics.reading})")
+    ax.set_title(f"Pareto k {k:.2f} ({found.verdict})")
     ax.legend(loc="upper left")
     return ax
 
 
-def plot_agreement(diagnostics: ImportanceDiagnostics, *, num_latents: int = 10, ax: "Axes | None" = None) -> "Axes":
+def plot_agreement(posterior: "Posterior", *, num_latents: int = 10, ax: "Axes | None" = None) -> "Axes":
     """
     Each start against the pooled draws: its log evidence, and its means of the latents that differ most.
 
     Bars are two standard errors. Starts that agree have all their marks near zero, most of them within their bars.
 
-    :param ImportanceDiagnostics diagnostics: of :func:`~numpyro_vimco.importance_diagnostics`, given a result of
-        ``fit``.
+    :param Posterior posterior: of several starts; it is diagnosed, if it was not.
     :param int num_latents: number of latents. Defaults to 10.
     :param Axes ax: where to draw; a new figure by default.
-    :raises ValueError: for the diagnostics of a single fit.
+    :raises ValueError: for a single fit.
     """
-    agreement = diagnostics.agreement
+    agreement = posterior.diagnostics.agreement
     if agreement is None:
         raise ValueError(
-            "These are the diagnostics of a single fit, and a picture of agreement needs several starts: give "
-            "`importance_diagnostics` what `fit` returned, and not `result.best`."
+            "This is the posterior of a single fit, and a picture of agreement needs several starts: `fit(svi, ...)` "
+            "takes four."
         )
     ax = _axes(ax)
     largest = abs(agreement["difference"]).max("start").fillna(0).values

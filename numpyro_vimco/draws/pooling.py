@@ -1,0 +1,232 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Draws from the guides of several starts, defended, weighted with the density of their mixture.
+
+With :math:`\pi_k` the share of the draws that come from guide k, every draw has the weight
+:math:`w(z) = p(x, z) / \sum_k \pi_k q_k(z)`, whichever guide it is from: the balance heuristic [1]. Its mean is p(x),
+and it is large only where *no* guide proposes enough: what one start lost, another proposes. Each guide is defended
+(:mod:`~numpyro_vimco.draws.defence`): :math:`q_k` is the density of its own mixture with defensive components.
+
+- Where plates are common to all sites, guides factorise over their elements, and so does the mixture: each element has
+  a weight, with a mixture of its own.
+- Where a plate has particles of its own (derived here), what is shared, g, comes from the mixture of the guides'
+  :math:`q_k(g)`; for each element i there are then :math:`M_k` local particles from every :math:`q_k(e_i | g)`, and
+  :math:`M_0` from the model, weighted with :math:`v_{im} = p(x_i, e_{im} | g) / \sum_k (M_k / M) q_k(e_{im} | g)`.
+  Given g, the mean of :math:`v_{im}` over all M particles is an unbiased estimate of :math:`p(x_i | g)`, so that
+  :math:`\hat Z = p(g) / q(g) \prod_i \frac1M \sum_m v_{im}` is one of p(x), and g with one particle for each element,
+  chosen in proportion to :math:`v_{im}`, is properly weighted by it. Which guide proposed g has no part in this.
+
+1. Veach and Guibas 1995, *Optimally Combining Sampling Techniques for Monte Carlo Rendering*; Owen and Zhou 2000, *Safe
+   and Effective Importance Sampling*, for mixtures with fixed shares
+"""
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import random
+from jax.nn import logsumexp
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+
+from numpyro_vimco.densities.levels import Levels, level_of
+from numpyro_vimco.densities.plates import Structure
+from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.defence import SHARE, Defence, find_defence
+from numpyro_vimco.draws.proposals import (
+    Params,
+    Sampler,
+    WeightedDraw,
+    check_independent,
+    choose,
+    each_start,
+    merged,
+    program_of,
+    structure_of,
+)
+from numpyro_vimco.randomness import split, split_by_name
+from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites
+
+# So many draws at a time at most, so that calls of any length share a program.
+MOST_AT_ONCE = 1024
+
+Values = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The defended guides of several starts, whatever their parameters.
+
+    :ivar approx: for its structure.
+    :ivar defence: of each guide.
+    :ivar num_starts: number of guides.
+    """
+
+    approx: Approximation
+    defence: Defence
+    num_starts: int
+
+    def local_counts(self, plate: str) -> tuple[int, int]:
+        """How many local particles of a plate each start takes, one at least; and how many come from the model."""
+        number = self.approx.plate_particles[plate]
+        of_model = max(round(SHARE * number), 1) if self.defence.local[plate] and number > 1 else 0
+        return -(-(number - of_model) // self.num_starts), of_model
+
+    def draw(self, starts: Params, start: Array, rng_key: Array) -> tuple[Levels[Values], Trace]:
+        """A draw of one defended guide, with local particles of all; sites that are Delta are left out.
+
+        :param starts: parameters of all guides.
+        :param start: which it is of.
+        :return: values, and the trace of the guide that the shared ones are from.
+        """
+        shared_key, local_key = split(rng_key)
+        plates = self.approx.plate_particles
+
+        def values_of(tr: Trace, level: str | None) -> Values:
+            return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) == level}
+
+        params = jax.tree.map(lambda leaf: leaf[start], starts)
+        guide_trace = self.defence.draw(params, shared_key)
+        shared = values_of(guide_trace, None)
+        latents = {s["name"]: s["value"] for s in sample_sites(guide_trace) if level_of(s, plates) is None}
+        local: dict[str, Values] = {}
+        for plate, key in split_by_name(local_key, plates).items():
+            of_start, of_model = self.local_counts(plate)
+            guide_key, model_key = split(key)
+
+            def from_guide(params, rng_key, plate=plate):
+                return values_of(self.defence.trace_guide(params, rng_key, shared), plate)
+
+            def from_model(rng_key, plate=plate):
+                return self.defence.draw_local(plate, params, rng_key, latents)
+
+            keys = split(guide_key, (self.num_starts, of_start))
+            local[plate] = merged(jax.vmap(jax.vmap(from_guide, in_axes=(None, 0)))(starts, keys))
+            if of_model:
+                more = jax.vmap(from_model)(split(model_key, of_model))
+                local[plate] = {name: jnp.concatenate([x, more[name]]) for name, x in local[plate].items()}
+        return Levels(shared, local), guide_trace
+
+    def densities(self, starts: Params, values: Levels[Values]) -> tuple[Levels[tuple[Array, Array]], Array, Structure]:
+        """Log p and the mixture's log q, of what is shared and of all local particles.
+
+        :param values: as of :meth:`draw`.
+        :return: these, the mixture's log q without its defensive components, and how plates combine densities.
+        """
+        structures: list[Structure] = []
+        number = {name: len(next(iter(local.values()))) for name, local in values.local.items()}
+        program = program_of(self.approx, number)
+
+        def under(params: dict[str, Any]) -> Levels[Any]:
+            # The key is not used: all sites that are drawn have their value.
+            levels, structure = program.densities(params, random.key(0), values, self.defence.densities)
+            structures.append(structure)
+            return levels._replace(shared=(levels.shared["model"], *self.defence.mixed(levels.shared)))
+
+        levels = jax.vmap(under, axis_size=self.num_starts)(starts)
+        log_p, alone, mixture = levels.shared
+        alone = logsumexp(alone, axis=0) - np.log(self.num_starts)
+        mixture = logsumexp(mixture, axis=0) - np.log(self.num_starts)
+        local = {}
+        for name, found in levels.local.items():
+            of_start, of_model = self.local_counts(name)
+            counts, log_q = [of_start] * self.num_starts, found["guide"]
+            if of_model:
+                counts, log_q = [*counts, of_model], jnp.concatenate([log_q, found["prior"][:1]])
+            shares = jnp.log(np.array(counts) / sum(counts)).reshape(-1, *(1,) * (log_q.ndim - 1))
+            local[name] = found["model"][0], logsumexp(shares + log_q, axis=0)
+        return Levels((log_p[0], mixture), local), alone, structures[0]
+
+
+def drawn(tr: Trace) -> Values:
+    """The values of the latents of a guide that are no Delta."""
+    return {site["name"]: site["value"] for site in sample_sites(tr) if is_latent_site(site) and not is_delta(site)}
+
+
+def in_pool(approx: Approximation) -> Approximation:
+    """The starts whose draws are pooled: all, or the best one where each has a posterior of its own."""
+    return approx.only(approx.best) if approx.params_of_model else approx
+
+
+def pooled(approx: Approximation) -> Sampler:
+    """Draws from the defended guides of several starts, weighted with the density of their mixture.
+
+    Each draw is of any start, as likely as another.
+
+    :param approx: as of :func:`in_pool`.
+    :raises ValueError: where there is no posterior to draw from.
+    :raises NotImplementedError: for a guide with a Delta site whose value depends on parameters.
+    """
+    approx.check_has_posterior()
+    check_independent(approx, approx.plate_particles)
+    defence = approx.kept("defence", lambda: find_defence(approx, structure_of(approx, approx.plate_particles)))
+    if approx.num_starts > 1:
+        _check_densities(approx)
+    elif not defence.components:  # weights that need no density at other draws than the guide's
+        sampler = copy(each_start(approx))
+        sampler.undefended = defence.undefended
+        return sampler
+    return approx.kept(("pooled", approx.num_starts), lambda: _pooled(approx, defence))
+
+
+def _check_densities(approx: Approximation) -> None:
+    """Raise unless each guide has a density at the draws of the others.
+
+    :raises NotImplementedError: for a Delta site whose value depends on parameters.
+    """
+    deltas = program_of(approx, {}).deltas_at_parameters(approx.params, random.key(0))
+    for name, parents in deltas.items():
+        if parents:
+            raise NotImplementedError(
+                f"Site '{name}' of the guide is a Delta whose value depends on the parameter '{min(parents)}', so "
+                "that the guide of one start has no density at the draws of another, and they cannot be pooled. "
+                "Look at one start by itself (`Posterior(svi, posterior.params, ...)`), or at all as chains "
+                "(`to_arviz(pool=False)`); or give the site a distribution."
+            )
+
+
+def _pooled(approx: Approximation, defence: Defence) -> Sampler:
+    plates, num_starts, event_dims = approx.plate_particles, approx.num_starts, approx.event_dims
+    mixture = Mixture(approx, defence, num_starts)
+
+    def draw(starts: Params, rng_key: Array) -> WeightedDraw:
+        (own_key,) = split(rng_key, 1)  # a level deeper than `each_start`, whose draws of the same key are others
+        start_key, draw_key, choice_key, rest_key = split(own_key, 4)
+        start = random.randint(start_key, (), 0, num_starts)
+        values, guide_trace = mixture.draw(starts, start, draw_key)
+        levels, alone, structure = mixture.densities(starts, values)
+        log_p, log_q = levels.shared
+        draws = Levels(
+            WeightedDraw(values.shared, log_p, log_q, log_ratio(log_p, log_q), start),
+            {name: WeightedDraw(values.local[name], p, q, log_ratio(p, q)) for name, (p, q) in levels.local.items()},
+        )
+        chosen = choose(draws, choice_key, structure, event_dims)
+        if plates:
+            # The guide once more, for the sites that are functions of these.
+            params = jax.tree.map(lambda leaf: leaf[start], starts)
+            guide_trace = mixture.defence.trace_guide(params, rest_key, chosen.values)
+        latents = [s for s in sample_sites(guide_trace) if is_latent_site(s) and s["name"] in approx.model_trace]
+        chosen = chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=alone - log_q)
+        return jax.tree.map(lambda x: x[None], chosen)
+
+    # The guides' densities are evaluated for all starts at a time.
+    at_once = int(np.clip(approx.chunk_size() // num_starts, 1, MOST_AT_ONCE))
+    return Sampler(draw, 1, at_once, structure_of(approx, plates), defence.undefended)
+
+
+def log_ratio(log_p: Array, log_q: Array) -> Array:
+    """Log-weights: -inf where p is 0, whatever q is, also where no component proposes what the model rules out."""
+    return jnp.where(jnp.isneginf(log_p), -jnp.inf, log_p - log_q)
+
+
+def propose_pooled(approx: Approximation, rng_key: Array, num_draws: int, progress: str | None = None) -> WeightedDraw:
+    """So many draws of :func:`pooled`, as NumPy arrays with a leading axis.
+
+    :raises ValueError: for NaN weights, and where all are zero.
+    """
+    approx = in_pool(approx)
+    sampler = pooled(approx)
+    return merged(sampler.all(approx.starts, rng_key, -(-num_draws // sampler.size), progress), num_draws)

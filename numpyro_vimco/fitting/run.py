@@ -1,0 +1,275 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Several fits of one posterior, side by side: :func:`run` takes the steps, recovers, and estimates evidences."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import Array
+import numpy as np
+from numpyro.infer import SVI
+
+from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.proposals import check_independent, each_start, fixed, program_of
+from numpyro_vimco.draws.weights import log_mean, variance_of_log_mean
+from numpyro_vimco.families.units import units_of
+from numpyro_vimco.fitting.recovery import LEAST_STEPS, recovered
+from numpyro_vimco.fitting.starts import initial_states
+from numpyro_vimco.fitting.state import FitState, Starts
+from numpyro_vimco.fitting.steps import Steps
+from numpyro_vimco.fitting.tempering import first_inverse_temperature, geometric
+from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
+from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import sample_sites
+
+# Draws of each start's guide that its log evidence is estimated from: as many as small models have in a chunk, so that
+# the diagnostics take the same program.
+EVIDENCE_DRAWS = 4096
+
+Tempering: TypeAlias = float | Sequence[float] | Callable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a fit goes: the arguments of :func:`~numpyro_vimco.fit` that hold for all of its steps."""
+
+    tempering: Tempering
+    recover: bool
+    stable_update: bool
+    forward_mode_differentiation: bool
+    vectorize_starts: bool
+    start_sharding: Sharding | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fit after some steps.
+
+    :ivar approx: with the parameters of the starts that did not fail.
+    :ivar state: to go on from.
+    :ivar steps: of all starts, compiled.
+    """
+
+    approx: Approximation
+    starts: Starts
+    state: FitState
+    steps: Steps
+    plan: Plan
+    rng_key: Array
+
+
+def begin(
+    svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, num_starts: int, num_steps: int, init_params: Any
+) -> Fit:
+    """A fit before its first step.
+
+    :param num_steps: of which ``plan.tempering`` is a share.
+    :raises ValueError: as :func:`~numpyro_vimco.fit`.
+    """
+    num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
+    tempering_steps = _tempering_steps(plan.tempering, num_starts, num_steps)
+    init_key, _, _ = split(rng_key, 3)
+    states = initial_states(svi, init_key, num_starts, args, {"init_params": init_params, **kwargs})
+    first = jnp.ones(())
+    if tempering_steps.max() > 0:
+        all_kwargs = {**svi.static_kwargs, **kwargs}
+        first = first_inverse_temperature(svi.model, args, all_kwargs, getattr(svi.loss, "joint_plates", ()))
+    state = FitState(states, jnp.array(0), tempering_steps, first, jnp.zeros(num_starts, bool))
+    return _checked(svi, rng_key, args, kwargs, plan, state)
+
+
+def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, state: Any) -> Fit:
+    """A fit at the state of an earlier one.
+
+    :raises ValueError: as :func:`~numpyro_vimco.fit`.
+    """
+    if not isinstance(state, FitState):
+        raise ValueError(
+            f"`init_state` is of type {type(state).__name__}, but must be the `state` of a posterior that `fit` "
+            "returned. `svi.run` goes on from the state of a single fit."
+        )
+    if not callable(plan.tempering) and (np.asarray(state.tempering_steps) < 0).any():
+        raise ValueError(
+            f"`tempering` is {plan.tempering!r}, but `init_state` is of a fit whose inverse temperature was a function "
+            "of the step, which a state does not hold. Pass the function again."
+        )
+    if svi.constrain_fn is None:
+        svi.init(split(rng_key, 3)[0], *args, **kwargs)
+    return _checked(svi, rng_key, args, kwargs, plan, state)
+
+
+def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, state: FitState) -> Fit:
+    num_starts = len(state.failed)
+    params = jax.vmap(svi.get_params)(state.svi)
+    kept = np.flatnonzero(~np.asarray(state.failed))
+    approx = Approximation.of(svi, _of_starts(params, kept), len(kept), args, kwargs)
+    if isinstance(svi.loss, ImportanceWeightedELBO):
+        # In the steps the inverse temperature is traced, and values cannot be compared.
+        if approx.subsampled:
+            svi.loss.check(approx.params, svi.model, svi.guide, *args, **approx.kwargs)
+        else:
+            check_independent(approx, approx.plate_particles)
+            svi.loss.check_program(program_of(approx, approx.plate_particles), approx.params, jax.random.key(0))
+    sites = [*sample_sites(approx.model_trace), *sample_sites(approx.guide_trace)]
+    if not any(site["is_observed"] for site in sites):
+        warnings.warn(
+            "The model has no observed site, so that its posterior is the prior. Pass the data: "
+            "`fit(svi, rng_key, num_steps, x)`.",
+            stacklevel=4,
+        )
+    if plan.start_sharding is not None:
+        _check_start_sharding(plan.start_sharding, num_starts)
+    steps = Steps(
+        svi,
+        args,
+        {"forward_mode_differentiation": plan.forward_mode_differentiation, **kwargs},
+        units_of(approx.guide_trace),
+        _inverse_temperature(plan.tempering, num_starts),
+        plan.stable_update,
+        plan.vectorize_starts,
+        plan.start_sharding,
+    )
+    none, unknown = np.zeros((num_starts, 0), np.float32), np.full(num_starts, np.nan)
+    starts = Starts(params, none, none, state.svi, np.asarray(state.failed), unknown, unknown)
+    return Fit(approx, starts, state, steps, plan, rng_key)
+
+
+def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
+    """So many steps more.
+
+    :raises ValueError: if NaN came up in all starts.
+    """
+    approx, svi = fit.approx, fit.approx.svi
+    if callable(fit.plan.tempering):
+        _check_temperatures(fit.steps.inverse_temperature, int(fit.state.step) + np.arange(num_steps))
+    state, losses, temperatures = fit.steps.run(fit.state, num_steps, progress_bar)
+    failed = np.asarray(state.failed)
+    losses = np.concatenate([fit.starts.losses, losses], axis=1)
+    infinite = np.isposinf(losses).sum(1)
+    if losses.size and infinite.max() > losses.shape[1] / 2:
+        warnings.warn(
+            f"In {infinite.max():,} of {losses.shape[1]:,} steps of start {infinite.argmax()} the loss was infinite: "
+            "the guide draws what the data rule out, and learns nothing from that. Let it begin where the data are "
+            'possible: `AutoMixed(model, init_loc_fn=init_to_value(values={"count": seen + 1}))` for a count of at '
+            "least what was seen. Or give such data a small probability in the model.",
+            stacklevel=3,
+        )
+    unknown = np.full(len(failed), np.nan)
+    temperatures = np.concatenate([fit.starts.inverse_temperature, temperatures], axis=1)
+    params = jax.vmap(svi.get_params)(state.svi)
+    starts = Starts(params, losses, temperatures, state.svi, failed, unknown, unknown)
+    _, evidence_key, recovery_key = split(fit.rng_key, 3)
+    approx = _at(approx, starts)
+    if approx.has_posterior():
+        if fit.plan.recover and losses.shape[1] >= LEAST_STEPS:
+            starts = _recovered(approx, recovery_key, starts, state, fit.steps, losses.shape[1], progress_bar)
+        starts = with_log_evidence(_at(approx, starts), evidence_key, starts, progress_bar)
+        approx = _at(approx, starts)
+    return replace(fit, approx=approx, starts=starts, state=state)
+
+
+def _at(approx: Approximation, starts: Starts) -> Approximation:
+    """The starts that did not fail."""
+    kept = starts.kept
+    return approx.at(_of_starts(starts.params, kept), len(kept), int(np.searchsorted(kept, starts.best)))
+
+
+def _of_starts(params: dict[str, Any], kept: np.ndarray) -> dict[str, Any]:
+    """By NumPy, as JAX would compile a program for each shape."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[kept]), params)
+
+
+def _tempering_steps(tempering: Tempering, num_starts: int, num_steps: int) -> Array:
+    """Over how many steps the inverse temperature of each start rises; -1 for a function."""
+    if callable(tempering):
+        return jnp.full(num_starts, -1)
+    try:
+        shares = np.broadcast_to(np.asarray(tempering, float), (num_starts,))
+    except (TypeError, ValueError):
+        shares = np.full(num_starts, np.nan)
+    if not ((shares >= 0) & (shares <= 1)).all():
+        raise ValueError(
+            f"`tempering` is {tempering!r}, but must be a share of the steps, in [0, 1], or {num_starts} of them, one "
+            "for each start, or a function from the step to the inverse temperature, as optax's schedules are."
+        )
+    return jnp.array([round(share * num_steps) for share in shares.tolist()])
+
+
+def _inverse_temperature(tempering: Tempering, num_starts: int) -> Callable:
+    """From a step, ``tempering_steps`` and ``first_inverse_temperature`` to the inverse temperature of each start."""
+    if not callable(tempering):
+        return geometric
+    return lambda step, *_: jnp.broadcast_to(jnp.asarray(tempering(step), float), (num_starts,))
+
+
+def _check_temperatures(inverse_temperature: Callable, steps: np.ndarray) -> None:
+    for step, given in zip(steps, np.asarray(jax.jit(jax.vmap(lambda step: inverse_temperature(step)))(steps))):
+        if not (given > 0).all() or not np.isfinite(given).all():
+            raise ValueError(
+                f"`tempering` gives the inverse temperature {given.min()} at step {step}, but it must be positive and "
+                "finite: at 0 data that are impossible would be NaN. Begin at 0.001."
+            )
+
+
+def _check_start_sharding(sharding: Any, num_starts: int) -> None:
+    if not isinstance(sharding, Sharding):
+        raise ValueError(f"`start_sharding` is {sharding!r}, but must be a `jax.sharding.Sharding`.")
+    devices = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
+    if num_starts % devices:
+        raise ValueError(
+            f"`start_sharding` spreads starts over {devices} devices, but there are {num_starts} starts. Take a "
+            f"multiple of {devices} for `num_starts`."
+        )
+
+
+def with_log_evidence(approx: Approximation, rng_key: Array, starts: Starts, show_bar: bool) -> Starts:
+    """The starts with their log evidence and its standard error, in nats."""
+    estimates, errors = np.full((2, len(starts)), np.nan)
+    if fixed(approx):
+        return starts  # a point estimate, as diagnostics say
+    try:
+        progress = "log evidence" if show_bar else None
+        blocks = each_start(approx).blocks(
+            approx.starts, rng_key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress
+        )
+        log_weights = np.concatenate(list(blocks), axis=0).swapaxes(0, 1).astype(float)
+    except (ValueError, NotImplementedError) as error:
+        warnings.warn(f"The log evidence cannot be estimated. {error}", stacklevel=4)
+        return starts
+    for i, log_weight in zip(starts.kept, log_weights):
+        nan, zero = np.isnan(log_weight).sum(0).max(), np.isneginf(log_weight).sum(0).max()
+        if nan or zero == EVIDENCE_DRAWS:
+            warnings.warn(
+                f"The log evidence of start {i} cannot be estimated: of {EVIDENCE_DRAWS:,} draws of its guide, {nan:,} "
+                f"have a NaN weight, and {zero:,} the weight zero.",
+                stacklevel=4,
+            )
+            continue
+        relative = np.exp(log_weight - log_weight.max(0))
+        estimates[i] = log_mean(log_weight).sum()
+        errors[i] = np.sqrt(np.sum(variance_of_log_mean(relative.sum(0), (relative**2).sum(0), EVIDENCE_DRAWS)))
+    return replace(starts, log_evidence=estimates, log_evidence_std_error=errors)
+
+
+def _recovered(
+    approx: Approximation, rng_key: Array, starts: Starts, state: FitState, steps: Steps, num_steps: int, show_bar: bool
+) -> Starts:
+    """Starts without what all of them lost, as far as it can be recovered."""
+    if steps.inverse_temperature is not geometric:
+        steps = replace(steps, inverse_temperature=geometric)
+
+    def go_on(state: FitState) -> FitState:
+        return steps.run(state, num_steps, show_bar)[0]
+
+    try:
+        return recovered(approx, rng_key, starts, state, go_on, steps.units, "defence" if show_bar else None)
+    except (ValueError, NotImplementedError) as error:
+        warnings.warn(f"What the starts may have lost cannot be looked for. {error}", stacklevel=4)
+        return starts

@@ -1,0 +1,182 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Steps of several fits side by side: one compiled program, a progress bar, and what to do about NaN."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from time import perf_counter
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIState
+import tqdm
+
+from numpyro_vimco.compilation import compiled
+from numpyro_vimco.families.units import RealInUnits
+from numpyro_vimco.fitting.renewing import in_renewed_units
+from numpyro_vimco.fitting.state import FitState
+from numpyro_vimco.fitting.tempering import TemperedModel
+
+# Losses are looked at after at most so many steps, and about after so many seconds.
+CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
+
+
+class Record(NamedTuple):
+    """The results of some steps.
+
+    :ivar loss: losses in nats, of shape ``(steps, starts)``; NaN after a start failed.
+    :ivar inverse_temperature: of the same shape.
+    :ivar nan: for each start that failed in these steps, whether the loss and each parameter, in sorted order, were NaN
+        in the first step with any NaN; of shape ``(starts, 1 + parameters)``.
+    :ivar failed_at: that step, of shape ``(starts,)``.
+    """
+
+    loss: Float[Array, "steps starts"]
+    inverse_temperature: Float[Array, "steps starts"]
+    nan: Bool[Array, "starts culprits"]
+    failed_at: Int[Array, " starts"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of ``svi`` for all starts. Fields that are not named here are arguments of :func:`.fit`.
+
+    :ivar args: arguments of model and guide.
+    :ivar kwargs: keyword arguments of ``svi.update``.
+    :ivar units: of the guide's locations.
+    :ivar inverse_temperature: from a step, ``tempering_steps`` and ``first_inverse_temperature`` to that of each start.
+    """
+
+    svi: SVI
+    args: tuple
+    kwargs: dict[str, Any]
+    units: dict[str, RealInUnits]
+    inverse_temperature: Callable[[Array, Array, Array], Array]
+    stable_update: bool
+    vectorize_starts: bool
+    start_sharding: Sharding | None
+
+    def run(self, state: FitState, num_steps: int, progress_bar: bool) -> tuple[FitState, np.ndarray, np.ndarray]:
+        """Take ``num_steps`` steps; fewer if interrupted.
+
+        :return: the state, and losses and inverse temperatures of shape ``(starts, steps)``.
+        :raises ValueError: if all starts failed.
+        """
+        if self.start_sharding is not None:
+            by_start = state.svi, state.tempering_steps, state.failed
+            svi_state, tempering_steps, failed = jax.device_put(by_start, self.start_sharding)
+            step, first = (jnp.asarray(np.asarray(x)) for x in (state.step, state.first_inverse_temperature))
+            state = FitState(svi_state, step, tempering_steps, first, failed)
+        done: list[tuple[FitState, Record]] = []
+        taken, length = 0, 1
+        with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
+            try:
+                while taken < num_steps:
+                    began = perf_counter()
+                    length = min(length, num_steps - taken)
+                    new, record = self._program(state, length)
+                    loss, inverse_temperature, nan, failed_at = jax.device_get(record)
+                    done.append((new, Record(loss[:length], inverse_temperature[:length], nan, failed_at)))
+                    state, taken = new, taken + length
+                    self._report(*done[-1], bar)
+                    bar.update(length)
+                    length = 2 * length if perf_counter() - began < CHUNK_SECONDS / 2 else max(length // 2, 1)
+                    length = min(length, CHUNK_STEPS)
+            except KeyboardInterrupt:
+                if not done:
+                    raise
+                taken = sum(len(record.loss) for _, record in done)
+                warnings.warn(
+                    f"Interrupted after {taken} of {num_steps} steps. This is what there is; go on with "
+                    f"`posterior.resume({num_steps - taken})`.",
+                    stacklevel=3,
+                )
+        none = np.zeros((0, len(state.failed)), np.float32)
+        losses = np.concatenate([none, *(np.asarray(record.loss) for _, record in done)])
+        temperatures = np.concatenate([none, *(np.asarray(record.inverse_temperature) for _, record in done)])
+        return done[-1][0] if done else state, losses.T, temperatures.T
+
+    @cached_property
+    def _program(self) -> Callable:
+        """The number of steps is an argument, so that runs of any length use one program, and agree bit for bit."""
+        return compiled(self._chunk)
+
+    def _chunk(self, state: FitState, length: Int[Array, ""]) -> tuple[FitState, Record]:
+        starts, names = len(state.failed), self._names(state)
+        nothing = jnp.full((CHUNK_STEPS, starts), jnp.nan)
+        record = Record(nothing, nothing, jnp.zeros((starts, 1 + len(names)), bool), jnp.zeros(starts, int))
+        over_starts = jax.vmap if self.vectorize_starts else lambda fn: lambda *xs: jax.lax.map(lambda x: fn(*x), xs)
+        advance = over_starts(self._advance)
+
+        def step(i, carry):
+            state, record = carry
+            beta = self.inverse_temperature(state.step, state.tempering_steps, state.first_inverse_temperature)
+            svi_state, loss, nan = advance(state.svi, beta)
+            fails = ~state.failed & nan.any(1)
+            record = Record(
+                record.loss.at[i].set(jnp.where(state.failed, jnp.nan, loss)),
+                record.inverse_temperature.at[i].set(beta),
+                jnp.where(fails[:, None], nan, record.nan),
+                jnp.where(fails, state.step, record.failed_at),
+            )
+            failed = state.failed | fails
+            svi_state = jax.tree.map(partial(where_start, failed), state.svi, svi_state)
+            if self.start_sharding is not None:
+                svi_state = jax.lax.with_sharding_constraint(svi_state, self.start_sharding)
+            return state._replace(svi=svi_state, step=state.step + 1, failed=failed), record
+
+        return jax.lax.fori_loop(0, length, step, (state, record))
+
+    def _advance(self, svi_state: SVIState, inverse_temperature: Array) -> tuple[SVIState, Array, Array]:
+        """One step of one start: its state, its loss, and whether the loss and each parameter are NaN."""
+        svi = in_renewed_units(self.svi, self.units, svi_state.optim_state)
+        svi.model = TemperedModel(self.svi.model, inverse_temperature)
+        update = svi.stable_update if self.stable_update else svi.update
+        svi_state, loss = update(svi_state, *self.args, **self.kwargs)
+        params = svi.optim.get_params(svi_state.optim_state)
+        # The loss of a step that `stable_update` skips is NaN.
+        nan = [jnp.isnan(loss) & (not self.stable_update)]
+        for _, param in sorted(params.items()):
+            nan.append(jnp.array([(leaf != leaf).any() for leaf in jax.tree.leaves(param)]).any())
+        return svi_state, loss, jnp.stack(nan)
+
+    def _names(self, state: FitState) -> list[str]:
+        """Names of the parameters, sorted."""
+        return sorted(jax.eval_shape(jax.vmap(self.svi.optim.get_params), state.svi.optim_state))
+
+    def _report(self, state: FitState, record: Record, bar: tqdm.tqdm) -> None:
+        """Show how the last steps went, and warn of starts that failed in them."""
+        failed = np.asarray(state.failed)
+        culprits = ["the loss", *(f"the parameter '{name}'" for name in self._names(state))]
+        for i in np.flatnonzero(record.nan.any(1)):
+            step, where = record.failed_at[i], ", ".join(np.array(culprits)[record.nan[i]])
+            if failed.all():
+                raise ValueError(
+                    f"All {len(failed)} starts failed, the last of them in step {step}: NaN came up in {where}. Take a "
+                    "smaller learning rate, leave out tempering (`tempering=0`), begin elsewhere (`init_loc_fn` of the "
+                    'guide), take a simpler guide (`structure="mean_field"`), or skip such steps '
+                    "(`stable_update=True`; their losses are NaN)."
+                )
+            warnings.warn(
+                f"Start {i} of {len(failed)} is dropped: in step {step} NaN came up in {where}. The others go on.",
+                stacklevel=4,
+            )
+        bound = -record.loss[:, ~failed].mean()
+        dropped = f", {failed.sum()} of {len(failed)} starts failed" if failed.any() else ""
+        bar.set_postfix_str(
+            f"bound: {bound:.4f}, inverse temperature: {record.inverse_temperature[-1].min():.3g}{dropped}",
+            refresh=False,
+        )
+
+
+def where_start(condition: Array, x: Array, y: Array) -> Array:
+    """``x`` for some starts, else ``y``, with a leading axis for starts."""
+    return jnp.where(condition.reshape(-1, *(1,) * (y.ndim - 1)), x, y)
