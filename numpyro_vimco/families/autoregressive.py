@@ -15,13 +15,14 @@ from typing import Any
 import jax
 from jax import lax, random
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from numpyro_vimco.randomness import split
 
+# Systems of so many equations are solved one equation after the other; larger ones by halves.
+LOOP = 32
 # Blocks into which elements are dealt out whose couplings are of low rank.
 NUM_BLOCKS = 8
 
@@ -92,9 +93,29 @@ class FullCoupling:
 
     def solve(self, right: Array, gate: Array) -> Array:
         """The u of shape ``(*local, n)`` that solves u = right + gate · apply(gate · u), for k = f = 1."""
-        matrix = jnp.eye(right.shape[-1]) - gate[..., :, None] * self.matrix[..., 0, :, 0] * gate[..., None, :]
-        matrix = jnp.broadcast_to(matrix, (*right.shape, right.shape[-1]))
-        return solve_triangular(matrix, right[..., None], lower=True, unit_diagonal=True)[..., 0]
+        matrix = gate[..., :, None] * self.matrix[..., 0, :, 0] * gate[..., None, :]
+        # Not by `solve_triangular`: two of them at a time can wait for each other without end, where JAX has as few
+        # threads (seen in JAX 0.10.1 on two cores).
+        return jax.lax.custom_linear_solve(
+            lambda u: u - jnp.einsum("...ij,...j->...i", matrix, u),
+            right,
+            lambda _, right: _substitute(matrix, right),
+            lambda _, right: _substitute(matrix.swapaxes(-2, -1)[..., ::-1, ::-1], right[..., ::-1])[..., ::-1],
+        )
+
+
+def _substitute(matrix: Array, right: Array) -> Array:
+    """The u of shape ``(*local, n)`` with u = right + matrix · u, for a matrix that is zero from its diagonal on."""
+    n = right.shape[-1]
+    if n > LOOP:
+        first = _substitute(matrix[..., : n // 2, : n // 2], right[..., : n // 2])
+        known = jnp.einsum("...ij,...j->...i", matrix[..., n // 2 :, : n // 2], first)
+        return jnp.concatenate([first, _substitute(matrix[..., n // 2 :, n // 2 :], right[..., n // 2 :] + known)], -1)
+
+    def row(i: Array, u: Array) -> Array:
+        return u.at[..., i].add(jnp.sum(jax.lax.dynamic_index_in_dim(matrix, i, -2, keepdims=False) * u, -1))
+
+    return jax.lax.fori_loop(1, n, row, right)
 
 
 class LowRankCoupling:
