@@ -177,15 +177,37 @@ def _largest_loss(
 
     :param weight: of the draws, which sum to one.
     """
-    orders = np.tile(np.arange(size), (len(apart), 1))
-    signs, points = np.zeros((len(apart), len(weight))), np.zeros((len(apart), DRAWS), int)
-    for i, about in enumerate(apart):
-        orders[i, list(about.pair)] = about.pair[::-1]
-        sign = _order_of(about, draws[about.latent], 1, np)
-        signs[i] = sign if weight @ sign > 0 else -sign  # 1 in the order that most draws have
-        steps = np.cumsum(weight * (signs[i] > 0))
-        points[i] = np.searchsorted(steps, (np.arange(DRAWS) + 0.5) / DRAWS * steps[-1])
+    orders = np.stack([_order_of(about, draws[about.latent], 1, np) for about in apart])
+    signs = np.where((orders @ weight > 0)[:, None], orders, -orders)  # 1 in the order that most draws have
     subsets = np.array(sorted(product([False, True], repeat=len(changes)), key=sum))
+    lost = _lost_shares(_ratios(approx, changes, size, apart, draws, signs, weight, subsets), signs, weight)
+    i, subset = map(int, np.unravel_index(np.argmax(np.round(lost, 3)), lost.shape))
+    if lost[i, subset] < SHARE:
+        return None
+    names = [change.name for change, chosen in zip(changes, subsets[subset]) if chosen]
+    return LostLabels(list(dict.fromkeys(names)), apart[i].pair, apart[i].latent, float(np.log1p(lost[i, subset])))
+
+
+def _ratios(
+    approx: Approximation,
+    changes: list[Change],
+    size: int,
+    apart: list[Apart],
+    draws: Values,
+    signs: np.ndarray,
+    weight: np.ndarray,
+    subsets: np.ndarray,
+) -> np.ndarray:
+    """The ratio p(x, Tz) / p(x, z) where T leads to the other order, else 0: of shape ``(pairs, DRAWS, subsets)``.
+
+    The draws z are of the order that most have.
+    """
+    steps = np.cumsum(weight * (signs > 0), axis=1)
+    quantiles = (np.arange(DRAWS) + 0.5) / DRAWS
+    points = np.stack([np.searchsorted(row, quantiles * row[-1]) for row in steps])
+    orders = np.tile(np.arange(size), (len(apart), 1))
+    for order, about in zip(orders, apart):
+        order[list(about.pair)] = about.pair[::-1]
     held = {name: jnp.asarray(value[points]) for name, value in draws.items()}
     program = program_of(approx, {})
 
@@ -207,18 +229,17 @@ def _largest_loss(
     order = np.stack([order.reshape(*shape, -1)[i, ..., i] for i in range(len(apart))])
     with np.errstate(invalid="ignore", over="ignore"):
         ratio = np.nan_to_num(np.exp(log_joint - log_joint[..., :1]), nan=0.0, posinf=0.0)
-    ratio *= order * order[..., :1] < 0  # only where the order is another
+    return ratio * (order * order[..., :1] < 0)
+
+
+def _lost_shares(ratio: np.ndarray, signs: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The share of the posterior that draws lack at least, in units of what they have: ``(pairs, subsets)``."""
     mean, error = ratio.mean(1), ratio.std(1, ddof=1) / DRAWS**0.5
-    # What each draw says of the share that is lost: the ratio in the order that most have, minus 1 in the other.
+    # What each draw says of it: the ratio in the order that most have, minus 1 in the other.
     terms = mean[..., None] * (signs > 0)[:, None] - (signs < 0)[:, None]
     lost = terms @ weight
     of_shares = np.sqrt(((terms - lost[..., None]) ** 2) @ weight**2)
-    lost -= ERRORS * np.hypot(error * ((signs > 0) @ weight)[:, None], of_shares)
-    i, subset = map(int, np.unravel_index(np.argmax(np.round(lost, 3)), lost.shape))
-    if lost[i, subset] < SHARE:
-        return None
-    names = [change.name for change, chosen in zip(changes, subsets[subset]) if chosen]
-    return LostLabels(list(dict.fromkeys(names)), apart[i].pair, apart[i].latent, float(np.log1p(lost[i, subset])))
+    return lost - ERRORS * np.hypot(error * ((signs > 0) @ weight)[:, None], of_shares)
 
 
 def _order_of(about: Apart, value, leading: int, numpy):

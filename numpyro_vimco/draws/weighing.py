@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 from numpyro.distributions import biject_to
-from scipy.special import logsumexp
 
 from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.moments import Moments
@@ -62,62 +61,43 @@ def weigh_pool(approx: Approximation, rng_key: Array, num_draws: int, progress: 
     :raises ValueError: for NaN weights, and where all are zero.
     """
     approx = in_pool(approx)
-    sampler = pooled(approx)
-    structure, sizes = sampler.structure, plate_sizes(approx)
-    shape = tuple(sizes[name] for name in plate_names(approx, structure.dims))
+    sampler, sizes = pooled(approx), plate_sizes(approx)
+    shape = tuple(sizes[name] for name in plate_names(approx, sampler.structure.dims))
     coordinates = _coordinates(approx) if not shape else {}
-    moments = Moments(approx.event_dims)
 
     def weight(draw: WeightedDraw) -> tuple[Array, Array, Array, Mapping[str, Array]]:
         supports = {name: approx.model_trace[name]["fn"].support for name in coordinates}
         unconstrained = [biject_to(support).inv(draw.values[name]) for name, support in supports.items()]
         continuous = jnp.concatenate([jnp.zeros(0), *map(jnp.ravel, unconstrained)])
-        return draw.log_weight, draw.log_guide_share, continuous, draw.values
+        return draw.log_weight, jnp.exp(draw.log_guide_share), continuous, draw.values
 
-    stream = WeightStream(num_draws, int(np.prod(shape)))
-    kept: list[np.ndarray] = []
-    shares: list[np.ndarray] = []
-    continuous: list[np.ndarray] = []
-    draws: list[Mapping[str, np.ndarray]] = []
-    taken = nan = kept_size = 0
-    of_guides = total = np.full(int(np.prod(shape)), -np.inf)
+    stream, moments, shares = WeightStream(num_draws, int(np.prod(shape))), Moments(approx.event_dims), Moments({"": 0})
+    kept: list[tuple[np.ndarray, ...]] = []
+    first: list[Mapping[str, np.ndarray]] = []
+    taken = nan = 0
+    missing = min(KEPT_DRAWS, KEPT_SIZE // sum(np.size(site["value"]) for site in approx.latents().values()))
     for block in sampler.blocks(approx.starts, rng_key, -(-num_draws // sampler.size), weight, progress):
-        log_weight, log_share, unconstrained, values = merged(block, num_draws - taken)
-        flat = log_weight.reshape(len(log_weight), -1)
-        if not shape:
-            flat = flat.astype(float)
-        taken += len(flat)
-        nan += int(np.isnan(flat).any(1).sum())
+        log_weight, share, continuous, values = merged(block, num_draws - taken)
+        flat = log_weight.reshape(len(log_weight), -1).astype(log_weight.dtype if shape else float)
+        taken, nan = taken + len(flat), nan + int(np.isnan(flat).any(1).sum())
         if nan:
             continue
         stream.add(flat)
-        total = np.logaddexp(total, logsumexp(flat.astype(float), axis=0))
-        shared = flat.astype(float) + log_share.reshape(flat.shape)
-        of_guides = np.logaddexp(of_guides, logsumexp(shared, axis=0))
-        continuous.append(unconstrained)
-        if not shape:
-            kept.append(flat[:, 0])
-            shares.append(np.exp(log_share.reshape(len(flat)).astype(float)))
         moments.add(log_weight, values)
-        if not shape and kept_size < KEPT_SIZE and taken - len(flat) < KEPT_DRAWS:
-            draws.append(values)
-            kept_size += sum(value.size for value in values.values())
+        shares.add(log_weight, {"": share})
+        if not shape:
+            kept.append((flat[:, 0], share.reshape(-1).astype(float), continuous))
+            first.append({name: value[:missing] for name, value in values.items()})
+            missing -= min(missing, len(flat))
     check_weights(nan, not nan and stream.has_zero(), num_draws)
+    log_weight, guide_share, continuous = (
+        (None, None, np.zeros((num_draws, 0))) if shape else (np.concatenate(parts) for parts in zip(*kept))
+    )
+    draws = {name: np.concatenate([block[name] for block in first]) for name in (first[0] if first else ())}
     names = [name for names in coordinates.values() for name in names]
-    log_weight, guide_share = (None, None) if shape else (np.concatenate(kept), np.concatenate(shares))
-    kept_draws = {name: np.concatenate([block[name] for block in draws]) for name in (draws[0] if draws else ())}
-    lost = float(np.max(-np.expm1(of_guides - total)))
+    lost = 1 - float(shares.estimates()[""].mean.min())
     return Weighed(
-        stream.summary(),
-        shape,
-        log_weight,
-        guide_share,
-        np.concatenate(continuous),
-        names,
-        moments,
-        lost,
-        sampler.undefended,
-        kept_draws,
+        stream.summary(), shape, log_weight, guide_share, continuous, names, moments, lost, sampler.undefended, draws
     )
 
 

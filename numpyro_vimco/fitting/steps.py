@@ -111,7 +111,7 @@ class Steps:
 
     def _chunk(self, state: FitState, length: Int[Array, ""]) -> tuple[FitState, Record]:
         starts, names = len(state.failed), self._names(state)
-        nothing = jnp.full((CHUNK_STEPS, starts), jnp.nan)
+        nothing = jnp.zeros((CHUNK_STEPS, starts))  # no NaN, for users of `jax_debug_nans`
         record = Record(nothing, nothing, jnp.zeros((starts, 1 + len(names)), bool), jnp.zeros(starts, int))
         over_starts = jax.vmap if self.vectorize_starts else lambda fn: lambda *xs: jax.lax.map(lambda x: fn(*x), xs)
         advance = over_starts(self._advance)

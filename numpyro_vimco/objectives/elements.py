@@ -37,6 +37,7 @@ STATES = 5
 
 Params = dict[str, Any]
 Errors = list[Callable[[], ValueError]]
+Found = list[tuple[Callable[[], ValueError], Array]]
 # Errors, and a function of parameters to whether each is to be raised.
 Check = tuple[Errors, Callable[[Params], list[Array] | None]]
 
@@ -75,39 +76,56 @@ def _elements_check(program: Program, kinds: Kinds) -> Check:
 
     def check(params: Params, rng_key: Array, source: Array) -> list[Array]:
         draw_key, evaluation_key = split(rng_key)
-        latents, structure, (first, second) = _two_draws(program, params, draw_key, source)
+        latents, structure, both = _two_draws(program, params, draw_key, source)
 
-        def sums(level: str | None, values: Values) -> dict[str, Sum]:
-            return _sums(program.sites(params, evaluation_key, values), level, program)
+        def sites(values: Values) -> SiteDensities:
+            return program.sites(params, evaluation_key, values)
 
-        def of_plate(level: str | None, plate: Any, members: dict[str, _Latent]) -> dict[str, Array]:
-            axes = {name: plate.dim - latent.event_dim for name, latent in members.items()}
-            return are_dependent(partial(sums, level), first, second, axes, lambda _: plate.dim, plate.size)
-
-        errors.clear()
-        found: list[Array] = []
-        for level in (None, *program.plate_particles):
-            members = {name: latent for name, latent in latents.items() if level in (None, latent.level)}
-            frames = {frame for latent in members.values() for frame in latent.frames}
-            for plate in sorted(frame for frame in frames if frame.dim in structure.kept(level)):
-                for name, is_dependent in of_plate(level, plate, members).items():
-                    errors.append(partial(elements_error, plate.name, name))
-                    found.append(is_dependent)
+        found = [
+            _dependent(program, level, sites, latents, structure, both) for level in (None, *program.plate_particles)
+        ]
         if kinds.masks:
-            of_first = program.sites(params, evaluation_key, first).masks
-            masks = {name: mask[0] for name, mask in of_first.items() if mask is not None and name in latents}
-            moved = [first]
-            for name, mask in masks.items():
-                kept = mask.reshape(*mask.shape, *(1,) * (first[name].ndim - mask.ndim))
-                moved.append({**first, name: jnp.where(kept, first[name], second[name])})
-            at_moved = jax.lax.map(partial(sums, None), jax.tree.map(lambda *values: jnp.stack(values), *moved))
-            for i, latent in enumerate(masks, 1):
-                for name, of_site in at_moved.items():
-                    errors.append(partial(masked_latent_error, name, latent))
-                    found.append(Sum(of_site.value[i], of_site.size[i]).differs_from(of_site.value[0]))
-        return found
+            found.append(_masked_that_count(program, sites, latents, both))
+        errors[:] = [error for pairs in found for error, _ in pairs]
+        return [is_found for pairs in found for _, is_found in pairs]
 
     return errors, any_draw(check, NUM_SOURCES, kinds.elements)
+
+
+def _dependent(
+    program: Program, level: str | None, sites: Callable, latents: "Latents", structure: Structure, both
+) -> Found:
+    """For each plate of a level and each site, whether its elements depend on each other."""
+    members = {name: latent for name, latent in latents.items() if level in (None, latent.level)}
+    frames = {frame for latent in members.values() for frame in latent.frames}
+    found: Found = []
+    for plate in sorted(frame for frame in frames if frame.dim in structure.kept(level)):
+        axes = {name: plate.dim - latent.event_dim for name, latent in members.items()}
+
+        def sums(values: Values) -> dict[str, Sum]:
+            return _sums(sites(values), level, program)
+
+        dims: Callable[[str], int] = partial(lambda dim, _: dim, plate.dim)
+        dependent = are_dependent(sums, both[0], both[1], axes, dims, plate.size)
+        found += [(partial(elements_error, plate.name, name), value) for name, value in dependent.items()]
+    return found
+
+
+def _masked_that_count(program: Program, sites: Callable, latents: "Latents", both) -> Found:
+    """For each masked latent and each site, whether its density depends on what is masked."""
+    first, second = both
+    masks = {name: mask[0] for name, mask in sites(first).masks.items() if mask is not None and name in latents}
+    moved = [first]
+    for name, mask in masks.items():
+        kept = mask.reshape(*mask.shape, *(1,) * (first[name].ndim - mask.ndim))
+        moved.append({**first, name: jnp.where(kept, first[name], second[name])})
+    stacked = jax.tree.map(lambda *values: jnp.stack(values), *moved)
+    at_moved = jax.lax.map(lambda values: _sums(sites(values), None, program), stacked)
+    return [
+        (partial(masked_latent_error, name, latent), Sum(of.value[i], of.size[i]).differs_from(of.value[0]))
+        for i, latent in enumerate(masks, 1)
+        for name, of in at_moved.items()
+    ]
 
 
 def _tables_check(program: Program) -> Check:
@@ -164,6 +182,9 @@ class _Latent(NamedTuple):
     level: str | None
     frames: list
     event_dim: int
+
+
+Latents = dict[str, _Latent]
 
 
 def _draw(program: Program, params: Params, rng_key: Array, source: Array) -> tuple[SiteDensities, Values]:
