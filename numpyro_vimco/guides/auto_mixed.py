@@ -5,15 +5,17 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 import warnings
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
 from numpyro.distributions import biject_to
-from numpyro.handlers import block, mask, seed, substitute
+from numpyro.handlers import block, mask, seed, substitute, trace
 from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import (
     AutoDAIS,
@@ -40,7 +42,10 @@ from numpyro_vimco.guides.private import set_up, unconstrained_event_dim
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.guides.structured import ContinuousSite, Sampler, Samples, Site
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import is_discrete, is_latent_site
+from numpyro_vimco.sites import is_discrete, is_latent_site, log_prob_at_value, sample_sites
+
+# Draws of hidden latents by which the density is seen to depend on them.
+HIDDEN_DRAWS = 20
 
 
 class AutoMixed(StructuralGuide):
@@ -170,6 +175,12 @@ class AutoMixed(StructuralGuide):
         num_components: Mapping[str, int] = MappingProxyType({}),
         **kwargs,
     ):
+        if isinstance(continuous, partial) and continuous.func is AutoNormal and structure is None:
+            raise ValueError(
+                f"`continuous` is {continuous!r}, whose latents would be independent of all others. Give the initial "
+                "scale here, in units of the prior's: `AutoMixed(model, init_scale=0.2)`; or ask for independence: "
+                '`structure="mean_field"`.'
+            )
         if structure is None:  # the others need these two
             structure = "autoregressive" if continuous is AutoNormal and discrete is AutoDiscrete else "mean_field"
         if continuous is not AutoNormal and init_scale != 1.0:
@@ -222,12 +233,27 @@ class AutoMixed(StructuralGuide):
             is_alone = not any_discrete and self.structure != "autoregressive"
             self._parts.append(guide if is_alone else _checked(guide, self.structure))
         for part in self._parts:
-            set_up(part, *args, **kwargs)
+            try:
+                set_up(part, *args, **kwargs)
+            except RuntimeError:  # NumPyro finds no values that are possible
+                if not self._has_hidden_latents(names, *args, **kwargs):
+                    raise
+                part.model = mask(block(part.model, hide_fn=_is_beside_continuous), mask=False)
+                set_up(part, *args, **kwargs)
             if len(self._parts) == 2:
                 part.create_plates = self._shared_plates
         in_parts = self.discrete is not AutoDiscrete or (continuous and type(self._parts[-1]) is not AutoNormal)
         if not in_parts:
             self._structure_sites(discrete, continuous, *args, **kwargs)
+
+    def _has_hidden_latents(self, latents: Samples, *args, **kwargs) -> bool:
+        """Whether densities depend on what the model draws and `block` hides: at one draw they then say nothing."""
+        found = set()
+        for key in split(jax.random.key(0), HIDDEN_DRAWS):
+            with block():
+                sites = sample_sites(trace(Given(seed(self.model, key), latents)).get_trace(*args, **kwargs))
+            found.add(sum(float(jnp.sum(log_prob_at_value(site))) for site in sites))
+        return len(found) > 1
 
     @contextmanager
     def _known_structure(self, args: tuple, kwargs: dict) -> Iterator[None]:
