@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_vimco.diagnostics.agreement import LEAST_ESS, contradictions, differences, is_evidence, pooled_evidence
 from numpyro_vimco.diagnostics.earlier_bounds import Stretch
@@ -21,6 +22,7 @@ from numpyro_vimco.draws.proposals import can_have_particles
 from numpyro_vimco.draws.weighing import Weighed
 from numpyro_vimco.fitting.recovery import LOST
 from numpyro_vimco.guides.auto_mixed import AutoMixed
+from numpyro_vimco.guides.automatic import automatic_guides
 from numpyro_vimco.sites import is_discrete, is_latent_site, sample_sites, states
 
 if TYPE_CHECKING:
@@ -338,7 +340,10 @@ def _missing_correlation(facts: Facts) -> Finding | None:
             "wrong-correlation", f"The guide has too much correlation of continuous latents ({about}).", numbers
         )
     remedy = _correlated_guide(facts.approx)
-    more = "" if remedy else " More steps, or a larger `coupling_speed` of `AutoMixed`, can let it learn this."
+    more = ""
+    if remedy is None:
+        faster = ", or a larger `coupling_speed`," if _is_autoregressive(facts.approx) else ""
+        more = f" It can learn this: more steps{faster} may help."
     sentence = f"The guide lacks a correlation of continuous latents ({about}).{more}"
     return Finding("missing-correlation", sentence, numbers, remedy)
 
@@ -447,6 +452,8 @@ def _is_autoregressive(approx: Approximation) -> bool:
 
 def _correlated_guide(approx: Approximation) -> str | None:
     """A guide that has the correlation which this one lacks; None where it is there, and may learn it."""
+    if any(isinstance(part, AutoMultivariateNormal) for part in automatic_guides(approx.svi.guide)):
+        return None
     if not _has(approx, discrete=True) and not approx.summed:
         return "AutoMultivariateNormal(model)"
     return None if _is_autoregressive(approx) else "AutoMixed(model, continuous=AutoMultivariateNormal)"
@@ -454,7 +461,9 @@ def _correlated_guide(approx: Approximation) -> str | None:
 
 def _richer_guide(approx: Approximation) -> str:
     if not _has(approx, discrete=True) and not approx.summed:
-        return "AutoMultivariateNormal(model), a flow, or one by hand"
+        guides = automatic_guides(approx.svi.guide)
+        joint = any(isinstance(part, AutoMultivariateNormal) for part in guides)
+        return "a flow, or one by hand" if joint else "AutoMultivariateNormal(model), a flow, or one by hand"
     if _is_autoregressive(approx):
         return "one by hand"
     return 'AutoMixed(model, structure="autoregressive"), or one by hand'

@@ -178,7 +178,8 @@ class Defence:
         """All latents of a draw of the guide, but the component's from the model."""
         values = {name: first[name]["value"] for name in self.approx.latents()}
         of_block = self._by_component(lambda c, name: name in c.sites, component, guide=False)
-        from_model = {name: of_block[site] for site, block in self.blocks.items() for name in block.latents}
+        taken = frozenset().union(*(each.sites for each in self.components))
+        from_model = {name: of_block[site] for site in taken for name in self.blocks[site].latents}
         site_key, some_key, all_key = split(rng_key, 3)
         keys = split_by_name(site_key, from_model)
         in_scan = {name: value for name, value in values.items() if is_in_scan(self.approx.model_trace[name])}

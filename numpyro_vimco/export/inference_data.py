@@ -8,6 +8,7 @@ from typing import Any
 import warnings
 
 import jax
+from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
@@ -22,7 +23,7 @@ from numpyro_vimco.draws.proposals import plate_names, squeezed, structure_of
 from numpyro_vimco.export.log_likelihoods import find_elements, local_evidence
 from numpyro_vimco.export.posterior_draws import PosteriorDraws
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import is_latent_site, log_prob_at_value
+from numpyro_vimco.sites import can, is_latent_site, log_prob_at_value
 
 GROUPS = ("posterior_predictive", "log_likelihood", "log_likelihood_given_latents", "prior")
 
@@ -118,9 +119,19 @@ def _groups(
     }
     if "prior" in groups:
         number = draws.num_draws
-        prior = _followed(approx, True, {}).all(
-            approx.starts, split(keys["prior"], number), np.full(number, approx.best), {}, progress=progress("prior")
-        )
+        start, nothing = np.full(number, approx.best), dict[str, Array]()
+        try:
+            prior = _followed(approx, True, {}).all(
+                approx.starts, split(keys["prior"], number), start, nothing, progress=progress("prior")
+            )
+        except NotImplementedError as error:  # the posterior must not be lost with it
+            improper = [name for name, site in approx.latents().items() if not can(site["fn"].sample, random.key(0))]
+            warnings.warn(
+                f"The groups of the prior are left out, as it cannot be sampled: {', '.join(map(repr, improper))} "
+                f"{'has' if len(improper) == 1 else 'have'} no sampler (an improper prior, for example). {error}",
+                stacklevel=4,
+            )
+            return by_chain, dims
         prior = jax.tree.map(lambda value: value[None], prior)
         by_chain |= {"prior": prior["posterior"], "prior_predictive": prior["posterior_predictive"]}
     return by_chain, dims

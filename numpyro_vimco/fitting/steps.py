@@ -21,12 +21,17 @@ import tqdm
 
 from numpyro_vimco.compilation import compiled
 from numpyro_vimco.families.units import RealInUnits
+from numpyro_vimco.fitting.nan_gradients import sites_with_nan_gradients
 from numpyro_vimco.fitting.renewing import in_renewed_units
 from numpyro_vimco.fitting.state import FitState
 from numpyro_vimco.fitting.tempering import TemperedModel
 
 # Losses are looked at after at most so many steps, and about after so many seconds.
 CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
+OF_LOSS = (
+    "Take a smaller learning rate, skip such steps (`stable_update=True`; their losses are NaN), leave out tempering "
+    '(`tempering=0`), begin elsewhere (`init_loc_fn` of the guide), or take a simpler guide (`structure="mean_field"`).'
+)
 
 
 class Record(NamedTuple):
@@ -148,6 +153,23 @@ class Steps:
             nan.append(jnp.array([(leaf != leaf).any() for leaf in jax.tree.leaves(param)]).any())
         return svi_state, loss, jnp.stack(nan)
 
+    def _of_gradient(self, state: FitState, start: int) -> str:
+        """What to say where losses were finite, and a gradient was NaN: then the model is the cause."""
+        svi_state = jax.tree.map(lambda leaf: leaf[start], state.svi)
+        kwargs = {**self.svi.static_kwargs, **self.kwargs}
+        kwargs.pop("forward_mode_differentiation", None)
+        params = self.svi.get_params(svi_state)
+        try:
+            found = sites_with_nan_gradients(self.svi, params, svi_state.rng_key, self.args, kwargs)
+        except Exception:  # whatever it is, the message is more important
+            found = []
+        at = f" at {', '.join(map(repr, found))}" if found else ""
+        return (
+            f"The losses were finite, so that a gradient is NaN{at}: the model computes something there whose "
+            "derivative is infinite, often in the branch of a `jnp.where` that is not taken. Put a `where` inside, "
+            "`jnp.log(jnp.where(x > 0, x, 1))`; or skip such steps (`stable_update=True`; their losses are NaN)."
+        )
+
     def _names(self, state: FitState) -> list[str]:
         """Names of the parameters, sorted."""
         return sorted(jax.eval_shape(jax.vmap(self.svi.optim.get_params), state.svi.optim_state))
@@ -160,10 +182,8 @@ class Steps:
             step, where = record.failed_at[i], ", ".join(np.array(culprits)[record.nan[i]])
             if failed.all():
                 raise ValueError(
-                    f"All {len(failed)} starts failed, the last of them in step {step}: NaN came up in {where}. Take a "
-                    "smaller learning rate, leave out tempering (`tempering=0`), begin elsewhere (`init_loc_fn` of the "
-                    'guide), take a simpler guide (`structure="mean_field"`), or skip such steps '
-                    "(`stable_update=True`; their losses are NaN)."
+                    f"All {len(failed)} starts failed, the last of them in step {step}: NaN came up in {where}. "
+                    + (OF_LOSS if record.nan[i, 0] else self._of_gradient(state, int(i)))
                 )
             warnings.warn(
                 f"Start {i} of {len(failed)} is dropped: in step {step} NaN came up in {where}. The others go on.",
