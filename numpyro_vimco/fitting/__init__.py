@@ -4,6 +4,6 @@
 """How a fit goes: several starts side by side.
 
 `run` is the whole, `starts` where they begin, `steps` how they go, `tempering` the inverse temperature of the
-likelihood, `renewing` the units of steps, `nan_gradients` where a gradient broke down, `recovery` what all starts had
+likelihood, `renewing` the units of steps, `breakdowns` why they broke down, `recovery` what all starts had
 lost, `state` what is left behind.
 """

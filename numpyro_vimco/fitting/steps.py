@@ -21,13 +21,15 @@ import tqdm
 
 from numpyro_vimco.compilation import compiled
 from numpyro_vimco.families.units import RealInUnits
-from numpyro_vimco.fitting.nan_gradients import sites_with_nan_gradients
+from numpyro_vimco.fitting.breakdowns import ruled_out, sites_with_nan_gradients
 from numpyro_vimco.fitting.renewing import in_renewed_units
 from numpyro_vimco.fitting.state import FitState
 from numpyro_vimco.fitting.tempering import TemperedModel
 
 # Losses are looked at after at most so many steps, and about after so many seconds.
 CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
+# So many first steps without a finite loss are enough.
+HOPELESS = 100
 OF_LOSS = (
     "Take a smaller learning rate, skip such steps (`stable_update=True`; their losses are NaN), leave out tempering "
     '(`tempering=0`), begin elsewhere (`init_loc_fn` of the guide), or take a simpler guide (`structure="mean_field"`).'
@@ -92,6 +94,8 @@ class Steps:
                     done.append((new, Record(loss[:length], inverse_temperature[:length], nan, failed_at)))
                     state, taken = new, taken + length
                     self._report(*done[-1], bar)
+                    if int(state.step) == taken:
+                        self._check_possible(state, done)
                     bar.update(length)
                     length = 2 * length if perf_counter() - began < CHUNK_SECONDS / 2 else max(length // 2, 1)
                     length = min(length, CHUNK_STEPS)
@@ -155,19 +159,37 @@ class Steps:
 
     def _of_gradient(self, state: FitState, start: int) -> str:
         """What to say where losses were finite, and a gradient was NaN: then the model is the cause."""
-        svi_state = jax.tree.map(lambda leaf: leaf[start], state.svi)
-        kwargs = {**self.svi.static_kwargs, **self.kwargs}
-        kwargs.pop("forward_mode_differentiation", None)
-        params = self.svi.get_params(svi_state)
-        try:
-            found = sites_with_nan_gradients(self.svi, params, svi_state.rng_key, self.args, kwargs)
-        except Exception:  # whatever it is, the message is more important
-            found = []
+        found = self._looked_at(sites_with_nan_gradients, state, start) or []
         at = f" at {', '.join(map(repr, found))}" if found else ""
         return (
             f"The losses were finite, so that a gradient is NaN{at}: the model computes something there whose "
             "derivative is infinite, often in the branch of a `jnp.where` that is not taken. Put a `where` inside, "
             "`jnp.log(jnp.where(x > 0, x, 1))`; or skip such steps (`stable_update=True`; their losses are NaN)."
+        )
+
+    def _looked_at(self, look: Callable, state: FitState, start: int) -> Any:
+        """What is found at the parameters of a start; None if that raises, as the message is more important."""
+        svi_state = jax.tree.map(lambda leaf: leaf[start], state.svi)
+        kwargs = {**self.svi.static_kwargs, **self.kwargs}
+        del kwargs["forward_mode_differentiation"]
+        try:
+            return look(self.svi, self.svi.get_params(svi_state), svi_state.rng_key, self.args, kwargs)
+        except Exception:
+            return None
+
+    def _check_possible(self, state: FitState, done: list[tuple[FitState, Record]]) -> None:
+        """Raise where every loss of many first steps was infinite.
+
+        :raises ValueError: with the data that rule out all draws.
+        """
+        losses = np.concatenate([record.loss for _, record in done])
+        if len(losses) < HOPELESS or np.isfinite(losses).any() or np.isnan(losses).any():
+            return
+        raise ValueError(
+            f"In the first {len(losses)} steps the losses of all starts were infinite: the guide draws what the data "
+            f"rule out, and learns nothing from that. {self._looked_at(ruled_out, state, 0) or ''} Let it begin where "
+            'the data are possible: `AutoMixed(model, init_loc_fn=init_to_value(values={"count": seen + 1}))` for a '
+            "count of at least what was seen. Or give such data a small probability in the model."
         )
 
     def _names(self, state: FitState) -> list[str]:
