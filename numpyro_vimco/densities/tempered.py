@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Observed sites that count with a power β, as a fit that is annealed makes them.
+"""Observed sites that count with a power β, the inverse temperature of a tempered fit.
 
 The target is p(z) p(x | z)^β, of sampled latents z. Where sites e are summed out, p(x | z) is a sum over e, and it is
 that sum which has the power, log-densities being β log p(x, z) + (1 - β) log p(z). With powers inside of the sum, what

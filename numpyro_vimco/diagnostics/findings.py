@@ -16,7 +16,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_vimco.diagnostics.agreement import LEAST_ESS, contradictions, differences, is_evidence, pooled_evidence
 from numpyro_vimco.diagnostics.earlier_bounds import Stretch
-from numpyro_vimco.diagnostics.label_switching import LostLabels
+from numpyro_vimco.diagnostics.label_switching import LostLabels, Relabelled
 from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.proposals import can_have_particles
 from numpyro_vimco.draws.weighing import Weighed
@@ -66,6 +66,8 @@ class Facts:
     :ivar past: starts that lost something for certain.
     :ivar tempered: whether the fit was.
     :ivar recovered: whether starts were replaced by recovered ones.
+    :ivar alike: whether all starts began at the same parameters.
+    :ivar relabelled: starts that hold elements in one of the orders of the pooled draws.
     """
 
     approx: Approximation
@@ -76,6 +78,8 @@ class Facts:
     past: Mapping[int, Stretch]
     tempered: bool
     recovered: bool
+    alike: bool = False
+    relabelled: Mapping[int, Relabelled] = field(default_factory=dict)
 
     @cached_property
     def ess(self) -> float:
@@ -140,9 +144,9 @@ def find_all(facts: Facts, verdict: str, lost_labels: LostLabels | None) -> list
     if lost_labels:
         return [_label_switching(lost_labels)]
     if verdict == "good":
-        return list(_trusted(facts))
+        return [*_trusted(facts), *_relabelled(facts)]
     rules = PROOFS if facts.past else SMALL if verdict == "usable" and facts.ess < LEAST_ESS else RULES
-    return [found for rule in rules if (found := rule(facts))]
+    return [*(found for rule in rules if (found := rule(facts))), *_relabelled(facts)]
 
 
 # Doubts.
@@ -204,7 +208,26 @@ def _uncertain_evidence(facts: Facts) -> Finding | None:
     )
 
 
-DOUBTS: list[Rule] = [_start_above_pool, _pool_above_starts, _lost_by_guides, _undefended, _uncertain_evidence]
+def _starts_alike(facts: Facts) -> Finding | None:
+    if not facts.alike:
+        return None
+    return Finding(
+        "starts-alike",
+        "All starts began at the same parameters, so that their agreement shows little. Let the guide begin elsewhere "
+        "in each: a parameter takes a function of a key.",
+        {},
+        'numpyro.param("loc", lambda key: random.normal(key))',
+    )
+
+
+DOUBTS: list[Rule] = [
+    _start_above_pool,
+    _pool_above_starts,
+    _lost_by_guides,
+    _undefended,
+    _uncertain_evidence,
+    _starts_alike,
+]
 
 
 # Other rules.
@@ -404,6 +427,23 @@ def _trusted(facts: Facts) -> Iterator[Finding]:
         below = float(pooled - evidence)
         sentence = f"Start {start} is stuck: its evidence is {below:.2f} nats lower."
         yield Finding("start-stuck", sentence, {"start": start, "below": below})
+
+
+def _relabelled(facts: Facts) -> Iterator[Finding]:
+    """Starts whose elements are in different orders, which the pooled draws all have."""
+    if not facts.relabelled:
+        return
+    start, about = next(iter(facts.relabelled.items()))
+    together = ", ".join(f"'{name}'" for name in about.names)
+    first, second = about.pair
+    yield Finding(
+        "labels-switched",
+        f"Label switching: elements {first} and {second} can change places (in {together}). Start {start} has them in "
+        f"one order, which holds {about.share:.0%} of the posterior, and the pooled draws have both. What does not "
+        "depend on the order is right; for the rest, say in the model which element is which, by a prior or an ordered "
+        "vector.",
+        {"starts": list(facts.relabelled), "share": about.share},
+    )
 
 
 def _label_switching(lost: LostLabels) -> Finding:

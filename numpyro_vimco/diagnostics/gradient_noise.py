@@ -4,6 +4,7 @@
 """Was the gradient good enough? Its signal-to-noise ratio."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,25 +41,26 @@ def gradient_statistics(
     def loss(params: Any, rng_key: Array) -> Array:
         return approx.svi.loss.loss(rng_key, params, approx.svi.model, approx.svi.guide, *approx.args, **approx.kwargs)
 
-    gradient = approx.kept("gradient", lambda: jax.jit(jax.grad(loss)))
+    gradients = approx.kept(
+        "gradients", lambda: jax.jit(lambda params, keys: jax.lax.map(partial(jax.grad(loss), params), keys))
+    )
     with patient_bar(num_draws, "gradients" if progress_bar else None) as bar:
-        mean, std = _moments(gradient, split(rng_key, num_draws), approx.params, bar)
+        mean, std = _moments(gradients, split(rng_key, num_draws), approx.params, bar)
     return {
         name: GradientStatistics(mean[name], std[name], jax.tree.map(_ratio, mean[name], std[name]))
         for name in approx.params
     }
 
 
-def _moments(gradient: Callable, keys: Array, params, bar: tqdm) -> tuple[Any, Any]:
+def _moments(gradients: Callable, keys: Array, params, bar: tqdm) -> tuple[Any, Any]:
     """Mean and standard deviation over keys, in one pass and double precision on the host.
 
     :param bar: told of each key.
     """
     mean = square = jax.tree.map(lambda p: np.zeros(np.shape(p)), params)
     size = min(100, len(keys))
-    batched = jax.jit(lambda keys: jax.lax.map(lambda key: gradient(params, key), keys))
     for begin in range(0, len(keys), size):
-        draws = jax.tree.map(lambda g: np.asarray(g, float), batched(keys[begin : begin + size]))
+        draws = jax.tree.map(lambda g: np.asarray(g, float), gradients(params, keys[begin : begin + size]))
         count = len(keys[begin : begin + size])
         # Chan's update: no difference of large squares.
         delta = jax.tree.map(lambda g, m: g.mean(0) - m, draws, mean)

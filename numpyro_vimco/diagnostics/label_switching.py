@@ -84,6 +84,21 @@ class LostLabels(NamedTuple):
     lost: float
 
 
+class Relabelled(NamedTuple):
+    """Two elements that a start has in one order, and the pooled draws in both, as the posterior has them.
+
+    :ivar names: plates and latents that change together.
+    :ivar pair: the elements.
+    :ivar latents: those whose means the order decides.
+    :ivar share: of the posterior, that is in the start's order.
+    """
+
+    names: list[str]
+    pair: tuple[int, int]
+    latents: set[str]
+    share: float
+
+
 class Apart(NamedTuple):
     """Where the means of a pair of elements differ most.
 
@@ -115,6 +130,40 @@ def find_lost_labels(
         apart = [pair for change in changes for pair in _apart(change, size, estimates)]
         if apart and (found := _largest_loss(approx, changes, size, apart, draws, softmax(log_weight))):
             return found
+    return None
+
+
+def find_relabelled(
+    approx: Approximation, of_start: Mapping[str, Estimate], draws: Values, log_weight: np.ndarray
+) -> Relabelled | None:
+    """Two elements whose order in a start is one of two that the pooled draws have; None if none are found.
+
+    :param of_start: estimates of the latents by the start alone.
+    :param draws: of the pool, of shape ``(draws, *batch, *event)``.
+    :param log_weight: their log-weights, of shape ``(draws,)``, in nats.
+    """
+    weight = softmax(log_weight)
+    for size in range(2, MOST_ELEMENTS + 1):
+        changes = list(_changes(approx, size))[:MOST_CHANGES]
+        apart = [pair for change in changes for pair in _apart(change, size, of_start)]
+        if not apart:
+            continue
+        mean_orders = [_order_of(about, of_start[about.latent].mean, 0, np) for about in apart]
+        signs = np.stack(
+            [order * _order_of(about, draws[about.latent], 1, np) for order, about in zip(mean_orders, apart)]
+        )
+        both = np.minimum((signs > 0) @ weight, (signs < 0) @ weight) >= SHARE
+        if not both.any():
+            continue
+        apart, signs = [about for about, is_in in zip(apart, both) if is_in], signs[both]
+        subsets = np.array(sorted(product([False, True], repeat=len(changes)), key=sum))[1:]
+        ratio = _ratios(approx, changes, size, apart, draws, signs, weight, np.insert(subsets, 0, False, axis=0))
+        lost, error = (values[:, 1:] for values in _lost_shares(ratio, signs, weight))
+        for i, subset in np.argwhere((ratio.mean(1)[:, 1:] > 0) & (np.abs(lost) <= SHARE + error)):
+            chosen = [change for change, is_chosen in zip(changes, subsets[subset]) if is_chosen]
+            latents = {name for change in chosen for name in change.axes}
+            names = list(dict.fromkeys(change.name for change in chosen))
+            return Relabelled(names, apart[i].pair, latents, float((signs[i] > 0) @ weight))
     return None
 
 
@@ -180,7 +229,8 @@ def _largest_loss(
     orders = np.stack([_order_of(about, draws[about.latent], 1, np) for about in apart])
     signs = np.where((orders @ weight > 0)[:, None], orders, -orders)  # 1 in the order that most draws have
     subsets = np.array(sorted(product([False, True], repeat=len(changes)), key=sum))
-    lost = _lost_shares(_ratios(approx, changes, size, apart, draws, signs, weight, subsets), signs, weight)
+    lost, error = _lost_shares(_ratios(approx, changes, size, apart, draws, signs, weight, subsets), signs, weight)
+    lost -= error
     i, subset = map(int, np.unravel_index(np.argmax(np.round(lost, 3)), lost.shape))
     if lost[i, subset] < SHARE:
         return None
@@ -232,14 +282,17 @@ def _ratios(
     return ratio * (order * order[..., :1] < 0)
 
 
-def _lost_shares(ratio: np.ndarray, signs: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The share of the posterior that draws lack at least, in units of what they have: ``(pairs, subsets)``."""
+def _lost_shares(ratio: np.ndarray, signs: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What draws lack at least of the other order, and four standard errors of it, of shape ``(pairs, subsets)``.
+
+    These are shares of the posterior, in units of what the draws have.
+    """
     mean, error = ratio.mean(1), ratio.std(1, ddof=1) / DRAWS**0.5
     # What each draw says of it: the ratio in the order that most have, minus 1 in the other.
     terms = mean[..., None] * (signs > 0)[:, None] - (signs < 0)[:, None]
     lost = terms @ weight
     of_shares = np.sqrt(((terms - lost[..., None]) ** 2) @ weight**2)
-    return lost - ERRORS * np.hypot(error * ((signs > 0) @ weight)[:, None], of_shares)
+    return lost, ERRORS * np.hypot(error * ((signs > 0) @ weight)[:, None], of_shares)
 
 
 def _order_of(about: Apart, value, leading: int, numpy):

@@ -3,6 +3,7 @@
 
 """Can a fitted posterior be trusted?"""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,12 @@ from jaxtyping import Array
 import numpy as np
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.diagnostics.agreement import LEAST_ESS, compare, share_that_agrees
+from numpyro_vimco.diagnostics.agreement import ERRORS, LEAST_ESS, TOLERANCE, compare, is_evidence, share_that_agrees
 from numpyro_vimco.diagnostics.earlier_bounds import earlier_bounds
 from numpyro_vimco.diagnostics.findings import HEAVY_ESS, HEAVY_TAIL, LOW_ESS, Facts, Finding, find_all, find_doubts
-from numpyro_vimco.diagnostics.label_switching import LostLabels, find_lost_labels
+from numpyro_vimco.diagnostics.label_switching import LostLabels, Relabelled, find_lost_labels, find_relabelled
 from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.moments import Moments
 from numpyro_vimco.draws.proposals import check_has_density
 from numpyro_vimco.draws.weighing import Weighed, moments_of_starts, weigh_pool
 from numpyro_vimco.fitting.state import Starts
@@ -89,11 +91,18 @@ class Diagnostics:
 
 
 def diagnose(
-    approx: Approximation, starts: Starts, is_fit: bool, rng_key: Array, num_draws: int, progress_bar: bool
+    approx: Approximation,
+    starts: Starts,
+    several: bool,
+    with_losses: bool,
+    rng_key: Array,
+    num_draws: int,
+    progress_bar: bool,
 ) -> Diagnostics:
     """Draw from the fitted guides, and see what the importance weights say.
 
-    :param is_fit: whether starts are those of a fit, and compared.
+    :param several: whether starts are compared.
+    :param with_losses: whether their losses are those of this posterior.
     """
     num_draws = check_integer("num_draws", num_draws, 100, "the tail of the weights is fitted to them")
     approx.check_has_posterior()
@@ -102,17 +111,21 @@ def diagnose(
     weighed = weigh_pool(approx, pool_key, num_draws, "diagnostics" if progress_bar else None)
     summary = weighed.summary
     log_evidence, std_error = float(summary.log_evidence.sum()), float(np.sqrt(summary.variance.sum()))
-    agreement, past = None, {}
-    if is_fit:
+    agreement, past, relabelled = None, {}, {}
+    if several:
         of_starts = moments_of_starts(approx, start_key, num_draws, "starts" if progress_bar else None)
         indices = starts.kept.tolist()
-        past = earlier_bounds(approx, starts, log_evidence, std_error)
+        past = earlier_bounds(approx, starts, log_evidence, std_error) if with_losses else {}
         agreement = compare(approx, indices, weighed.moments, of_starts).assign(
             earlier_bound=("start", [past[i].bound if i in past else np.nan for i in indices]),
             earlier_bound_std_error=("start", [past[i].std_error if i in past else np.nan for i in indices]),
         )
+        relabelled = _relabelled(approx, weighed, agreement, of_starts)
+        agreement["differs"] = agreement["differs"] & ~_explained(agreement, relabelled)
     tempered = bool((starts.inverse_temperature < 1).any())
-    facts = Facts(approx, weighed, num_draws, std_error, agreement, past, tempered, starts.recovered)
+    facts = Facts(
+        approx, weighed, num_draws, std_error, agreement, past, tempered, starts.recovered, starts.alike, relabelled
+    )
     verdict, lost_labels = _verdict(facts), None
     if verdict == "good":
         lost_labels = _lost_labels(approx, weighed)
@@ -135,6 +148,37 @@ def diagnose(
         log_weight=weighed.log_weight,
         agreement=agreement,
     )
+
+
+def _relabelled(
+    approx: Approximation, weighed: Weighed, agreement: "xr.Dataset", of_starts: Sequence[Moments]
+) -> dict[int, Relabelled]:
+    """The starts that differ from the pool and hold elements in one of its orders."""
+    found = {}
+    off = agreement["differs"].any("quantity").values
+    if not weighed.draws or approx.params_of_model:
+        return {}
+    assert weighed.log_weight is not None
+    kept = weighed.log_weight[: len(next(iter(weighed.draws.values())))]
+    for start, is_off, moments in zip(agreement["start"].values.tolist(), off, of_starts):
+        if is_off and (about := find_relabelled(approx, moments.estimates(), weighed.draws, kept)):
+            found[start] = about
+    return found
+
+
+def _explained(agreement: "xr.Dataset", relabelled: Mapping[int, Relabelled]) -> np.ndarray:
+    """Which differences an order of elements explains: of means of the latents, and of the share of the evidence."""
+    found = np.zeros(agreement["differs"].shape, bool)
+    evidence, quantities = is_evidence(agreement), agreement["quantity"].values
+    for i, start in enumerate(agreement["start"].values.tolist()):
+        if start not in relabelled:
+            continue
+        about = relabelled[start]
+        found[i] = [name.partition("[")[0] in about.latents for name in quantities]
+        of_start = agreement.isel(start=i)
+        rest = np.abs(of_start["difference"] - np.log(about.share))
+        found[i] |= evidence & (rest <= TOLERANCE + ERRORS * of_start["difference_std_error"]).values
+    return found
 
 
 def _lost_labels(approx: Approximation, weighed: Weighed) -> LostLabels | None:

@@ -175,8 +175,10 @@ class Approximation:
         :param local_particles: number of local particles of each particle.
         :param largest: size of an array that there is beside the model's.
         """
-        largest = max(largest, *(np.size(site["value"]) for site in sample_sites(self.model_trace)))
-        return int(np.clip(CHUNK_ELEMENTS // (largest * local_particles), 1, 2**14))
+        sites = sample_sites(self.model_trace) + sample_sites(self.guide_trace)
+        # Tables of probabilities count as well: a draw of one of 30,000 values takes as many random numbers.
+        sizes = (np.size(leaf) for site in sites for leaf in jax.tree.leaves((site["value"], site["fn"])))
+        return int(np.clip(CHUNK_ELEMENTS // (max(largest, *sizes) * local_particles), 1, 2**14))
 
 
 def misfit(svi: SVI, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
@@ -272,7 +274,7 @@ def _check_params(program: str, declared: Trace, params: Mapping) -> None:
         if expected != given:
             raise ValueError(
                 f"The {program}'s parameter '{name}' has shape {expected}, but {given} was given. Pass the result of "
-                "its own approx, and the model arguments that it was fitted with."
+                "its own fit, and the model arguments that it was fitted with."
             )
         if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(params[name]) if _is_float(leaf)):
             raise ValueError(

@@ -75,7 +75,8 @@ def weigh_pool(approx: Approximation, rng_key: Array, num_draws: int, progress: 
     kept: list[tuple[np.ndarray, ...]] = []
     first: list[Mapping[str, np.ndarray]] = []
     taken = nan = 0
-    missing = min(KEPT_DRAWS, KEPT_SIZE // sum(np.size(site["value"]) for site in approx.latents().values()))
+    size = sum(np.size(site["value"]) for site in approx.latents().values())
+    missing = min(KEPT_DRAWS, KEPT_SIZE // max(size, 1))
     for block in sampler.blocks(approx.starts, rng_key, -(-num_draws // sampler.size), weight, progress):
         log_weight, share, continuous, values = merged(block, num_draws - taken)
         flat = log_weight.reshape(len(log_weight), -1).astype(log_weight.dtype if shape else float)

@@ -4,7 +4,7 @@
 r"""Recover what all starts have lost, where defensive draws found it.
 
 The weighted pooled draws stand for the posterior with what the guides lack. So a guide is fitted to them (*wake* steps
-[1]: ascend :math:`\sum_i \log q(z_i)` over resampled draws), and goes on from there by ordinary steps at power 1, from
+[1]: ascend :math:`\sum_i \log q(z_i)` over resampled draws), and goes on from there by ordinary steps at β = 1, from
 as many keys as there are starts. The starts are then replaced by those of these sets whose pooled draws have the
 largest effective sample size: the starts as they were, the new ones, and halves of two of starts, new ones, and guides
 after wake steps alone, which are the widest.

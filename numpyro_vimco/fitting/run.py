@@ -75,7 +75,7 @@ def begin(
     """
     num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
     tempering_steps = _tempering_steps(plan.tempering, num_starts, num_steps)
-    init_key, _, _ = split(rng_key, 3)
+    init_key, _, _, _ = split(rng_key, 4)  # the last one is for the posterior
     states = initial_states(svi, init_key, num_starts, args, {"init_params": init_params, **kwargs})
     first = jnp.ones(())
     if tempering_steps.max() > 0:
@@ -101,7 +101,7 @@ def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, 
             "of the step, which a state does not hold. Pass the function again."
         )
     if svi.constrain_fn is None:
-        svi.init(split(rng_key, 3)[0], *args, **kwargs)
+        svi.init(split(rng_key, 4)[0], *args, **kwargs)
     return _checked(svi, rng_key, args, kwargs, plan, state)
 
 
@@ -137,8 +137,13 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
         plan.start_sharding,
     )
     none, unknown = np.zeros((num_starts, 0), np.float32), np.full(num_starts, np.nan)
-    starts = Starts(params, none, none, state.svi, np.asarray(state.failed), unknown, unknown)
+    alike = int(state.step) == 0 and _are_alike(params, num_starts)
+    starts = Starts(params, none, none, state.svi, np.asarray(state.failed), unknown, unknown, alike=alike)
     return Fit(approx, starts, state, steps, plan, rng_key)
+
+
+def _are_alike(params: dict[str, Any], num_starts: int) -> bool:
+    return num_starts > 1 and all((leaf == leaf[:1]).all() for leaf in jax.tree.leaves(jax.device_get(params)))
 
 
 def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
@@ -164,8 +169,9 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
     unknown = np.full(len(failed), np.nan)
     temperatures = np.concatenate([fit.starts.inverse_temperature, temperatures], axis=1)
     params = jax.vmap(svi.get_params)(state.svi)
-    starts = Starts(params, losses, temperatures, state.svi, failed, unknown, unknown)
-    _, evidence_key, recovery_key = split(fit.rng_key, 3)
+    alike = fit.starts.alike
+    starts = Starts(params, losses, temperatures, state.svi, failed, unknown, unknown, alike=alike)
+    _, evidence_key, recovery_key, _ = split(fit.rng_key, 4)
     approx = _at(approx, starts)
     if approx.has_posterior():
         if fit.plan.recover and losses.shape[1] >= LEAST_STEPS:

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.handlers import trace
 from numpyro.infer import SVI
-from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 
 from numpyro_vimco.control_flow import Given
-from numpyro_vimco.guides.automatic import automatic_guides, with_known_draws
+from numpyro_vimco.guides.automatic import Call, automatic_guides, recorded_calls, with_known_draws
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.randomness import split
 
@@ -36,17 +35,21 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
     init = copy(svi)
     init.guide = Given(with_known_draws(svi.guide), {})  # what is drawn plays no part in where parameters begin
     first, *others = split(rng_key, num_starts)
-    with _restored(svi.guide):
-        for guide in automatic_guides(svi.guide):
-            guide.prototype_trace = None
+    calls = [Call.now(guide) for guide in automatic_guides(svi.guide)]
+    with recorded_calls(calls), _undone(calls, lambda call: call.was_called):
+        for call in calls:
+            call.guide.prototype_trace = None
         of_model: dict[str, Any] = {}
         init.model = Given(_traced_into(of_model, svi.model), {})
         states = [init.init(first, *args, **kwargs)]
         if not any(site["type"] in ("param", "mutable") for site in of_model.values()):
             init.model = _nothing  # nothing of the model's own has to begin anywhere
-        with _restored(svi.guide):
+        # With the parts that guides were given at their first call.
+        guides = {id(part): part for call in calls for part in automatic_guides(call.guide)}
+        after_first = [Call.now(guide) for guide in guides.values()]
+        with _undone(after_first, lambda _: True):
             for key in others:
-                for guide in automatic_guides(svi.guide):
+                for guide in guides.values():
                     if not isinstance(guide, StructuralGuide):  # the parts of these are in the list too
                         guide.prototype_trace = None
                 states.append(init.init(key, *args, **kwargs))
@@ -78,20 +81,13 @@ def _nothing(*args, **kwargs) -> None:
 
 
 @contextmanager
-def _restored(guide: Callable) -> Iterator[None]:
-    """A context after which automatic guides that were called before it are as they were; after an error, all are."""
-    before = [(part, part.prototype_trace is not None, _attributes(part)) for part in automatic_guides(guide)]
+def _undone(calls: list[Call], chosen: Callable[[Call], bool]) -> Iterator[None]:
+    """A context after which some guides are what they were before their call; after an error, all are."""
     is_done = False
     try:
         yield
         is_done = True
     finally:
-        for part, was_called, attributes in before:
-            if was_called or not is_done:
-                part.__dict__.clear()
-                part.__dict__.update(attributes)
-
-
-def _attributes(guide: AutoGuide) -> dict[str, Any]:
-    """The attributes of a guide. Its containers are copied, as a first call fills them."""
-    return {k: copy(v) if isinstance(v, dict | list) else v for k, v in vars(guide).items()}
+        for call in calls:
+            if not is_done or chosen(call):
+                call.undo()

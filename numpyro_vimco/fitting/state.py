@@ -51,6 +51,7 @@ class Starts:
         Delta; and of a single fit, whose evidence is ``posterior.log_evidence``.
     :ivar log_evidence_std_error: its standard error in nats, by the delta method, of shape ``(starts,)``.
     :ivar recovered: whether starts were replaced, as all had lost a part of the posterior that defensive draws found.
+    :ivar alike: whether all began at the same parameters, as far as that is known.
     """
 
     params: dict[str, Any]
@@ -61,6 +62,7 @@ class Starts:
     log_evidence: np.ndarray
     log_evidence_std_error: np.ndarray
     recovered: bool = False
+    alike: bool = False
     _agreement: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
     def __len__(self) -> int:

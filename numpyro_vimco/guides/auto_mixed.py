@@ -108,7 +108,7 @@ class AutoMixed(StructuralGuide):
     of their prior, times ``init_scale``, and a location from ``init_loc_fn``: about the prior's median. (For
     *mean_field* it is NumPyro's default, between -2 and 2 in unconstrained space.) A location far from the prior costs
     *autoregressive* effective sample size, as latents that are switched off have to find their prior again. Where the
-    prior is far wider than the posterior, anneal the likelihood (:func:`~numpyro_vimco.fit`), so that not all weight is
+    prior is far wider than the posterior, temper the likelihood (:func:`~numpyro_vimco.fit`), so that not all weight is
     with one particle.
 
     **Units.** A program in other units (kilometres for metres) has the same fit, up to rounding. A location is

@@ -3,7 +3,10 @@
 
 """The automatic guides that a guide is made of, and what they know of its latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 import inspect
 from types import FunctionType, MethodType
@@ -17,11 +20,60 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_vimco.sites import is_latent_site
 
 
+@dataclass(frozen=True)
+class Call:
+    """The first call of an automatic guide.
+
+    :ivar was_called: whether it was called before.
+    :ivar attributes: those before; containers are copied, as a first call fills them.
+    """
+
+    guide: AutoGuide
+    was_called: bool
+    attributes: dict[str, Any]
+
+    @classmethod
+    def now(cls, guide: AutoGuide) -> "Call":
+        attributes = {k: copy(v) if isinstance(v, dict | list) else v for k, v in vars(guide).items()}
+        return cls(guide, guide.prototype_trace is not None, attributes)
+
+    def undo(self) -> None:
+        """Make the guide what it was."""
+        self.guide.__dict__.clear()
+        self.guide.__dict__.update(self.attributes)
+
+
+@contextmanager
+def recorded_calls(calls: list[Call]) -> Iterator[None]:
+    """A context in which each first call of an automatic guide is recorded, whatever calls it."""
+    classes, queue = set[type](), [AutoGuide]
+    while queue:
+        queue += queue[0].__subclasses__()
+        classes.add(queue.pop(0))
+    originals = {cls: vars(cls)["__call__"] for cls in classes if "__call__" in vars(cls)}
+
+    def recording(original: Callable) -> Callable:
+        def call(self, *args, **kwargs):
+            known = {id(call.guide) for call in calls}
+            calls.extend(Call.now(part) for part in automatic_guides(self) if id(part) not in known)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    for cls, original in originals.items():
+        cls.__call__ = recording(original)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for cls, original in originals.items():
+            cls.__call__ = original  # type: ignore[method-assign]
+
+
 def automatic_guides(guide: Callable) -> list[AutoGuide]:
     """The automatic guides that a guide is made of: itself, and those that it refers to.
 
     References are followed through containers, partial functions, handlers, variables of functions, and attributes of
-    objects that can be called.
+    objects that can be called. :func:`recorded_calls` finds those that no such reference leads to.
     """
     found, seen, queue = [], set(), [guide]
     while queue:

@@ -59,8 +59,9 @@ def plot_bound(
         bottom = np.quantile(last if len(last) else shown, 0.01)
         margin = 0.1 * (top - bottom) + 1e-3
         ax.set_ylim(bottom - margin, top + margin)
-    if not several and (infinite := np.isinf(bound).sum()):
-        ax.set_title(f"{infinite:,} estimates are not finite")
+    not_finite = ~np.isfinite(starts.losses) & (starts.inverse_temperature == 1)
+    if not several and not_finite.any():
+        ax.set_title(f"{not_finite.sum():,} estimates are not finite")
     ax.set(xlabel="step", ylabel="bound (nats)")
     ax.legend(loc="lower right")
     return ax
@@ -90,7 +91,7 @@ def plot_bound_by_particles(posterior: "Posterior", *, ax: "Axes | None" = None)
 
 def plot_weights(posterior: "Posterior", *, ax: "Axes | None" = None) -> "Axes":
     """
-    The share of the total weight that the heaviest draws hold, against how many they are.
+    The sum of the normalized weights of the heaviest draws, against how many they are.
 
     With equal weights this is the dotted line; a curve that is high at its left end says that few draws decide.
 
@@ -106,7 +107,7 @@ def plot_weights(posterior: "Posterior", *, ax: "Axes | None" = None) -> "Axes":
     ax.plot(rank, np.cumsum(found.heaviest), color="C0", lw=1.8, label="weights of the draws")
     ax.plot(equal, equal / len(equal), color="black", ls=":", lw=1.2, label="equal weights")
     ax.axvline(ess, color="C3", ls="--", lw=1.2, label=f"ESS {ess:,.0f} of {len(equal):,}")
-    ax.set(xscale="log", xlabel="number of heaviest draws", ylabel="share of the weight", ylim=(0, 1.05))
+    ax.set(xscale="log", xlabel="number of heaviest draws", ylabel="sum of normalized weights", ylim=(0, 1.05))
     ax.set_title(f"Pareto k {k:.2f} ({found.verdict})")
     ax.legend(loc="upper left")
     return ax

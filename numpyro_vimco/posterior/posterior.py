@@ -27,8 +27,10 @@ from numpyro_vimco.fitting import run
 from numpyro_vimco.fitting.run import Fit, Plan
 from numpyro_vimco.fitting.state import FitState, Starts
 from numpyro_vimco.posterior import tables
-from numpyro_vimco.randomness import split_by_name
+from numpyro_vimco.randomness import split, split_by_name
 
+# What takes a key of its own, from that of the fit or from one that is given.
+KEYS = ("evidence", "diagnose", "draws", "to_arviz", "gradient_snr")
 # What a posterior is made from.
 Result: TypeAlias = SVIRunResult | SVIState | FitState | Mapping[str, Any]
 
@@ -170,14 +172,14 @@ class Posterior:
             unknown = np.full(len(starts), np.nan)
             starts = replace(starts, log_evidence=unknown, log_evidence_std_error=unknown)
             if approx.has_posterior():
-                starts = run.with_log_evidence(approx, split_by_name(rng_key, ("evidence",))["evidence"], starts, True)
+                starts = run.with_log_evidence(approx, split_by_name(rng_key, KEYS)["evidence"], starts, True)
             approx = approx.at(params, len(kept), int(np.searchsorted(kept, starts.best)))
         self._set(approx, starts, state, rng_key, None, True)
 
     @classmethod
     def _of(cls, fitted: Fit, progress_bar: bool) -> "Posterior":
         posterior = cls.__new__(cls)
-        posterior._set(fitted.approx, fitted.starts, fitted.state, fitted.rng_key, fitted, progress_bar)
+        posterior._set(fitted.approx, fitted.starts, fitted.state, split(fitted.rng_key, 4)[3], fitted, progress_bar)
         return posterior
 
     def _set(
@@ -248,7 +250,8 @@ class Posterior:
         :raises NotImplementedError: for starts whose draws cannot be pooled: a Delta site at a parameter.
         """
         key, show = self._key("diagnose", rng_key), self._shows(progress_bar)
-        self._diagnostics = verdict.diagnose(self._approx, self.starts, self._is_several, key, num_draws, show)
+        of_fit = self._fit is not None  # losses at other arguments prove nothing
+        self._diagnostics = verdict.diagnose(self._approx, self.starts, self._is_several, of_fit, key, num_draws, show)
         return self._diagnostics
 
     @property
@@ -378,8 +381,8 @@ class Posterior:
         (:mod:`~numpyro_vimco.draws.defence`). A fit has several starts, and their draws are pooled in the same way. So
         a part of the posterior that some starts lost is there if one has it. ``pool=False`` shows the starts apart, as
         chains: each has draws of its own guide with its own weights, and ``az.rhat``, ``az.plot_forest`` and
-        ``az.plot_trace`` compare them as those of MCMC. Starts that failed are left out. Parameters of the model are
-        those of the best start for all.
+        ``az.plot_trace`` compare them as those of MCMC. Starts that failed are left out. Where the model has
+        parameters, each start has a posterior of its own: draws are those of the best start, or of each as a chain.
 
         Sites that the objective sums out (``infer={"enumerate": "parallel"}``) are drawn from their exact distribution
         given each draw of the others, along chains too.
@@ -532,7 +535,7 @@ class Posterior:
     def _key(self, name: str, given: Array | None) -> Array:
         if given is not None:
             check_key(given)
-        return split_by_name(self._rng_key if given is None else given, (name,))[name]
+        return split_by_name(self._rng_key if given is None else given, KEYS)[name]
 
     def _shows(self, progress_bar: bool | None) -> bool:
         return self._progress_bar if progress_bar is None else progress_bar
@@ -555,7 +558,7 @@ def _starts_of(svi: SVI, result: "Result | Posterior") -> tuple[Starts, Any, Arr
         unknown = np.full(len(failed), np.nan)
         params = jax.vmap(svi.get_params)(result.svi)
         keys = result.svi.rng_key
-        return Starts(params, nothing, nothing, result.svi, failed, unknown, unknown), result, keys[0]
+        return Starts(params, nothing, nothing, result.svi, failed, unknown, unknown), result, split(keys[0], 3)[2]
     losses, state, rng_key = np.zeros(0, np.float32), None, jax.random.key(0)
     if isinstance(result, SVIRunResult):
         params, state, losses = result.params, result.state, np.asarray(result.losses)
@@ -569,7 +572,7 @@ def _starts_of(svi: SVI, result: "Result | Posterior") -> tuple[Starts, Any, Arr
             "`svi.update`, or a dict of parameters, and then the model's arguments, `Posterior(svi, result, x)`."
         )
     if state is not None:
-        rng_key = state.rng_key
+        rng_key = split(state.rng_key, 3)[2]  # the first two are those of the next step
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
     unknown = np.full(1, np.nan)
     of_one = np.ones((1, len(losses)), np.float32)
