@@ -84,7 +84,7 @@ class Approximation:
         if not subsampled:
             check_plates(model_trace, guide_trace)
         check_given(svi.model, model_trace, args, kwargs)
-        observed = find_observed(model_trace, _moving_masks(svi, params, latents, args, kwargs))
+        observed = find_observed(model_trace, *_moving(svi, params, latents, args, kwargs))
         check_data(model_trace, observed)
         sampled = frozenset(latents)
         traces = guide_trace, model_trace
@@ -200,15 +200,17 @@ def _start(starts: Mapping[str, Any], index: int) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[index]), dict(starts))
 
 
-def _moving_masks(svi: SVI, params, latents, args, kwargs) -> set[str]:
-    """The observed sites whose mask depends on a latent."""
+def _moving(svi: SVI, params, latents, args, kwargs) -> tuple[set[str], set[str]]:
+    """The observed sites whose mask depends on a latent, and those whose value does."""
 
-    def masks(latents):
+    def look(latents):
         model = Given(substitute(seed(svi.model, random.key(1)), data=params), latents)
         sites = observed_sites(trace(model).get_trace(*args, **kwargs))
-        return {name: jnp.asarray(present_elements(site["fn"])) for name, site in sites.items()}
+        masks = {("mask", name): jnp.asarray(present_elements(site["fn"])) for name, site in sites.items()}
+        return masks | {("value", name): jnp.asarray(site["value"]) for name, site in sites.items()}
 
-    return {name for name, sources in dependence(masks, latents).items() if sources}
+    moving: set[Any] = {about for about, sources in dependence(look, latents).items() if sources}
+    return {name for kind, name in moving if kind == "mask"}, {name for kind, name in moving if kind == "value"}
 
 
 def check_given(model: Callable, model_trace: Trace, args: tuple, kwargs: Mapping[str, Any]) -> None:

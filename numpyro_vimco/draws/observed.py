@@ -19,11 +19,13 @@ class Observed:
     :ivar name: the name that users gave it: ``x`` where `obs_mask` makes ``x_observed`` and ``x_unobserved``.
     :ivar present: True where it has data, False where they are masked; of the shape of its value.
     :ivar event_dim: number of event dimensions of its value.
+    :ivar is_data: whether its value is the same whatever the latents are.
     """
 
     name: str
     present: np.ndarray
     event_dim: int
+    is_data: bool
 
     @property
     def elements(self) -> np.ndarray:
@@ -45,16 +47,17 @@ def observed_sites(model_trace: Trace) -> Trace:
     }
 
 
-def find_observed(model_trace: Trace, moving: set[str]) -> dict[str, Observed]:
+def find_observed(model_trace: Trace, moving: set[str], following: set[str]) -> dict[str, Observed]:
     """The observed sites of a model.
 
+    :param following: names of the sites whose value is a function of latents.
     :param moving: names of the sites whose mask depends on a latent: it does not say which data are missing.
     """
     found = {}
     for name, site in observed_sites(model_trace).items():
         fn = whole(site)
         present = np.ones(fn.shape(), bool) if name in moving else np.broadcast_to(present_elements(fn), fn.shape())
-        found[name] = Observed(given_name(name, model_trace), np.asarray(present), fn.event_dim)
+        found[name] = Observed(given_name(name, model_trace), np.asarray(present), fn.event_dim, name not in following)
     return found
 
 

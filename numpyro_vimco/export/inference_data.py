@@ -53,7 +53,9 @@ def to_arviz(
     data: dict[str, Any] = dict(found)
     data |= {
         "observed_data": {
-            about.name: about.only_present(approx.model_trace[name]["value"]) for name, about in approx.observed.items()
+            about.name: about.only_present(approx.model_trace[name]["value"])
+            for name, about in approx.observed.items()
+            if about.is_data
         },
         "constant_data": {name: np.asarray(value) for name, value in (constant_data or {}).items()},
         "predictions": {name: np.asarray(value)[None] for name, value in (predictions or {}).items()},
