@@ -1,4 +1,4 @@
-"""What all starts have lost together: defensive draws find it, it is recovered, and verdict and advice say so."""
+"""What all starts have lost together: defensive draws find it, it is recovered, and verdict and findings say so."""
 
 from functools import partial
 
@@ -13,9 +13,10 @@ import optax
 import pytest
 import xarray as xr
 
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics
+from helpers import codes, said
+from numpyro_vimco import AutoMixed, VIMCOStar, fit
 from numpyro_vimco.diagnostics.agreement import contradictions
-from numpyro_vimco.draws.proposals import Draw
+from numpyro_vimco.draws.proposals import WeightedDraw
 from numpyro_vimco.fitting.recovery import lost_share
 
 
@@ -31,54 +32,54 @@ def two_humps(x=None):
 from_zero = partial(AutoNormal, init_loc_fn=init_to_value(values={"m": 0.0}))
 
 
-def fitted(guide, **kwargs):
+def fitted(**options):
     schedule = optax.cosine_decay_schedule(0.02, 300)
-    svi = SVI(two_humps, guide, optax.adam(schedule), VIMCOStar(0.5, num_particles=32))
-    return svi, fit(svi, random.key(0), 300, anneal=0, progress_bar=False, **kwargs)
+    svi = SVI(two_humps, from_zero(two_humps), optax.adam(schedule), VIMCOStar(0.5, num_particles=32))
+    posterior = fit(svi, random.key(0), 300, tempering=0, progress_bar=False, **options)
+    posterior.diagnose(rng_key=random.key(1))
+    return posterior
 
 
 @pytest.fixture(scope="module")
 def lost():
-    svi, result = fitted(from_zero(two_humps), recover=False)
-    return result, importance_diagnostics(svi, result, rng_key=random.key(1), progress_bar=False)
+    return fitted(recover=False)
 
 
 @pytest.fixture(scope="module")
 def recovered():
-    svi, result = fitted(from_zero(two_humps))
-    return result, importance_diagnostics(svi, result, rng_key=random.key(1), progress_bar=False)
+    return fitted()
 
 
 @pytest.mark.long
 def test_a_part_that_no_start_draws_is_seen(lost):
     """Each start has at most 0.7 of the evidence, log 0.7 = -0.36."""
-    result, found = lost
-    assert (result.log_evidence < -0.25).all()
-    assert not result.recovered and found.reading != "good"
-    assert "Defensive draws hold" in found.advice and "num_components={'m': 2}" in found.advice
+    assert (lost.starts.log_evidence < -0.25).all()
+    assert not lost.starts.recovered and lost.verdict != "good"
+    assert {"lost-by-guides", "several-humps"} <= set(codes(lost))
+    assert "Defensive draws hold" in said(lost) and "num_components={'m': 2}" in said(lost)
 
 
 @pytest.mark.long
 def test_it_is_recovered(recovered):
-    result, found = recovered
-    assert result.recovered and result.losses.shape == (4, 300)
-    assert abs(found.log_evidence) < 6 * found.log_evidence_std_error < 0.2
-    pooled = found.agreement["pooled"].sel(quantity="m")
-    assert abs(pooled - 2.1) < 6 * found.agreement["pooled_std_error"].sel(quantity="m") < 1
-    assert found.reading != "bad"
+    assert recovered.starts.recovered and recovered.losses.shape == (4, 300)
+    assert abs(recovered.log_evidence) < 6 * recovered.log_evidence_std_error < 0.2
+    of_m = recovered.starts.agreement.sel(quantity="m")
+    assert abs(of_m["pooled"] - 2.1) < 6 * of_m["pooled_std_error"] < 1
+    assert recovered.verdict != "bad"
 
 
 @pytest.mark.long
-def test_the_advice_helps(lost):
-    """The guide that the advice names holds both humps in each start."""
-    guide = AutoMixed(two_humps, num_components={"m": 2})
+def test_the_remedy_helps(lost):
+    """The guide that the finding names holds both humps in each start."""
+    (remedy,) = (finding.remedy for finding in lost.findings if finding.code == "several-humps")
+    assert remedy == "AutoMixed(model, num_components={'m': 2})"
+    guide = eval(remedy, {"AutoMixed": AutoMixed, "model": two_humps})
     schedule = optax.warmup_cosine_decay_schedule(0.02, 0.02, 500, 1000)
     svi = SVI(two_humps, guide, optax.adam(schedule), VIMCOStar(0.5, num_particles=32))
-    result = fit(svi, random.key(0), 1000, progress_bar=False)
-    found = importance_diagnostics(svi, result, rng_key=random.key(1), progress_bar=False)
-    assert "num_components={'m': 2}" in lost[1].advice
-    assert found.reading == "good" and abs(found.log_evidence) < 0.05
-    assert not result.recovered
+    posterior = fit(svi, random.key(0), 1000, progress_bar=False)
+    posterior.diagnose(rng_key=random.key(1))
+    assert posterior.verdict == "good" and abs(posterior.log_evidence) < 0.05
+    assert not posterior.starts.recovered
 
 
 @pytest.mark.long
@@ -87,11 +88,11 @@ def test_a_good_fit_is_left_as_it_is():
         mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
         numpyro.sample("x", dist.Normal(mu, 1.0), obs=1.0)
 
-    def fitted(recover):
+    def starts(recover):
         svi = SVI(model, AutoMixed(model), optax.adam(0.05), VIMCOStar())
-        return fit(svi, random.key(0), 200, recover=recover, progress_bar=False)
+        return fit(svi, random.key(0), 200, recover=recover, progress_bar=False).starts
 
-    alone, looked_at = fitted(False), fitted(True)
+    alone, looked_at = starts(False), starts(True)
     assert not looked_at.recovered
     for name, value in alone.params.items():
         np.testing.assert_array_equal(value, looked_at.params[name])
@@ -100,7 +101,7 @@ def test_a_good_fit_is_left_as_it_is():
 def test_share_that_the_defence_holds():
     """Two elements: in the first the guides propose all, in the second half of the weight."""
     share = np.log(np.array([[1.0, 1.0], [1.0, 0.25]]))
-    draws = Draw({}, None, None, np.log(np.array([[1.0, 1.0], [3.0, 2.0]])), log_guide_share=share)
+    draws = WeightedDraw({}, None, None, np.log(np.array([[1.0, 1.0], [3.0, 2.0]])), log_guide_share=share)
     np.testing.assert_allclose(lost_share(draws), 1 - (1 + 2 * 0.25) / 3)
 
 
@@ -127,8 +128,8 @@ def table(evidence, error, ess, pooled, pooled_error):
     ],
 )
 def test_starts_and_pool_that_contradict_each_other(evidence, pooled, expected):
-    assert contradictions(table(evidence, [0.005, 0.005], [900.0, 900.0], pooled, 0.005)) == expected
+    assert contradictions(table(evidence, [0.005, 0.005], [900.0, 900.0], pooled, 0.005), {}) == expected
 
 
 def test_few_draws_of_a_start_contradict_nothing():
-    assert contradictions(table([0.0, 3.0], [0.005, 0.005], [900.0, 20.0], 0.0, 0.005)) == (False, False)
+    assert contradictions(table([0.0, 3.0], [0.005, 0.005], [900.0, 20.0], 0.0, 0.005), {}) == (False, False)

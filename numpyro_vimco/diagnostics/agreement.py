@@ -9,7 +9,7 @@ part of the posterior has an evidence that is too low, and means that are off; t
 draws are others than the pool's, so that Monte Carlo errors are independent, and add up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,16 +107,21 @@ def share_that_agrees(agreement: "xr.Dataset") -> float:
     return float(np.mean(~off)) if np.sum(~off) > 1 and stuck.all() else 0.0
 
 
-def contradictions(agreement: "xr.Dataset") -> tuple[bool, bool]:
+def contradictions(agreement: "xr.Dataset", log_shares: Mapping[int, tuple[float, float]]) -> tuple[bool, bool]:
     """Whether a start has more evidence than the pool, and whether the pool has more than each start, for certain.
 
     The pool proposes what each start does, and its estimates are as good. So where a start has more, the pool's error
     is not what it seems. Where the pool has more than each start, either all starts lack what the defence found, or
     the densities of the pool's draws are wrong.
+
+    :param log_shares: by start, the logarithm of the share of the posterior that it can have, and its standard error,
+        where that is not all of it.
     """
     pool = pooled_evidence(agreement)
     pool_error = float(np.hypot.reduce(agreement["pooled_std_error"].values[is_evidence(agreement)]))
-    evidence, error = agreement["log_evidence"].values, agreement["log_evidence_std_error"].values
+    share, share_error = np.array([log_shares.get(i, (0.0, 0.0)) for i in agreement["start"].values.tolist()]).T
+    evidence = agreement["log_evidence"].values - share
+    error = np.hypot(agreement["log_evidence_std_error"].values, share_error)
     sure = (agreement["ess"].values >= LEAST_ESS) & np.isfinite(evidence)
     if not sure.any():
         return False, False

@@ -107,7 +107,9 @@ class Facts:
 
     @cached_property
     def contradictions(self) -> tuple[bool, bool]:
-        return (False, False) if self.agreement is None else contradictions(self.agreement)
+        if self.agreement is None:
+            return False, False
+        return contradictions(self.agreement, {start: about.log_share for start, about in self.relabelled.items()})
 
     @cached_property
     def joint_plate(self) -> str | None:

@@ -91,12 +91,19 @@ class Relabelled(NamedTuple):
     :ivar pair: the elements.
     :ivar latents: those whose means the order decides.
     :ivar share: of the posterior, that is in the start's order.
+    :ivar std_error: of its logarithm.
     """
 
     names: list[str]
     pair: tuple[int, int]
     latents: set[str]
     share: float
+    std_error: float
+
+    @property
+    def log_share(self) -> tuple[float, float]:
+        """The logarithm of the share, and its standard error."""
+        return float(np.log(self.share)), self.std_error
 
 
 class Apart(NamedTuple):
@@ -163,7 +170,9 @@ def find_relabelled(
             chosen = [change for change, is_chosen in zip(changes, subsets[subset]) if is_chosen]
             latents = {name for change in chosen for name in change.axes}
             names = list(dict.fromkeys(change.name for change in chosen))
-            return Relabelled(names, apart[i].pair, latents, float((signs[i] > 0) @ weight))
+            share = float((signs[i] > 0) @ weight)
+            error = float(np.sqrt((1 / share - 1) * weight @ weight))
+            return Relabelled(names, apart[i].pair, latents, share, error)
     return None
 
 

@@ -176,8 +176,9 @@ def _explained(agreement: "xr.Dataset", relabelled: Mapping[int, Relabelled]) ->
         about = relabelled[start]
         found[i] = [name.partition("[")[0] in about.latents for name in quantities]
         of_start = agreement.isel(start=i)
-        rest = np.abs(of_start["difference"] - np.log(about.share))
-        found[i] |= evidence & (rest <= TOLERANCE + ERRORS * of_start["difference_std_error"]).values
+        log_share, error = about.log_share
+        rest = np.abs(of_start["difference"].values - log_share)
+        found[i] |= evidence & (rest <= TOLERANCE + ERRORS * np.hypot(of_start["difference_std_error"].values, error))
     return found
 
 

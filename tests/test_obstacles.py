@@ -1,0 +1,280 @@
+"""What stood in the way of users of the first release: crashes, silent faults, wrong advice; with the right values."""
+
+import jax
+from jax import random
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.handlers import block, seed
+from numpyro.infer import SVI, init_to_uniform
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+import optax
+import pytest
+
+from helpers import codes
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
+from numpyro_vimco.diagnostics.findings import Facts, find_all
+from numpyro_vimco.families.autoregressive import FullCoupling
+
+
+def quick_fit(model, guide, *args, num_steps=300, num_starts=4, **kwargs):
+    svi = SVI(model, guide, optax.adam(0.02), VIMCOStar(0.5, num_particles=16))
+    return fit(svi, random.key(0), num_steps, *args, num_starts=num_starts, progress_bar=False, **kwargs)
+
+
+# Steps that break down.
+
+
+def root_model(y):
+    a = numpyro.sample("a", dist.Normal(0, 1))
+    z = numpyro.sample("z", dist.Bernoulli(0.5))
+    root = jnp.where(a > 0, jnp.sqrt(jnp.maximum(a, 0)), 0.0)
+    numpyro.sample("y", dist.Normal(root + z, 1), obs=y)
+
+
+def test_the_site_of_a_nan_gradient_is_named():
+    with pytest.raises(ValueError, match=r"gradient is NaN at 'y': .*`jnp.where`.*stable_update=True"):
+        quick_fit(root_model, AutoMixed(root_model), jnp.array(1.0))
+
+
+def test_a_healthy_fit_passes_with_jax_debug_nans():
+    def model(y):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    with jax.debug_nans(True):
+        posterior = quick_fit(model, AutoMixed(model), jnp.array(1.0), num_steps=5)
+    assert np.isfinite(posterior.losses).all()
+
+
+def test_data_that_rule_out_all_draws_end_a_fit_and_are_named():
+    def model(y):
+        n = numpyro.sample("n", dist.Poisson(3.0))
+        with numpyro.plate("row", len(y)):
+            numpyro.sample("y", dist.Binomial(n.astype(int), 0.5), obs=y)
+
+    with pytest.raises(
+        ValueError, match=r"first 1\d\d steps .* site 'y' are impossible in 100% of draws .* at \[2\]\."
+    ):
+        quick_fit(model, AutoMixed(model), jnp.array([1, 2, 90]), num_steps=10_000)
+
+
+# Guides.
+
+
+@pytest.mark.filterwarnings("ignore:.*Out-of-support values")  # NumPyro's, of a first draw
+def test_a_hidden_latent_may_make_first_draws_impossible():
+    # With rho ~ Beta(4, 2), n ~ Multinomial(3, (1/2, 1/2)), p(y = 2) = Σ_n p(n) E[Binomial(2; n, rho)].
+    def model(y):
+        rho = numpyro.sample("rho", dist.Beta(4, 2))
+        n = numpyro.sample("n", dist.Multinomial(3, jnp.ones(2) / 2))
+        numpyro.sample("y", dist.Binomial(n[0], rho), obs=y)
+
+    of_rho = AutoMixed(block(model, hide=["n"]))
+
+    def guide(y):
+        of_rho(y)
+        probs = numpyro.param("probs", jnp.array([0.8, 0.2]), constraint=dist.constraints.simplex)
+        numpyro.sample("n", dist.Multinomial(3, probs))
+
+    def moment(a, b):
+        return (
+            np.prod([(4 + i) for i in range(a)])
+            * np.prod([(2 + i) for i in range(b)])
+            / np.prod([(6 + i) for i in range(a + b)])
+        )
+
+    exact = 3 / 8 * moment(2, 0) + 1 / 8 * 3 * moment(2, 1)
+    posterior = quick_fit(model, guide, 2, num_steps=500)
+    # 10,000 draws with an ESS of about a half: a standard error of 0.01; ten of them.
+    assert abs(posterior.log_evidence - np.log(exact)) < 0.1
+
+
+def test_an_impossible_model_is_still_an_error():
+    def model(y):
+        numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.factor("never", -jnp.inf)
+
+    with pytest.raises(RuntimeError, match="Cannot find valid initial parameters"):
+        quick_fit(model, AutoMixed(model), 1.0)
+
+
+def test_a_partial_of_auto_normal_is_no_silent_mean_field():
+    from functools import partial
+
+    with pytest.raises(ValueError, match=r"AutoMixed\(model, init_scale=0.2\)"):
+        AutoMixed(root_model, continuous=partial(AutoNormal, init_scale=0.2))
+    guide = AutoMixed(root_model, continuous=partial(AutoNormal, init_scale=0.2), structure="mean_field")
+    assert guide.structure == "mean_field"
+
+
+def normal_model(y):
+    a = numpyro.sample("a", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(a, 1), obs=y)
+
+
+HIDDEN = {}
+
+
+def nested(y):
+    def inner():
+        return HIDDEN["guide"](y)
+
+    return inner()
+
+
+class Calling:
+    def __call__(self, y):
+        return nested(y)
+
+
+@pytest.mark.parametrize("guide", [nested, Calling()])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_guides_are_found_where_they_are_called(guide, called_before):
+    HIDDEN["guide"] = inner = AutoNormal(normal_model, init_loc_fn=init_to_uniform)
+    if called_before:
+        seed(inner, random.key(7))(1.0)
+    before = inner._init_locs if called_before else None
+    posterior = quick_fit(normal_model, guide, 1.0, num_steps=0)
+    assert len(set(np.asarray(posterior.starts.params["a_auto_loc"]).tolist())) == 4
+    assert not posterior.starts.alike
+    assert before is None or inner._init_locs == before
+    assert AutoNormal.__call__.__qualname__ == "AutoNormal.__call__"  # as it was
+
+
+def test_starts_that_begin_alike_are_no_agreement():
+    def guide(begin, y):
+        loc = numpyro.param("loc", begin)
+        numpyro.sample("a", dist.Normal(loc, 0.7))
+
+    for begin, verdict in ((0.0, "usable"), (lambda key: random.normal(key), "good")):
+        posterior = quick_fit(normal_model, lambda y, begin=begin: guide(begin, y), 1.0)
+        assert posterior.verdict == verdict
+        assert ("starts-alike" in codes(posterior)) == (verdict == "usable")
+        assert posterior.resume(10).starts.alike == (verdict == "usable")
+
+
+def test_couplings_are_solved_without_solve_triangular():
+    # Four of them at a time wait for each other without end in JAX 0.10.1, on two cores.
+    right, matrix = jnp.arange(40.0) / 40, jnp.tril(random.normal(random.key(0), (40, 40)) / 10, -1)
+
+    def solve(matrix):
+        return FullCoupling(matrix[:, None, :, None]).solve(right, jnp.ones(40))
+
+    assert "triangular_solve" not in str(jax.make_jaxpr(jax.grad(lambda matrix: solve(matrix).sum()))(matrix))
+    np.testing.assert_allclose(solve(matrix), np.linalg.solve(np.eye(40) - matrix, right), rtol=1e-5)
+    gradient = jax.grad(lambda matrix: jnp.sum(solve(matrix) ** 2))(matrix)
+    inverse = np.linalg.inv(np.eye(40) - np.asarray(matrix, float))
+    u = inverse @ np.asarray(right, float)
+    np.testing.assert_allclose(gradient, np.tril(np.outer(2 * inverse.T @ u, u), -1), rtol=1e-4, atol=1e-5)
+
+
+# After the fit.
+
+
+def test_starts_with_other_orders_of_labels_agree():
+    y = np.concatenate([np.linspace(-2.5, -1.5, 8), np.linspace(1.5, 2.5, 8)]).astype(np.float32)
+
+    def model(y):
+        with numpyro.plate("component", 2):
+            mu = numpyro.sample("mu", dist.Normal(0, 3))
+        with numpyro.plate("row", len(y)):
+            z = numpyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(mu[z], 0.7), obs=y)
+
+    def guide(y):
+        loc = numpyro.param("loc", lambda key: 2 * jnp.array([1.0, -1.0]) * jnp.sign(random.normal(key)))
+        scale = numpyro.param("scale", jnp.full(2, 0.25), constraint=dist.constraints.positive)
+        with numpyro.plate("component", 2):
+            numpyro.sample("mu", dist.Normal(loc, scale))
+
+    svi = SVI(model, guide, optax.adam(0.005), VIMCOStar(0.5, num_particles=16))
+    posterior = fit(svi, random.key(1), 300, y, progress_bar=False, tempering=0, recover=False)
+    orders = np.sign(np.asarray(posterior.starts.params["loc"]))[:, 0]
+    assert set(orders) == {-1, 1}  # both are there
+    assert posterior.verdict == "good"
+    assert codes(posterior) == ["starts-agree", "labels-switched"]
+    # Each start has the evidence of one order: less by log 2.
+    np.testing.assert_allclose(posterior.starts.log_evidence, posterior.log_evidence - np.log(2), atol=0.1)
+
+
+def test_groups_of_an_improper_prior_are_left_out_with_a_warning():
+    def model(y):
+        a = numpyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.sample("y", dist.Normal(a + z, 1), obs=y)
+
+    posterior = quick_fit(model, AutoMixed(model), jnp.array(1.0))
+    with pytest.warns(UserWarning, match="prior are left out, .*'a' has no sampler"):
+        tree = posterior.to_arviz(groups=("prior",))
+    assert "posterior" in tree.groups() or "/posterior" in tree.groups
+    # p(y) = ∫ p(y | a) da = 1: exact, by the flat prior.
+    assert abs(posterior.log_evidence) < 0.05
+
+
+def test_an_observed_function_of_latents_is_no_data():
+    def model(y):
+        a = numpyro.sample("a", dist.Normal(0, 1))
+        numpyro.sample("twice", dist.Normal(0, 1), obs=2 * a)
+        numpyro.sample("y", dist.Normal(a, 1), obs=y)
+
+    tree = quick_fit(model, AutoNormal(model), jnp.array(1.0), num_steps=50).to_arviz()
+    assert list(tree["observed_data"].data_vars) == ["y"]
+
+
+def test_tables_of_probabilities_count_in_the_size_of_chunks():
+    def model(y, size):
+        n = numpyro.sample("n", dist.Categorical(jnp.ones(size) / size))
+        numpyro.sample("y", dist.Normal(n, 3.0), obs=y)
+
+    def guide(y, size):
+        numpyro.sample("n", dist.Categorical(logits=numpyro.param("logits", jnp.zeros(size))))
+
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
+    sizes = [Posterior(svi, {"logits": jnp.zeros(size)}, 1.0, size)._approx.chunk_size() for size in (10, 30_000)]
+    assert sizes == [2**14, 2**20 // 30_000]
+
+
+def correlated(y):
+    a = numpyro.sample("a", dist.Normal(0, 1).expand([2]).to_event(1))
+    numpyro.sample("y", dist.Normal(a.sum(), 0.2), obs=y)
+
+
+def test_a_joint_guide_is_not_advised_to_be_one():
+    svi = SVI(correlated, AutoMultivariateNormal(correlated), optax.adam(0.02), VIMCOStar())
+    posterior = Posterior(svi, svi.run(random.key(0), 5, 1.0, progress_bar=False), 1.0)
+    found = [str(finding) for finding in posterior.findings]
+    assert "missing-correlation" in codes(posterior)
+    assert not any("AutoMultivariateNormal" in text for text in found)
+
+
+def test_too_much_correlation_is_not_called_a_lack():
+    def model(y):
+        a = numpyro.sample("a", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Normal(a, 1).to_event(1), obs=y)
+
+    def guide(y):
+        scale = jnp.array([[1.0, 0.0], [0.8, 0.6]])
+        numpyro.sample("a", dist.MultivariateNormal(numpyro.param("loc", jnp.zeros(2)), scale_tril=scale))
+
+    svi = SVI(model, guide, optax.adam(0.02), VIMCOStar())
+    posterior = Posterior(svi, {"loc": jnp.zeros(2)}, jnp.zeros(2))
+    facts = Facts(posterior._approx, *found_of(posterior))
+    assert [f.code for f in find_all(facts, "bad", None) if "correlation" in f.code] == ["wrong-correlation"]
+
+
+def found_of(posterior):
+    from numpyro_vimco.draws.weighing import weigh_pool
+
+    return weigh_pool(posterior._approx, random.key(0), 10_000), 10_000, 0.01, None, {}, False, False
+
+
+def test_following_the_advice_on_a_correlation_helps():
+    svi = SVI(correlated, AutoNormal(correlated), optax.adam(0.02), VIMCOStar())
+    posterior = Posterior(svi, svi.run(random.key(0), 1000, 1.0, progress_bar=False), 1.0)
+    (advice,) = [f for f in posterior.findings if f.code == "missing-correlation"]
+    guide = eval(advice.remedy, {"AutoMultivariateNormal": AutoMultivariateNormal, "model": correlated})
+    better = SVI(correlated, guide, optax.adam(0.02), VIMCOStar())
+    advised = Posterior(better, better.run(random.key(0), 1000, 1.0, progress_bar=False), 1.0)
+    assert advised.ess > 2 * posterior.ess
