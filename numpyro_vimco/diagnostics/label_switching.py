@@ -171,8 +171,8 @@ def find_relabelled(
             latents = {name for change in chosen for name in change.axes}
             names = list(dict.fromkeys(change.name for change in chosen))
             share = float((signs[i] > 0) @ weight)
-            error = float(np.sqrt((1 / share - 1) * weight @ weight))
-            return Relabelled(names, apart[i].pair, latents, share, error)
+            std_error = float(np.sqrt((1 / share - 1) * weight @ weight))
+            return Relabelled(names, apart[i].pair, latents, share, std_error)
     return None
 
 
