@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.interpreters import partial_eval
 import jax.numpy as jnp
+
+from numpyro_vimco.private.of_jax import eval_jaxpr, with_constvars
 
 
 def compiled(fn: Callable) -> Callable:
@@ -31,14 +32,12 @@ def compiled(fn: Callable) -> Callable:
 
 def _compile(fn: Callable, *inputs: Any) -> Callable:
     closed, outputs = jax.make_jaxpr(fn, return_shape=True)(*inputs)
-    jaxpr, structure = closed.jaxpr, jax.tree.structure(outputs)
-    if hasattr(jaxpr, "consts"):  # since JAX 0.12 it holds its arrays
-        jaxpr = vars(partial_eval)["convert_constvars_jaxpr"](jaxpr)
+    jaxpr, structure = with_constvars(closed.jaxpr), jax.tree.structure(outputs)
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     variables = len(jaxpr.constvars)
 
     def run(held: list, *inputs: Any) -> Any:
-        flat = jax.core.eval_jaxpr(jaxpr, held[:variables], *held[variables:], *jax.tree.leaves(inputs))
+        flat = eval_jaxpr(jaxpr, held[:variables], *held[variables:], *jax.tree.leaves(inputs))
         return jax.tree.unflatten(structure, flat)
 
     program = jax.jit(run, compiler_options=options, keep_unused=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.interpreters.partial_eval import dce_jaxpr
+
+from numpyro_vimco.private.of_jax import dce_jaxpr
 
 
 def dependence(fn: Callable[[dict[str, Any]], dict[str, Any]], inputs: dict[str, Any]) -> dict[str, set[str]]:

@@ -22,6 +22,8 @@ import numpy as np
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
+from numpyro_vimco.private.of_numpyro import own_mask
+
 Trace = dict[str, dict]
 # Distributions that only reshape or mask another one.
 WRAPPERS = dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
@@ -219,7 +221,7 @@ def mask_of(fn: dist.Distribution) -> tuple[Array, int] | None:
         dimensions followed by the first k event dimensions.
     """
     if isinstance(fn, dist.MaskedDistribution):
-        inner, own = mask_of(fn.base_dist), fn._mask
+        inner, own = mask_of(fn.base_dist), own_mask(fn)
         if own is True:
             return inner
         own = jnp.zeros(fn.batch_shape, bool) if own is False else own

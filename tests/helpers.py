@@ -16,8 +16,10 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import log_density
 import pytest
 
-from numpyro_vimco import REINFORCE, VIMCO, VIMCOStar
-from numpyro_vimco.fitting.state import FitResult, FitState
+from numpyro_vimco import REINFORCE, VIMCO, Posterior, VIMCOStar
+from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.fitting.run import Fit
+from numpyro_vimco.fitting.state import FitState, Starts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -85,20 +87,33 @@ def product_of(**supports):
     return {name: jnp.array([outcome[i] for outcome in outcomes]) for i, name in enumerate(supports)}
 
 
-def fit_result(params, losses=None, power=None, failed=None, log_evidence=None):
-    """A result of `fit` as it might have come out; parameters have a leading axis for the starts.
+def posterior_at(svi, params, *args, losses=None, inverse_temperature=None, failed=None, log_evidence=None):
+    """A posterior as `fit` might have returned it; parameters have a leading axis for the starts.
 
     The best start is the first one, if no log evidence is given.
     """
     num_starts = len(jax.tree.leaves(params)[0])
     losses = np.zeros((num_starts, 1)) if losses is None else np.asarray(losses)
-    failed = jnp.zeros(num_starts, bool) if failed is None else jnp.asarray(failed)
-    steps = jnp.array(losses.shape[1]), jnp.zeros(num_starts, int), jnp.ones(())
-    state = FitState(jnp.zeros(num_starts), *steps, failed)
-    power = np.ones_like(losses) if power is None else np.asarray(power)
+    failed = np.zeros(num_starts, bool) if failed is None else np.asarray(failed)
+    inverse_temperature = np.ones_like(losses) if inverse_temperature is None else np.asarray(inverse_temperature)
     log_evidence = np.arange(0.0, -num_starts, -1) if log_evidence is None else np.asarray(log_evidence)
-    error = np.full(num_starts, 0.01)
-    return FitResult(params, losses, state, power, log_evidence, error, state.svi, np.asarray(failed))
+    steps = jnp.array(losses.shape[1]), jnp.zeros(num_starts, int), jnp.ones(())
+    state = FitState(jnp.zeros(num_starts), *steps, jnp.asarray(failed))
+    starts = Starts(params, losses, inverse_temperature, None, failed, log_evidence, np.full(num_starts, 0.01))
+    kept = jax.tree.map(lambda leaf: leaf[starts.kept], params)
+    approx = Approximation.of(svi, kept, len(starts.kept), args, {})
+    approx = approx.at(kept, len(starts.kept), int(np.searchsorted(starts.kept, starts.best)))
+    return Posterior._of(Fit(approx, starts, state, None, None, jax.random.key(0)), progress_bar=False)
+
+
+def said(posterior):
+    """All findings as one text."""
+    return " ".join(map(str, posterior.findings))
+
+
+def codes(posterior):
+    """The codes of all findings."""
+    return [finding.code for finding in posterior.findings]
 
 
 def initial_params(*programs):

@@ -1,6 +1,8 @@
-"""A result of `fit` after the fit: pooled draws, starts as chains, what they agree on, and what the past proves."""
+"""Several starts after a fit: pooled draws, starts as chains, what they agree on, and what earlier bounds prove."""
 
+from dataclasses import replace
 import re
+from types import SimpleNamespace
 
 import arviz as az
 import jax
@@ -15,23 +17,15 @@ from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 import optax
 import pytest
 from scipy.stats import norm
+import xarray as xr
 
-from helpers import fit_result
-from numpyro_vimco import (
-    ReweightedWakeSleep,
-    VIMCOStar,
-    compare_objectives,
-    fit,
-    gradient_snr,
-    importance_diagnostics,
-    plots,
-    to_arviz,
-)
+from helpers import codes, posterior_at, said
+from numpyro_vimco import Posterior, ReweightedWakeSleep, VIMCOStar, fit, plots
 from numpyro_vimco.diagnostics.agreement import compare, share_that_agrees
-from numpyro_vimco.diagnostics.verdict import _reading
-from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco.diagnostics.earlier_bounds import Stretch, _largest_sum, earlier_bounds
+from numpyro_vimco.diagnostics.findings import Facts
+from numpyro_vimco.diagnostics.verdict import _verdict
 from numpyro_vimco.draws.moments import Moments
-from numpyro_vimco.diagnostics.earlier_bounds import _largest_sum, earlier_bounds
 
 matplotlib.use("agg")
 
@@ -51,25 +45,27 @@ def two_modes_guide():
 # |z| is z or -z but for a chance of 1e-3 in 10^2.
 LOG_EVIDENCE = norm(0, 2**0.5).logpdf(0)
 SVI_TWO_MODES = SVI(two_modes, two_modes_guide, optax.adam(0.01), VIMCOStar(num_particles=8))
-ARGUMENTS = {"rng_key": random.key(1), "progress_bar": False}
+KEY = random.key(1)
 
 
-def starts(logits, **options):
-    return fit_result({"logits": jnp.array(logits), "loc": jnp.zeros(len(logits))}, **options)
+def starts(logits, svi=SVI_TWO_MODES, loc=0.0, **options):
+    params = {"logits": jnp.array(logits), "loc": jnp.broadcast_to(jnp.asarray(loc), len(logits))}
+    return posterior_at(svi, params, **options)
 
 
-LOST = starts([-14.0, 14.0, 0.0])
-AGREEING = starts([-0.1, 0.2, 0.0])
+def diagnosed(posterior, num_draws):
+    posterior.diagnose(num_draws, KEY)
+    return posterior
 
 
 @pytest.fixture(scope="module")
 def lost():
-    return importance_diagnostics(SVI_TWO_MODES, LOST, num_samples=4000, **ARGUMENTS)
+    return diagnosed(starts([-14.0, 14.0, 0.0]), 4000)
 
 
 @pytest.fixture(scope="module")
 def agreeing():
-    return importance_diagnostics(SVI_TWO_MODES, AGREEING, num_samples=4000, **ARGUMENTS)
+    return diagnosed(starts([-0.1, 0.2, 0.0]), 4000)
 
 
 # Agreement.
@@ -77,41 +73,45 @@ def agreeing():
 
 def test_starts_that_lost_different_modes_are_named(lost):
     """Each lost half of the evidence, log 2 = 0.69 nats, and its m is off by half: one standard deviation."""
-    assert lost.reading == "usable"
-    assert "The starts disagree: start" in lost.advice
+    assert lost.verdict == "usable"
+    assert "The starts disagree: start" in said(lost)
+    agreement = lost.starts.agreement
     for start, sign in ((0, "-"), (1, "")):
-        assert f"start {start} is off in 'log evidence' by -0." in lost.advice
-        found = lost.agreement.sel(start=start)
+        assert f"start {start} is off in 'log evidence' by -0." in said(lost)
+        found = agreement.sel(start=start)
         assert found["differs"].sel(quantity=["log evidence", "m", "z"]).all()
         assert abs(found["difference"].sel(quantity="log evidence") + np.log(2)) < 0.05
         assert abs(abs(found["difference"].sel(quantity="m")) - 1) < 0.1
-        assert f"by {sign}0.9" in lost.advice or f"by {sign}1.0" in lost.advice
-    assert not lost.agreement.sel(start=2)["differs"].any() and "start 2" not in lost.advice
-    # Not what is there already: no plate, α = 0, not annealed.
-    assert "in this order: a structured guide" in lost.advice
-    assert "a smaller learning rate, 0 < α < 1 (`VIMCOStar(0.5)`), annealing (`anneal=0.5`), more steps" in lost.advice
-    assert "starts        3, 2 off; log evidence of each -1.9" in str(lost)
+        assert f"by {sign}0.9" in said(lost) or f"by {sign}1.0" in said(lost)
+    assert not agreement.sel(start=2)["differs"].any() and "start 2" not in said(lost)
+    numbers = next(finding.numbers for finding in lost.findings if finding.code == "starts-disagree")
+    assert numbers == {"off": 2, "starts": 3}
+    # Not what is there already: no plate, α = 0, not tempered.
+    assert "in this order: a structured guide" in said(lost)
+    assert "a smaller learning rate, 0 < α < 1 (`VIMCOStar(0.5)`), tempering (`tempering=0.5`), more steps" in said(
+        lost
+    )
+    assert "starts        3, 2 off; log evidence of each: -1.9" in str(lost)
 
 
 def test_pool_repairs_what_starts_lost(lost):
     # 4,000 draws of a mixture whose weights vary by little: 6 standard errors of the evidence are 0.03.
-    assert abs(lost.log_evidence - LOG_EVIDENCE) < 0.03 and lost.log_weight.shape == (4000,)
-    pooled = lost.agreement["pooled"].sel(quantity="m")
-    assert abs(pooled - 0.5) < 6 * lost.agreement["pooled_std_error"].sel(quantity="m") < 0.06
+    assert abs(lost.log_evidence - LOG_EVIDENCE) < 0.03 and lost.diagnostics.log_weight.shape == (4000,)
+    of_m = lost.starts.agreement.sel(quantity="m")
+    assert abs(of_m["pooled"] - 0.5) < 6 * of_m["pooled_std_error"] < 0.06
 
 
 def test_bounds_are_those_of_draws_in_random_order():
     """Half of the draws have next to no weight: groups of four of one start would have a bound of their own."""
-    result = fit_result({"logits": jnp.zeros(2), "loc": jnp.array([0.0, 4.0])})
-    found = importance_diagnostics(SVI_TWO_MODES, result, num_samples=8000, **ARGUMENTS)
+    found = starts([0.0, 0.0], loc=[0.0, 4.0]).diagnose(8000, KEY)
     shuffled = np.random.default_rng(0).permutation(found.log_weight).reshape(-1, 4)
     groups = np.log(np.exp(shuffled).mean(1))
     assert abs(found.bounds[4] - groups.mean()) < 6 * groups.std() / 1000**0.5
 
 
-def test_small_differences_are_none():
+def test_small_differences_are_none(agreeing):
     """0.09 standard deviations that are certain, and 0.15; 0.45 of an error of 0.1, and 0.55."""
-    fitted = Fitted.of(SVI_TWO_MODES, AGREEING, (), {})
+    approx = agreeing._approx
     rng = np.random.default_rng(0)
 
     def moments(shift, number, log_weight=0.0):
@@ -123,44 +123,42 @@ def test_small_differences_are_none():
     pool = moments(0.0, 10**6)
     certain = [moments(shift, 10**6) for shift in (0.0, 0.09, 0.15)]
     uncertain = [moments(shift, 100) for shift in (0.45, 0.55)]
-    table = compare(fitted, [0, 1, 2, 3, 4], pool, certain + uncertain)
+    table = compare(approx, [0, 1, 2, 3, 4], pool, certain + uncertain)
     assert list(table["differs"].sel(quantity="z").values) == [False, False, True, False, True]
     # Two that differ, and have all of the evidence; none that differs; one alone.
     for chosen, share in (([0, 1, 2, 3, 4], 0), ([0, 1, 3], 1), ([0], 0)):
         assert share_that_agrees(table.isel(start=chosen)) == share
     # One of three with a 90th of the evidence, and a 110th.
     for part, share in ((90, 0), (110, 2 / 3)):
-        table = compare(fitted, [0, 1, 2], pool, [*certain[:2], moments(9.0, 100, -np.log(part))])
+        table = compare(approx, [0, 1, 2], pool, [*certain[:2], moments(9.0, 100, -np.log(part))])
         assert share_that_agrees(table) == share
     # A single one beside one that is stuck.
-    assert share_that_agrees(compare(fitted, [0, 1], pool, [certain[0], moments(9.0, 100, -9.0)])) == 0
+    assert share_that_agrees(compare(approx, [0, 1], pool, [certain[0], moments(9.0, 100, -9.0)])) == 0
 
 
 def test_starts_that_agree_are_good(agreeing):
-    assert agreeing.reading == "good"
-    assert "3 starts agree" in agreeing.advice and "unless a part of the posterior was lost" in agreeing.advice
-    assert "starts        3, which agree" in str(agreeing) and "reading       good" in str(agreeing)
-    assert not agreeing.agreement["differs"].any()
+    assert agreeing.verdict == "good" and codes(agreeing) == ["starts-agree"]
+    assert "3 starts agree" in said(agreeing) and "unless a part of the posterior was lost" in said(agreeing)
+    assert "starts        3, which agree" in str(agreeing) and "verdict       good" in str(agreeing)
+    assert not agreeing.starts.agreement["differs"].any()
 
 
 @pytest.mark.parametrize("num_stuck", [1, 2])
 def test_one_of_four_starts_may_be_stuck(num_stuck):
     # 1.5 off in one direction for both modes: the stuck ones find e^-17 of the evidence, or less.
-    loc = jnp.where(jnp.arange(4) < num_stuck, 10.0, 0.0)
-    result = fit_result({"logits": jnp.zeros(4), "loc": loc})
-    found = importance_diagnostics(SVI_TWO_MODES, result, num_samples=4000, **ARGUMENTS)
+    found = diagnosed(starts([0.0] * 4, loc=np.where(np.arange(4) < num_stuck, 10.0, 0.0)), 4000)
     assert abs(found.log_evidence - LOG_EVIDENCE) < 0.05
     assert f"starts        4, {num_stuck} off" in str(found)
     if num_stuck == 1:
-        assert found.reading == "good" and "3 of 4 starts agree" in found.advice
-        assert "Start 0 is stuck: its evidence is" in found.advice
+        assert found.verdict == "good" and "3 of 4 starts agree" in said(found)
+        assert "Start 0 is stuck: its evidence is" in said(found)
     else:
-        assert found.reading == "usable" and "The starts disagree" in found.advice
+        assert found.verdict == "usable" and "The starts disagree" in said(found)
 
 
 def test_errors_of_differences_are_honest():
     """Twelve starts, all alike: differences in units of their standard errors are standard normal."""
-    found = importance_diagnostics(SVI_TWO_MODES, starts([0.3] * 12), num_samples=1000, **ARGUMENTS).agreement
+    found = starts([0.3] * 12).diagnose(1000, KEY).agreement
     score = (found["estimate"] - found["pooled"]) / np.hypot(found["std_error"], found["pooled_std_error"])
     # 36 scores, those of a start and of the pool correlated: the standard deviation is far from 1 if an error is not.
     assert 0.6 < float(score.std()) < 1.5 and np.abs(score).max() < 4
@@ -171,18 +169,18 @@ def test_errors_of_differences_are_honest():
 
 
 def test_one_start_alone_is_never_good():
-    found = importance_diagnostics(SVI_TWO_MODES, starts([0.0]), num_samples=1000, **ARGUMENTS)
-    assert found.reading == "usable" and "Only a second start can show what a first one missed" in found.advice
+    found = diagnosed(starts([0.0]), 1000)
+    assert found.verdict == "usable" and "Only a second start can show what a first one missed" in said(found)
 
 
 def test_starts_that_failed_are_left_out():
     # Its parameters are NaN, which would be an error anywhere.
     failed = starts([0.1, np.nan, 0.2], failed=[False, True, False], log_evidence=[-3.0, np.nan, -2.0])
-    found = importance_diagnostics(SVI_TWO_MODES, failed, num_samples=400, **ARGUMENTS)
-    assert list(found.agreement["start"].values) == [0, 2]
-    tree = to_arviz(SVI_TWO_MODES, failed, num_samples=50, pool=False, **ARGUMENTS)
+    assert failed.starts.best == 2 and failed.params["logits"] == np.float32(0.2)
+    assert list(failed.diagnose(400, KEY).agreement["start"].values) == [0, 2]
+    tree = failed.to_arviz(rng_key=KEY, num_samples=50, pool=False)
     assert tree["posterior"]["z"].shape == (2, 50) and list(tree["posterior"].attrs["starts"]) == [0, 2]
-    assert to_arviz(SVI_TWO_MODES, failed, num_samples=50, **ARGUMENTS)["posterior"]["z"].shape == (1, 50)
+    assert failed.to_arviz(rng_key=KEY, num_samples=50)["posterior"]["z"].shape == (1, 50)
 
 
 def with_parameter():
@@ -194,25 +192,32 @@ def with_parameter_guide():
     numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.5), 0.8))
 
 
-def test_target_is_at_the_parameters_of_the_best_start():
+def test_each_start_has_a_posterior_at_its_own_parameters_of_the_model():
+    """Draws are those of the best start; evidences of starts are compared, and nothing else."""
     svi = SVI(with_parameter, with_parameter_guide, optax.adam(0.1), VIMCOStar())
-    result = fit_result({"prior": jnp.array([5.0, 0.0]), "loc": jnp.array([0.4, 0.6])}, log_evidence=[-9.0, -1.0])
-    found = importance_diagnostics(svi, result, num_samples=4000, **ARGUMENTS)
-    assert abs(found.log_evidence - norm(0, 2**0.5).logpdf(1)) < 0.02
-    assert not found.agreement["differs"].any()
-    for pool in (True, False):
-        draws = to_arviz(svi, result, num_samples=2000, pool=pool, **ARGUMENTS)["posterior"]["z"]
-        assert np.abs(draws.mean("draw") - 0.5).max() < 6 * 0.71 / 1000**0.5
+    params = {"prior": jnp.array([5.0, 0.0]), "loc": jnp.array([2.9, 0.6])}
+    posterior = diagnosed(posterior_at(svi, params, log_evidence=[-9.0, -1.0]), 4000)
+    exact = norm([5, 0], 2**0.5).logpdf(1)
+    assert abs(posterior.log_evidence - exact[1]) < 0.02
+    agreement = posterior.starts.agreement
+    assert list(agreement["quantity"].values) == ["log evidence"]
+    np.testing.assert_allclose(agreement["log_evidence"], exact, atol=0.05)
+    assert list(agreement["differs"].values[:, 0]) == [True, False]
+    assert "The pooled draws" not in said(posterior)
+    for pool, mean in ((True, [0.5]), (False, [3.0, 0.5])):
+        draws = posterior.to_arviz(rng_key=KEY, num_samples=2000, pool=pool)["posterior"]["z"]
+        assert np.abs(draws.mean("draw") - mean).max() < 6 * 0.71 / 1000**0.5
 
 
 @pytest.mark.filterwarnings("ignore:The guide has no parameters")
 def test_starts_of_a_guide_without_parameters_count():
     """What differs between starts is then in the model only."""
     svi = SVI(with_parameter, lambda: numpyro.sample("z", dist.Normal(0.5, 0.8)), optax.adam(0.1), VIMCOStar())
-    result = fit_result({"prior": jnp.array([0.0, 0.1, 5.0])})
-    assert list(importance_diagnostics(svi, result, num_samples=1000, **ARGUMENTS).agreement["start"]) == [0, 1, 2]
+    posterior = posterior_at(svi, {"prior": jnp.array([0.0, 0.1, 5.0])})
+    assert list(posterior.diagnose(1000, KEY).agreement["start"]) == [0, 1, 2]
     for pool, num_chains in ((True, 1), (False, 3)):
-        assert to_arviz(svi, result, num_samples=50, pool=pool, **ARGUMENTS)["posterior"].sizes["chain"] == num_chains
+        tree = posterior.to_arviz(rng_key=KEY, num_samples=50, pool=pool)
+        assert tree["posterior"].sizes["chain"] == num_chains
 
 
 DATA = np.array([0.0, 1.2, 2.0])
@@ -233,20 +238,20 @@ def test_elements_of_common_plates_are_compared_and_pooled_by_themselves():
     svi = SVI(elements, elements_guide, optax.adam(0.1), VIMCOStar())
     exact = 1 / (1 + np.exp(2 - 2 * DATA))
     logits = np.log(exact / (1 - exact))
-    result = fit_result({"logits": jnp.array([logits, logits - np.array([0, 12, 0]), logits])})
-    found = importance_diagnostics(svi, result, num_samples=4000, **ARGUMENTS)
-    assert found.ess.shape == (3,) and "'log evidence[1]' by -0.9" in found.advice and "'z[1]'" in found.advice
-    differs = found.agreement["differs"]
+    found = posterior_at(svi, {"logits": jnp.array([logits, logits - np.array([0, 12, 0]), logits])})
+    agreement = found.diagnose(4000, KEY).agreement
+    assert found.ess.shape == (3,) and "'log evidence[1]' by -0.9" in said(found) and "'z[1]'" in said(found)
+    differs = agreement["differs"]
     assert list(differs["quantity"][differs.any("start")].values) == ["log evidence[1]", "z[1]"]
     assert list(differs["start"][differs.any("quantity")].values) == [1]
     log_evidence = np.logaddexp(norm(0).logpdf(DATA), norm(2).logpdf(DATA)) - np.log(2)
-    np.testing.assert_allclose(found.agreement["log_evidence"][[0, 2]], log_evidence.sum(), atol=0.1)
+    np.testing.assert_allclose(agreement["log_evidence"][[0, 2]], log_evidence.sum(), atol=0.1)
     assert abs(found.log_evidence - log_evidence.sum()) < 6 * found.log_evidence_std_error
-    tree = to_arviz(svi, result, num_samples=4000, num_proposals=8000, **ARGUMENTS)
+    tree = found.to_arviz(rng_key=KEY, num_samples=4000, num_proposals=8000)
     # 8,000 proposals: 6 standard errors, with the noise of resampling, are below 0.05.
     assert np.abs(tree["posterior"]["z"].mean(("chain", "draw")) - exact).max() < 0.05
     np.testing.assert_allclose(tree["log_likelihood"]["data_element"].values[0, 0], log_evidence, atol=0.05)
-    apart = to_arviz(svi, result, num_samples=500, pool=False, **ARGUMENTS)
+    apart = found.to_arviz(rng_key=KEY, num_samples=500, pool=False)
     np.testing.assert_allclose(apart["log_likelihood"]["data_element"].values[[0, 2], 0], [log_evidence] * 2, atol=0.1)
     assert apart["log_likelihood"]["data_element"].values[1, 0, 1] < log_evidence[1] - 0.5
 
@@ -267,16 +272,16 @@ def local_guide():
 
 def test_local_particles():
     svi = SVI(local, local_guide, optax.adam(0.1), VIMCOStar(num_particles=8, plate_particles={"row": 8}))
-    result = fit_result({"loc": jnp.array([0.1, 0.3]), "slope": jnp.array([1.0, 0.5])})
+    found = posterior_at(svi, {"loc": jnp.array([0.1, 0.3]), "slope": jnp.array([1.0, 0.5])})
     grid = np.linspace(-6, 6, 2001)
     pair = 0.5 * np.stack([norm(grid + 2 * z).pdf(DATA[:, None]) for z in (0, 1)])
     joint = norm.pdf(grid) * pair.sum(0).prod(0)
     evidence = joint.sum() * (grid[1] - grid[0])
     mean_g, mean_z = grid @ joint / joint.sum(), (pair[1] / pair.sum(0)) @ joint / joint.sum()
-    found = importance_diagnostics(svi, result, num_samples=4000, **ARGUMENTS)
-    assert found.reading == "good" and abs(found.log_evidence - np.log(evidence)) < 0.05
+    found.diagnose(4000, KEY)
+    assert found.verdict == "good" and abs(found.log_evidence - np.log(evidence)) < 0.05
     for pool in (True, False):
-        tree = to_arviz(svi, result, num_samples=2000, num_proposals=8000, pool=pool, **ARGUMENTS)
+        tree = found.to_arviz(rng_key=KEY, num_samples=2000, num_proposals=8000, pool=pool)
         posterior = tree["posterior"]
         # 2,000 draws for each chain: 6 standard errors, with those of 8,000 proposals.
         assert np.abs(posterior["g"].mean("draw") - mean_g).max() < 0.12
@@ -288,21 +293,21 @@ def test_local_particles():
 # For ArviZ.
 
 
-def test_starts_are_chains():
-    tree = to_arviz(SVI_TWO_MODES, LOST, num_samples=500, pool=False, **ARGUMENTS)
+def test_starts_are_chains(lost, agreeing):
+    tree = lost.to_arviz(rng_key=KEY, num_samples=500, pool=False)
     posterior = tree["posterior"]
     assert posterior["m"].shape == tree["sample_stats"]["log_weight"].shape == (3, 500)
     np.testing.assert_allclose(posterior["m"].mean("draw"), [0, 1, 0.5], atol=0.1)
     assert az.rhat(tree, var_names=["z"])["z"] > 1.3  # as of chains in different modes
-    together = to_arviz(SVI_TWO_MODES, AGREEING, num_samples=500, pool=False, **ARGUMENTS)
+    together = agreeing.to_arviz(rng_key=KEY, num_samples=500, pool=False)
     assert az.rhat(together, var_names=["z"])["z"] < 1.05
     np.testing.assert_allclose(posterior.attrs["log_evidence"], LOG_EVIDENCE + np.array([-0.69, -0.69, 0]), atol=0.1)
     assert len(posterior.attrs["ess"]) == len(posterior.attrs["pareto_k"]) == 3
     assert tree["log_likelihood"]["x"].shape == tree["posterior_predictive"]["x"].shape == (3, 500)
 
 
-def test_pooled_draws_have_the_density_of_the_mixture(tmp_path):
-    tree = to_arviz(SVI_TWO_MODES, LOST, num_samples=500, resample=False, groups=("prior",), **ARGUMENTS)
+def test_pooled_draws_have_the_density_of_the_mixture(lost, tmp_path):
+    tree = lost.to_arviz(rng_key=KEY, num_samples=500, resample=False, groups=("prior",))
     assert tree["posterior"]["m"].shape == (1, 500) and tree["prior"]["m"].shape == (1, 500)
     m, z = (tree["posterior"][name].values[0] for name in "mz")
     logits = np.array([-14, 14, 0])[:, None]
@@ -319,17 +324,21 @@ def test_pooled_draws_have_the_density_of_the_mixture(tmp_path):
 
 
 def test_number_of_steps_is_that_of_a_start():
-    result = starts([0.0, 0.1], losses=np.zeros((2, 70)))
-    assert to_arviz(SVI_TWO_MODES, result, num_samples=50, **ARGUMENTS)["posterior"].attrs["num_steps"] == 70
+    posterior = starts([0.0, 0.1], losses=np.zeros((2, 70)))
+    assert posterior.to_arviz(rng_key=KEY, num_samples=50)["posterior"].attrs["num_steps"] == 70
 
 
 def test_point_estimates_can_be_looked_at_apart():
-    svi = SVI(with_parameter, AutoDelta(with_parameter), optax.adam(0.1), TraceGraph_ELBO())
-    result = fit(svi, random.key(0), 2, num_starts=2, progress_bar=False)
+    def model():
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=1.0)
+
+    svi = SVI(model, AutoDelta(model), optax.adam(0.1), TraceGraph_ELBO())
+    posterior = fit(svi, random.key(0), 2, num_starts=2, progress_bar=False)
     with pytest.raises(NotImplementedError, match=r"cannot be pooled. .*pool=False"):
-        to_arviz(svi, result, **ARGUMENTS)
-    posterior = to_arviz(svi, result, num_samples=5, pool=False, **ARGUMENTS)["posterior"]
-    assert posterior["z"].shape == (2, 5) and np.isnan(posterior.attrs["log_evidence"]).all()
+        posterior.to_arviz()
+    draws = posterior.to_arviz(num_samples=5, pool=False)["posterior"]
+    assert draws["z"].shape == (2, 5) and np.isnan(draws.attrs["log_evidence"]).all()
 
 
 @pytest.mark.parametrize("fixed", [dist.Delta(0.3), None], ids=["a constant", "AutoDelta"])
@@ -349,111 +358,132 @@ def test_a_latent_that_is_fixed_has_no_evidence(fixed):
         else lambda: {"mu": numpyro.sample("mu", fixed)}
     )
     svi = SVI(model, guide, optax.adam(0.1), VIMCOStar())
-    result = fit(svi, random.key(0), 20, num_starts=2, progress_bar=False)
-    assert np.isfinite(result.losses).all() and np.isnan(result.log_evidence).all()
-    for form in (result, result.best):
+    posterior = fit(svi, random.key(0), 20, num_starts=2, progress_bar=False)
+    assert np.isfinite(posterior.losses).all() and np.isnan(posterior.starts.log_evidence).all()
+    for each in (posterior, Posterior(svi, posterior.params)):
         with pytest.raises(ValueError, match="latent 'mu' is a Delta in the guide: it is fixed at one value"):
-            importance_diagnostics(svi, form, **ARGUMENTS)
+            each.diagnose()
+    assert str(posterior).startswith("verdict       none\n- ") and "'mu' is a Delta" in str(posterior)
 
 
 def test_gradients_are_those_of_the_best_start():
-    result = starts([0.4, -3.0], log_evidence=[-2.0, -1.0])
-    for call in (
-        lambda form: gradient_snr(SVI_TWO_MODES, form, rng_key=random.key(0), num_draws=10)["logits"].mean,
-        lambda form: (
-            compare_objectives(
-                SVI_TWO_MODES, form, {"a": VIMCOStar}, num_particles=[2], rng_key=random.key(0), num_draws=10
-            )["variance"].values
-        ),
-    ):
-        np.testing.assert_array_equal(call(result), call(result.start(1)))
-        assert np.any(call(result) != call(result.start(0)))
+    posterior = starts([0.4, -3.0], log_evidence=[-2.0, -1.0])
+
+    def gradient(posterior):
+        return posterior.gradient_snr(random.key(0), 10)["logits"].mean
+
+    other, best = (
+        Posterior(SVI_TWO_MODES, jax.tree.map(lambda leaf, i=i: leaf[i], posterior.starts.params)) for i in (0, 1)
+    )
+    np.testing.assert_array_equal(gradient(posterior), gradient(best))
+    assert np.any(gradient(posterior) != gradient(other))
 
 
 def test_whole_way_from_a_fit():
-    result = fit(SVI_TWO_MODES, random.key(0), 50, num_starts=3, progress_bar=False)
-    found = importance_diagnostics(SVI_TWO_MODES, result, num_samples=4000, **ARGUMENTS)
-    assert abs(found.log_evidence - LOG_EVIDENCE) < 0.05 and found.reading == "good", str(found)
-    np.testing.assert_allclose(found.agreement["log_evidence"], result.log_evidence, atol=0.1)
+    posterior = diagnosed(fit(SVI_TWO_MODES, random.key(0), 50, num_starts=3, progress_bar=False), 4000)
+    assert abs(posterior.log_evidence - LOG_EVIDENCE) < 0.05 and posterior.verdict == "good", str(posterior)
+    evidence = posterior.starts.agreement["log_evidence"]
+    np.testing.assert_allclose(evidence, posterior.starts.log_evidence, atol=0.1)
 
 
-# The past.
+# Bounds that were reached earlier.
 
 
 def svi_with(objective):
     return SVI(two_modes, two_modes_guide, optax.adam(0.01), objective)
 
 
-def with_past(bound, steps=200, annealed=0, **options):
-    """A result whose start 1 had a bound at some time, in nats above the log evidence; noise of 0.3 nats."""
+def with_past(bound, steps=200, tempered=0, **options):
+    """A posterior whose start 1 had a bound at some time, in nats above the log evidence; noise of 0.3 nats."""
     losses = 0.5 - LOG_EVIDENCE + 0.3 * np.random.default_rng(0).normal(size=(2, 2000))
     losses[1, 300 : 300 + steps] -= 0.5 + bound
-    power = np.ones_like(losses)
-    power[:, :annealed] = 0.9
-    return starts([0.0, 0.1], losses=losses, power=power, **options)
+    inverse_temperature = np.ones_like(losses)
+    inverse_temperature[:, :tempered] = 0.9
+    return starts([0.0, 0.1], losses=losses, inverse_temperature=inverse_temperature, **options)
 
 
 def test_bound_above_the_evidence_proves_a_loss():
-    found = importance_diagnostics(SVI_TWO_MODES, with_past(0.4), num_samples=2000, **ARGUMENTS)
-    assert found.reading == "bad"
-    assert re.search(r"A part of the posterior is lost: in steps 30\d to \d\d\d of start 1 the bound", found.advice)
-    bound, error = found.agreement["earlier_bound"].values, found.agreement["earlier_bound_std_error"].values
+    found = diagnosed(with_past(0.4), 2000)
+    assert found.verdict == "bad" and "lost-part" in codes(found)
+    assert re.search(r"A part of the posterior is lost: in steps 30\d to \d\d\d of start 1 the bound", said(found))
+    agreement = found.starts.agreement
+    bound, error = agreement["earlier_bound"].values, agreement["earlier_bound_std_error"].values
     assert np.isnan(bound[0]) and abs(bound[1] - LOG_EVIDENCE - 0.4) < 6 * error[1]
     assert abs(error[1] / (0.3 / 200**0.5) - 1) < 0.3
-    assert "smaller learning rate" in found.advice and "annealing" in found.advice
+    assert "smaller learning rate" in said(found) and "tempering" in said(found)
 
 
-def test_advice_leaves_out_what_is_there_already():
-    svi = svi_with(VIMCOStar(0.5))
-    found = importance_diagnostics(svi, with_past(0.4, annealed=100), num_samples=100, **ARGUMENTS)
-    assert "What helps, in this order: a structured guide" in found.advice
+def test_findings_leave_out_what_is_there_already():
+    found = diagnosed(with_past(0.4, svi=svi_with(VIMCOStar(0.5)), tempered=100), 100)
+    assert "What helps, in this order: a structured guide" in said(found)
+    assert "0 < α" not in said(found) and "tempering" not in said(found)
 
 
 @pytest.mark.parametrize(
-    "result, objective",
+    "bound, options, objective",
     [
-        (with_past(-0.01), VIMCOStar()),  # below
-        (with_past(0.4, steps=20), VIMCOStar()),  # too short to tell from luck
-        (with_past(0.4, annealed=600), VIMCOStar()),  # of another target
-        (with_past(0.4, log_evidence=[np.nan, np.nan]), VIMCOStar()),  # of a subsample
-        (with_past(0.4), RenyiELBO(alpha=-1.0)),  # an upper bound
-        (with_past(0.4, failed=[False, True]), VIMCOStar()),
+        (-0.01, {}, VIMCOStar()),  # below
+        (0.4, {"steps": 20}, VIMCOStar()),  # too short to tell from luck
+        (0.4, {"tempered": 600}, VIMCOStar()),  # of another target
+        (0.4, {"log_evidence": [np.nan, np.nan]}, VIMCOStar()),  # of a subsample
+        (0.4, {}, RenyiELBO(alpha=-1.0)),  # an upper bound
+        (0.4, {"failed": [False, True]}, VIMCOStar()),
     ],
 )
-def test_what_proves_nothing(result, objective):
-    svi = svi_with(objective)
-    assert earlier_bounds(Fitted.of(svi, result, (), {}), result, LOG_EVIDENCE, 0.001) == {}
+def test_what_proves_nothing(bound, options, objective):
+    posterior = with_past(bound, svi=svi_with(objective), **options)
+    assert earlier_bounds(posterior._approx, posterior.starts, LOG_EVIDENCE, 0.001) == {}
 
 
 @pytest.mark.parametrize("objective", [ReweightedWakeSleep(), RenyiELBO(alpha=0.0), TraceGraph_ELBO(), VIMCOStar(1.0)])
 def test_all_lower_bounds_prove(objective):
-    result = with_past(0.4)
-    found = earlier_bounds(Fitted.of(svi_with(objective), result, (), {}), result, LOG_EVIDENCE, 0.001)
+    posterior = with_past(0.4, svi=svi_with(objective))
+    found = earlier_bounds(posterior._approx, posterior.starts, LOG_EVIDENCE, 0.001)
     assert list(found) == [1] and abs(found[1].begin - 300) < 10 and abs(found[1].end - 500) < 10
     # The error of the evidence counts five times: 5 x 0.07 leaves too little.
-    assert not earlier_bounds(Fitted.of(svi_with(objective), result, (), {}), result, LOG_EVIDENCE, 0.07)
+    assert not earlier_bounds(posterior._approx, posterior.starts, LOG_EVIDENCE, 0.07)
 
 
 def test_evidence_that_moved_with_parameters_proves_nothing():
     svi = SVI(with_parameter, with_parameter_guide, optax.adam(0.1), VIMCOStar())
     losses = np.full((1, 500), -9.0)
-    result = fit_result({"prior": jnp.zeros(1), "loc": jnp.zeros(1)}, losses=losses)
-    assert earlier_bounds(Fitted.of(svi, result, (), {}), result, -1.5, 0.001) == {}
+    posterior = posterior_at(svi, {"prior": jnp.zeros(1), "loc": jnp.zeros(1)}, losses=losses)
+    assert earlier_bounds(posterior._approx, posterior.starts, -1.5, 0.001) == {}
+
+
+def test_bounds_of_a_subsample_prove_nothing_of_all_data():
+    """They are far above the log evidence here, as scaled likelihoods of a subsample may be."""
+    x = jnp.zeros(20)
+
+    def model(size):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", 20, subsample_size=size) as chosen:
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x[chosen])
+
+    def guide(size):
+        with numpyro.plate("data", 20, subsample_size=size):
+            pass
+        numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.0), 21**-0.5))
+
+    svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(1.0))
+    unknown, losses = np.full(2, np.nan), np.zeros((2, 500))
+    posterior = posterior_at(svi, {"loc": jnp.zeros(2)}, 5, losses=losses, log_evidence=unknown)
+    whole = diagnosed(Posterior(svi, posterior, 20), 1000)
+    assert np.isnan(whole.starts.agreement["earlier_bound"]).all() and whole.verdict == "good"
 
 
 @pytest.mark.parametrize("draw", ["wide", "narrow", "rare"])
 def test_luck_alone_proves_nothing(draw):
     """Estimates whose mean is the evidence exactly: 400 fits of 4 x 1,000 steps, with a false alarm in a million."""
-    rng, result = np.random.default_rng(0), with_past(0.0)
-    fitted = Fitted.of(SVI_TWO_MODES, result, (), {})
+    rng, posterior = np.random.default_rng(0), with_past(0.0)
     for _ in range(400):
         if draw == "rare":  # one weight in a thousand holds half of the evidence
             log_weight = np.log(np.where(rng.random((2, 2000)) < 1e-3, 500.5, 0.5))
         else:
             scale = {"wide": 3.0, "narrow": 0.1}[draw]
             log_weight = scale * rng.normal(size=(2, 2000)) - scale**2 / 2
-        lucky = result._replace(losses=-LOG_EVIDENCE - log_weight)
-        assert earlier_bounds(fitted, lucky, LOG_EVIDENCE, 0.0) == {}
+        lucky = replace(posterior.starts, losses=-LOG_EVIDENCE - log_weight)
+        assert earlier_bounds(posterior._approx, lucky, LOG_EVIDENCE, 0.0) == {}
 
 
 def test_largest_sum_of_a_stretch():
@@ -468,7 +498,31 @@ def test_largest_sum_of_a_stretch():
     assert _largest_sum(-np.ones(5)) == (0.0, 0, 0)
 
 
-# Readings.
+# Verdicts.
+
+
+def facts_of(k, ess, num_draws, *, agreement=None, proof=False, doubtful=False):
+    """Facts that a verdict is made from.
+
+    :param doubtful: whether the log evidence has a large standard error.
+    """
+    summary = SimpleNamespace(pareto_k=np.array([k]), ess=np.array([ess]))
+    weighed = SimpleNamespace(summary=summary, lost=0.0, undefended=())
+    past = {0: Stretch(0, 9, 0.0, 0.0)} if proof else {}
+    return Facts(None, weighed, num_draws, 0.2 if doubtful else 0.01, agreement, past, False, False)
+
+
+def agreement_of(num_off, num_stuck=0):
+    """Four starts, of which so many are off, and of these so many are stuck, in e^-9 of the evidence."""
+    of_starts = {
+        "log_evidence": np.where(np.arange(4) < num_stuck, -9.0, 0.0),
+        "log_evidence_std_error": np.full(4, 0.01),
+        "ess": np.full(4, 1000.0),
+    }
+    variables = {name: ("start", value) for name, value in of_starts.items()}
+    variables |= {"pooled": ("quantity", [0.0]), "pooled_std_error": ("quantity", [0.01])}
+    variables["differs"] = ("start", "quantity"), (np.arange(4) < num_off)[:, None]
+    return xr.Dataset(variables, coords={"start": np.arange(4), "quantity": ["log evidence"]})
 
 
 @pytest.mark.parametrize(
@@ -492,21 +546,33 @@ def test_largest_sum_of_a_stretch():
         (0.69, 0.25, 0, False, "usable"),
     ],
 )
-def test_reading(k, ess, agreeing, proof, expected):
-    assert _reading(k, ess * 10_000, 10_000, agreeing, False, proof, False) == expected
-    assert _reading(k, ess * 10_000, 10_000, agreeing, False, proof, True) == expected.replace("good", "usable")
+def test_verdict(k, ess, agreeing, proof, expected):
+    num_stuck = round(4 * (1 - agreeing)) if agreeing else 0
+    about = {"agreement": agreement_of(num_stuck if agreeing else 1, num_stuck), "proof": proof}
+    assert share_that_agrees(about["agreement"]) == agreeing
+    assert _verdict(facts_of(k, ess * 10_000, 10_000, **about)) == expected
+    doubtful = facts_of(k, ess * 10_000, 10_000, **about, doubtful=True)
+    assert _verdict(doubtful) == expected.replace("good", "usable")
 
 
-def test_reading_where_each_start_is_off():
+def test_verdict_where_each_start_is_off():
     """Then the pool is right only by luck, unless it has enough draws of the posterior."""
-    assert _reading(0.1, 200, 10_000, 0, True, False, False) == "bad"
-    assert _reading(0.1, 400, 10_000, 0, True, False, False) == "usable"
+    assert _verdict(facts_of(0.1, 200, 10_000, agreement=agreement_of(4))) == "bad"
+    assert _verdict(facts_of(0.1, 400, 10_000, agreement=agreement_of(4))) == "usable"
 
 
-def test_reading_of_few_draws():
+def test_verdict_of_few_draws():
     """An ESS of 87 of 100 draws is no sign of a bad guide."""
-    assert _reading(-0.01, 87, 100, 1, False, False, False) == "usable"
-    assert _reading(-0.01, 20, 100, 1, False, False, False) == "bad"
+    assert _verdict(facts_of(-0.01, 87, 100, agreement=agreement_of(0))) == "usable"
+    assert _verdict(facts_of(-0.01, 20, 100, agreement=agreement_of(0))) == "bad"
+
+
+@pytest.mark.parametrize(
+    "k, num_draws, expected", [(0.69, 10_000, "usable"), (0.69, 1000, "bad"), (0.71, 10**6, "bad")]
+)
+def test_bound_of_bad_is_that_of_the_number_of_draws(k, num_draws, expected):
+    """1 - 1 / log10(draws), at most 0.7: 0.667 for 1,000 draws."""
+    assert _verdict(facts_of(k, 0.2 * num_draws, num_draws)) == expected
 
 
 def test_two_fits_that_agree_make_a_heavy_tail_good():
@@ -520,8 +586,7 @@ def test_two_fits_that_agree_make_a_heavy_tail_good():
         numpyro.sample("z", dist.StudentT(2.2, jnp.zeros(2), numpyro.param("scale", 1.0)).to_event(1))
 
     svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
-    found = importance_diagnostics(svi, fit_result({"scale": jnp.ones(2)}), num_samples=2000, **ARGUMENTS)
-    assert found.reading == "good"
+    assert diagnosed(posterior_at(svi, {"scale": jnp.ones(2)}), 2000).verdict == "good"
 
 
 # Moments.
@@ -570,23 +635,24 @@ def test_plots_of_starts(lost):
     labels = [label.get_text() for label in axes[0].get_yticklabels()]
     assert labels[0] == "log evidence" and len(labels) == 2
     assert len(axes[0].containers) == 3  # a start each
-    np.testing.assert_allclose(
-        axes[0].containers[1].lines[0].get_xdata()[0], lost.agreement["difference"].sel(start=1)[0]
-    )
-    plots.plot_bound(with_past(0.4, annealed=100), ax=axes[1])
+    difference = lost.starts.agreement["difference"].sel(start=1)[0]
+    np.testing.assert_allclose(axes[0].containers[1].lines[0].get_xdata()[0], difference)
+    plots.plot_bound(with_past(0.4, tempered=100), ax=axes[1])
     assert [line.get_label() for line in axes[1].lines] == [f"start {i}, mean of 40 steps" for i in (0, 1)]
     smooth = axes[1].lines[1].get_ydata()
     assert np.isnan(smooth[:100]).all() and abs(smooth[380] - LOG_EVIDENCE - 0.4) < 0.3
     plt.close(figure)
-    with pytest.raises(ValueError, match="diagnostics of a single fit"):
-        single = importance_diagnostics(SVI_TWO_MODES, LOST.best, num_samples=100, **ARGUMENTS)
-        plots.plot_agreement(single)
+    with pytest.raises(ValueError, match="the posterior of a single fit"):
+        plots.plot_agreement(diagnosed(Posterior(SVI_TWO_MODES, lost.params), 100))
 
 
-def test_keys_of_pooled_draws_and_of_starts_differ():
+def test_keys_of_pooled_draws_and_of_starts_differ(lost):
     """The pool's draws are others than a start's: their estimates would be correlated otherwise."""
-    tree = to_arviz(SVI_TWO_MODES, LOST, num_samples=900, resample=False, groups=(), **ARGUMENTS)
-    apart = to_arviz(SVI_TWO_MODES, LOST, num_samples=900, resample=False, groups=(), pool=False, **ARGUMENTS)
+    tree = lost.to_arviz(rng_key=KEY, num_samples=900, resample=False, groups=())
+    apart = lost.to_arviz(rng_key=KEY, num_samples=900, resample=False, groups=(), pool=False)
     values = np.concatenate([tree["posterior"]["z"].values.ravel(), apart["posterior"]["z"].values.ravel()])
     assert len(np.unique(values)) > 0.999 * len(values)
+    # And those for ArviZ are others than those of the diagnostics.
+    log_weight = tree["sample_stats"]["log_weight"].values.ravel()
+    assert np.isin(log_weight, lost.diagnose(4000, KEY).log_weight).mean() < 0.05
     jax.clear_caches()

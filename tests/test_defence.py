@@ -13,14 +13,14 @@ from numpyro.infer.autoguide import AutoBNAFNormal, AutoMultivariateNormal
 import optax
 import pytest
 
-from helpers import fit_result
-from numpyro_vimco import AutoMixed, VIMCOStar, importance_diagnostics
+from helpers import said
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar
 from numpyro_vimco.densities.levels import Levels
 from numpyro_vimco.draws import defence
+from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.defence import SHARE, find_defence
-from numpyro_vimco.draws.approximation import Fitted
-from numpyro_vimco.draws.pooling import Mixture, pooled, propose_pooled
-from numpyro_vimco.draws.proposals import program_of, structure_of
+from numpyro_vimco.draws.pooling import Mixture, propose_pooled
+from numpyro_vimco.draws.proposals import structure_of
 
 DRAWS = 40_000
 
@@ -28,11 +28,7 @@ DRAWS = 40_000
 def fitted(model, guide, params, objective=None):
     """One start for each element of the leading axis of parameters."""
     svi = SVI(model, guide, optax.adam(0.1), objective or VIMCOStar())
-    return Fitted.of(svi, fit_result(params), (), {})
-
-
-def defence_of(fit):
-    return find_defence(fit, structure_of(program_of(fit, fit.plate_particles), fit))
+    return Approximation.of(svi, params, len(jax.tree.leaves(params)[0]), (), {})
 
 
 def bernoulli(logits, value):
@@ -59,10 +55,10 @@ def guide_against_order():
 def test_density_is_the_formula(guide, x64):
     """Where the guide draws y before its parent z, the set of y has both."""
     params = {"a": jnp.array([2.0, -1.0]), "b": jnp.array([3.0, 0.5])}
-    fit = fitted(chain_model, guide, params)
-    mixture = Mixture(fit, defence_of(fit))
+    approx = fitted(chain_model, guide, params)
+    mixture = Mixture(approx, find_defence(approx, structure_of(approx, {})), 2)
     z, y = np.array([[0, 0], [0, 1], [1, 0], [1, 1]]).T
-    evaluate = jax.vmap(lambda z, y: mixture.densities(Levels({"z": z, "y": y}, {}))[0].shared)
+    evaluate = jax.vmap(lambda z, y: mixture.densities(approx.starts, Levels({"z": z, "y": y}, {}))[0].shared)
     _, log_q = jax.jit(evaluate)(jnp.array(z), jnp.array(y))
     p_z, p_y = bernoulli(0.3, z), bernoulli(2.0 * z - 1.0, y)
     expected = np.zeros(4)
@@ -185,8 +181,7 @@ def outcomes_of(draws):
 @pytest.mark.parametrize("case", CASES)
 def test_draws_have_the_density_that_is_computed(case, mostly_defensive):
     """Frequencies of all outcomes of 40,000 draws are within 6 standard errors of the density, each."""
-    fit = fitted(*CASES[case])
-    draws = propose_pooled(pooled(fit), random.key(1), DRAWS)
+    draws = propose_pooled(fitted(*CASES[case]), random.key(1), DRAWS)
     log_q = draws.log_q.reshape(len(draws.log_q), -1)
     rows = outcomes_of(draws)
     if log_q.shape[1] > 1:  # each element of common plates by itself
@@ -225,8 +220,7 @@ def simplex_model():
 def test_continuous_draws_have_the_density_that_is_computed(model, make, mostly_defensive):
     """Weighted means are those of the prior, as there are no data: within 6 standard errors of 40,000 draws."""
     guide = make(model)
-    fit = fitted(model, guide, moved(model, guide))
-    draws = propose_pooled(pooled(fit), random.key(1), DRAWS)
+    draws = propose_pooled(fitted(model, guide, moved(model, guide)), random.key(1), DRAWS)
     weight = np.exp(draws.log_weight.reshape(-1).astype(float))
 
     @jax.jit
@@ -252,7 +246,7 @@ def test_continuous_draws_have_the_density_that_is_computed(model, make, mostly_
 
 
 def test_a_flow_without_an_inverse_is_not_defended():
-    """Its weights need no density at other draws than its own; the reading says that it is not defended."""
+    """Its weights need no density at other draws than its own; a finding says that it is not defended."""
 
     def model():
         c = numpyro.sample("c", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
@@ -260,6 +254,6 @@ def test_a_flow_without_an_inverse_is_not_defended():
 
     guide = AutoBNAFNormal(model)
     svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(doubly_reparameterized=False))
-    result = svi.run(random.key(0), 2, progress_bar=False)
-    found = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=100, progress_bar=False)
-    assert "No draw takes 'c' from the model alone" in found.advice
+    posterior = Posterior(svi, svi.run(random.key(0), 2, progress_bar=False))
+    posterior.diagnose(100, random.key(1))
+    assert "No draw takes 'c' from the model alone" in said(posterior)

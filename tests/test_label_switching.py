@@ -1,4 +1,4 @@
-"""Elements that may change places: a fit with one of two orders has lost a half of the evidence, and is told so.
+"""Label switching: a fit with one of two orders has lost a half of the evidence, and is told so.
 
 Data are of the ordered means, so that with a wide prior the posterior is known in each order: a Normal for each mean.
 """
@@ -15,11 +15,11 @@ import optax
 import pytest
 from scipy.stats import norm
 
-from helpers import fit_result
-from numpyro_vimco import VIMCOStar, importance_diagnostics
+from helpers import codes, posterior_at, said
+from numpyro_vimco import VIMCOStar
+from numpyro_vimco.diagnostics.label_switching import find_lost_labels
 from numpyro_vimco.draws import defence
-from numpyro_vimco.diagnostics.label_switching import find_lost_order
-from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.moments import Moments
 
 PRIOR, NOISE = 10.0, 0.5
@@ -121,18 +121,17 @@ def guide(data, *, means, other=None):
         numpyro.sample("shares", dist.Dirichlet(2000 * jnp.stack([of_first, 1 - of_first])))
 
 
-def diagnosed(model, data, orders, **latents):
+def at(model, guide, starts, *args):
+    """The posterior of two starts or more, whose losses prove nothing."""
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(num_particles=8))
+    posterior = posterior_at(svi, {"order": starts}, *args, losses=np.full((len(starts), 1), 1e4))
+    posterior.diagnose(2000, random.key(1))
+    return posterior
+
+
+def in_orders(model, data, orders, **latents):
     """Of starts whose means are in these orders."""
-    svi = SVI(model, partial(guide, **latents), optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = starts_at(jnp.stack([data[jnp.array(order)] for order in orders]))
-    return importance_diagnostics(
-        svi, result, model_args=(data,), rng_key=random.key(1), num_samples=2000, progress_bar=False
-    )
-
-
-def starts_at(order):
-    """Two starts or more, whose losses prove nothing."""
-    return fit_result({"order": order}, losses=np.full((len(order), 1), 1e4))
+    return at(model, partial(guide, **latents), jnp.stack([data[jnp.array(order)] for order in orders]), data)
 
 
 PLATE, EVENT = {"means": "plate"}, {"means": "event"}
@@ -150,31 +149,31 @@ CASES = [
 @pytest.mark.parametrize("model, latents, size, together", CASES)
 def test_one_order_is_not_good(model, latents, size, together):
     data = DATA[:size]
-    found = diagnosed(model, data, [range(size)] * 2, **latents)
-    assert not found.agreement["differs"].any() and found.ess > 200
-    assert found.reading == "usable"
-    assert f"change places (in {together})" in found.advice
+    found = in_orders(model, data, [range(size)] * 2, **latents)
+    assert not found.starts.agreement["differs"].any() and found.ess > 200
+    assert found.verdict == "usable" and codes(found) == ["label-switching"]
+    assert f"change places (in {together})" in said(found)
 
 
 @pytest.mark.parametrize("model, latents, size", [(in_plate, PLATE, 2), (in_event, EVENT, 3)])
 def test_evidence_that_is_lost(model, latents, size):
     """As much as the text says for each pair: log K! of K."""
     data = DATA[:size]
-    found = diagnosed(model, data, [range(size)] * 2, **latents)
+    found = in_orders(model, data, [range(size)] * 2, **latents)
     lost = np.log(np.arange(1, size + 1)).sum()
     # Weights vary by widened copies only: a standard error of 0.02 nats at most.
     assert abs(found.log_evidence + lost - log_evidence(np.asarray(data))) < 0.1
 
 
-@pytest.mark.parametrize("ratio, reading", [(0.5, "usable"), (0.04, "good")])
-def test_order_that_is_less_probable(ratio, reading):
-    found = diagnosed(partial(tilted, ratio=ratio), DATA[:2], [range(2)] * 2, **EVENT)
-    assert found.reading == reading
-    assert (f"too low by {np.log1p(ratio):.2f} nats" in found.advice) == (reading == "usable")
+@pytest.mark.parametrize("ratio, verdict", [(0.5, "usable"), (0.04, "good")])
+def test_order_that_is_less_probable(ratio, verdict):
+    found = in_orders(partial(tilted, ratio=ratio), DATA[:2], [range(2)] * 2, **EVENT)
+    assert found.verdict == verdict
+    assert (f"too low by {np.log1p(ratio):.2f} nats" in said(found)) == (verdict == "usable")
 
 
 def test_order_that_data_tell():
-    assert diagnosed(known_by_data, DATA, [range(3)] * 2, **PLATE).reading == "good"
+    assert in_orders(known_by_data, DATA, [range(3)] * 2, **PLATE).verdict == "good"
 
 
 # Posteriors that have one order only, with exact guides; each was once said to lack another.
@@ -231,10 +230,8 @@ def imputed_guide():
 
 @pytest.mark.parametrize("model, guide", [(chain, chain_guide), (coins, coins_guide), (imputed, imputed_guide)])
 def test_one_order_of_the_posterior_is_good(model, guide):
-    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = starts_at(jnp.zeros(2))
-    found = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=2000, progress_bar=False)
-    assert found.reading == "good", found.advice
+    found = at(model, guide, jnp.zeros(2))
+    assert found.verdict == "good", said(found)
 
 
 def beside_others(data):
@@ -252,11 +249,8 @@ def beside_others_guide(data):
 
 
 def test_elements_that_are_known_better_do_not_hide_others():
-    svi = SVI(beside_others, beside_others_guide, optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = starts_at(jnp.stack([DATA, DATA]))
-    arguments = {"model_args": (DATA,), "rng_key": random.key(1), "num_samples": 2000, "progress_bar": False}
-    found = importance_diagnostics(svi, result, **arguments)
-    assert found.reading == "usable" and "change places (in 'component')" in found.advice
+    found = at(beside_others, beside_others_guide, jnp.stack([DATA, DATA]), DATA)
+    assert found.verdict == "usable" and "change places (in 'component')" in said(found)
 
 
 def test_a_guide_without_latents():
@@ -264,10 +258,7 @@ def test_a_guide_without_latents():
         on = numpyro.sample("on", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
         numpyro.sample("x", dist.Normal(on, 1.0), obs=1.0)
 
-    svi = SVI(model, lambda: numpyro.param("order", 0.0), optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = starts_at(jnp.zeros(2))
-    found = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=2000, progress_bar=False)
-    assert found.reading == "good"
+    assert at(model, lambda: numpyro.param("order", 0.0), jnp.zeros(2)).verdict == "good"
 
 
 class OfUnknownSupport(dist.Normal):
@@ -290,10 +281,8 @@ def test_a_support_that_cannot_be_asked():
         with numpyro.plate("component", 2):
             numpyro.sample("mean", OfUnknownSupport(locs, scale))
 
-    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = starts_at(jnp.stack([DATA[:2]] * 2))
-    found = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=2000, progress_bar=False)
-    assert found.reading == "usable" and "change places" in found.advice
+    found = at(model, guide, jnp.stack([DATA[:2]] * 2))
+    assert found.verdict == "usable" and "change places" in said(found)
 
 
 def with_event_of_labels(data):
@@ -311,11 +300,8 @@ def event_of_labels_guide(data):
 
 
 def test_labels_of_an_event():
-    svi = SVI(with_event_of_labels, event_of_labels_guide, optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = starts_at(jnp.stack([DATA[:2]] * 2))
-    arguments = {"model_args": (DATA[:2],), "rng_key": random.key(1), "num_samples": 2000, "progress_bar": False}
-    found = importance_diagnostics(svi, result, **arguments)
-    assert "change places (in 'component', 'label')" in found.advice
+    found = at(with_event_of_labels, event_of_labels_guide, jnp.stack([DATA[:2]] * 2), DATA[:2])
+    assert "change places (in 'component', 'label')" in said(found)
 
 
 def both_orders(data):
@@ -329,12 +315,8 @@ def both_orders(data):
 
 def test_both_orders_are_good():
     data = DATA[:2]
-    svi = SVI(in_event, both_orders, optax.adam(0.01), VIMCOStar(num_particles=8))
-    result = starts_at(jnp.stack([data, data]))
-    found = importance_diagnostics(
-        svi, result, model_args=(data,), rng_key=random.key(1), num_samples=2000, progress_bar=False
-    )
-    assert found.reading == "good"
+    found = at(in_event, both_orders, jnp.stack([data, data]), data)
+    assert found.verdict == "good"
     assert abs(found.log_evidence - log_evidence(np.asarray(data))) < 0.1
 
 
@@ -342,7 +324,7 @@ def test_shares_of_both_orders_have_errors():
     """Draws of both orders that are right up to their weights: nothing is lost, however few they are."""
     data, ratio, rng = DATA[:2], 0.5, np.random.default_rng(0)
     svi = SVI(partial(tilted, ratio=ratio), partial(guide, **EVENT), optax.adam(0.01), VIMCOStar(num_particles=8))
-    about = Fitted.of(svi, {"order": data}, (data,), {})
+    approx = Approximation.of(svi, {"order": data[None]}, 1, (data,), {})
     locs, scale = posterior(np.asarray(data))
     for _ in range(30):
         # One draw in ten is of the other order, which has a third of the posterior: 1000 draws know that to 0.03.
@@ -352,4 +334,4 @@ def test_shares_of_both_orders_have_errors():
         moments = Moments({"mean": 1})
         moments.add(log_weight, {"mean": mean})
         draws = {"mean": mean.astype(np.float32)}
-        assert find_lost_order(about, moments.estimates(), draws, log_weight) is None
+        assert find_lost_labels(approx, moments.estimates(), draws, log_weight) is None

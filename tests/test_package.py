@@ -1,6 +1,7 @@
-"""What surrounds the code: types that reach a user, layers, one version."""
+"""What surrounds the code: types that reach a user, rooms, one version."""
 
 import ast
+from graphlib import TopologicalSorter
 import importlib
 from pathlib import Path
 import re
@@ -22,15 +23,24 @@ SCRIPT = """\
 from jax import random
 from numpyro.infer import SVI
 import numpyro_vimco
-from numpyro_vimco import AutoMixed, VIMCOStar, compare_objectives, gradient_snr, importance_diagnostics
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 
-def fit(svi: SVI, result) -> None:
-    diagnostics = importance_diagnostics(svi, result, rng_key=random.key(0))
-    reveal_type(diagnostics.log_evidence)
-    reveal_type(diagnostics.bounds)
-    reveal_type(diagnostics.pareto_k)
-    reveal_type(gradient_snr(svi, result.params, rng_key=random.key(0))["loc"])
-    reveal_type(compare_objectives(svi, {}, {"VIMCOStar": VIMCOStar}, rng_key=random.key(0)))
+def use(svi: SVI, x) -> None:
+    posterior = fit(svi, random.key(0), 1000, x, tempering=0.3)
+    reveal_type(posterior)
+    reveal_type(Posterior(svi, posterior.params, x).resume(10))
+    reveal_type(posterior.verdict)
+    reveal_type(posterior.log_evidence)
+    reveal_type(posterior.bounds)
+    reveal_type(posterior.pareto_k)
+    reveal_type(posterior.findings[0].remedy)
+    reveal_type(posterior.diagnose(1000, random.key(0)))
+    reveal_type(posterior.gradient_snr(random.key(0))["loc"])
+    reveal_type(posterior.starts.agreement)
+    posterior.diagnose(num_samples=1000)
+    posterior.to_arviz(random.key(0))
+    fit(svi, random.key(0), "1000", x)
+    Posterior(svi)
 
 reveal_type(numpyro_vimco.__version__)
 reveal_type(VIMCOStar(alpha=0.5, num_particles=8, plate_particles={"data": 4}))
@@ -40,15 +50,23 @@ VIMCOStar(num_particles="8")
 VIMCOStar(aplha=0.5)
 VIMCOStar(plate_particles={"data": "4"})
 AutoMixed(print, rank="8")
-importance_diagnostics(None, None)
 """
 
 EXPECTED = [
+    'note: Revealed type is "numpyro_vimco.posterior.posterior.Posterior"',
+    'note: Revealed type is "numpyro_vimco.posterior.posterior.Posterior"',
+    'note: Revealed type is "str"',
     'note: Revealed type is "float"',
     'note: Revealed type is "dict[int, float]"',
     'note: Revealed type is "float | numpy.ndarray[',
+    'note: Revealed type is "str | None"',
+    'note: Revealed type is "numpyro_vimco.diagnostics.verdict.Diagnostics"',
     "numpyro_vimco.diagnostics.gradient_noise.GradientStatistics",
-    'note: Revealed type is "xarray.core.dataset.Dataset"',
+    'note: Revealed type is "xarray.core.dataset.Dataset | None"',
+    'Unexpected keyword argument "num_samples" for "diagnose" of "Posterior"',
+    'Too many positional arguments for "to_arviz" of "Posterior"',
+    'Argument 3 to "fit" has incompatible type "str"; expected "int"',
+    'Missing positional argument "result" in call to "Posterior"',
     'note: Revealed type is "str"',
     'note: Revealed type is "numpyro_vimco.objectives.elbo.VIMCOStar"',
     'note: Revealed type is "int | None"',
@@ -57,7 +75,6 @@ EXPECTED = [
     'Unexpected keyword argument "aplha" for "VIMCOStar"',
     'Dict entry 0 has incompatible type "str": "str"; expected "str": "int"',
     'Argument "rank" to "AutoMixed" has incompatible type "str"; expected "int | None"',
-    'Missing named argument "rng_key" for "importance_diagnostics"',
 ]
 
 # NumPyro has no annotations for its users, and to follow JAX's takes longer than the rest.
@@ -84,25 +101,63 @@ def test_mypy_of_a_user(tmp_path):
 
 
 PACKAGE = Path(numpyro_vimco.__file__).parent
-PUBLIC_NAMES = {"control_variates", "distributions"}  # modules that only give a room's file its public name
 
 
-def imports_of(module):
-    """Modules of the package that a module imports, as paths within it."""
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("numpyro_vimco"):
-            path = node.module.replace(".", "/").removeprefix("numpyro_vimco").removeprefix("/")
+def room_of(module):
+    return module.partition("/")[0]
+
+
+def imports_of(file):
+    """Modules of the package that a file imports, as paths within it; a room where a name comes from its `__init__`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("numpyro_vimco."):
+            path = node.module.replace(".", "/").removeprefix("numpyro_vimco/")
             for alias in node.names:
-                inner = f"{path}/{alias.name}".removeprefix("/")
-                yield inner if (PACKAGE / f"{inner}.py").exists() else path
+                yield f"{path}/{alias.name}" if (PACKAGE / path / f"{alias.name}.py").exists() else path
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module != "numpyro_vimco", f"{file}: import from the module itself"
 
 
-def test_modules_import_only_from_those_below():
-    layers = re.findall(r"^ *- `([\w/]+)`: ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
-    files = {str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")}
-    assert set(layers) == {name for name in files if not name.endswith("__init__")} - PUBLIC_NAMES
-    for i, module in enumerate(layers):
-        assert set(imports_of(module)) <= set(layers[i + 1 :]), module
+@pytest.fixture(scope="module")
+def imports():
+    """From each module to those that it imports; the `__init__` of a room has the room's name."""
+    files = {str(file.relative_to(PACKAGE).with_suffix("")): file for file in PACKAGE.rglob("*.py")}
+    return {name.removesuffix("/__init__"): set(imports_of(file)) for name, file in files.items() if name != "__init__"}
+
+
+@pytest.fixture(scope="module")
+def rooms(imports):
+    """From each room to those that it imports from."""
+    found = {room_of(module): set() for module in imports}
+    for module, imported in imports.items():
+        found[room_of(module)] |= {room_of(other) for other in imported} - {room_of(module)}
+    return found
+
+
+def test_rooms_import_only_from_those_in_the_table(rooms):
+    rows = re.findall(r"^\| `(\w+)(/?)` \|.*\|([^|]*)\|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    table = {room: set(re.findall(r"`(\w+)`", others)) for room, _, others in rows}
+    assert table.keys() == rooms.keys()
+    for room, is_folder, _ in rows:
+        assert bool(is_folder) == (PACKAGE / room).is_dir(), room
+    common = {room for room, is_folder, _ in rows if not is_folder and table[room] <= {"private"}}
+    for room, others in rooms.items():
+        assert others <= table[room] | common, room
+        assert table[room] <= others, f"{room} may import from more rooms than it does"
+    for room in common:
+        assert rooms[room] <= {"private"}, room
+
+
+def test_there_is_no_circle(imports, rooms):
+    TopologicalSorter(rooms).prepare()  # raises an error that names the circle
+    for room in rooms:
+        inside = {module: imported for module, imported in imports.items() if room_of(module) == room}
+        TopologicalSorter({m: {x for x in imported if x in inside} for m, imported in inside.items()}).prepare()
+
+
+def test_rooms_are_small(imports):
+    for room in map(room_of, imports):
+        assert len([module for module in imports if module.startswith(f"{room}/")]) < 10, room
 
 
 def test_import_waits_for_what_is_seldom_needed():

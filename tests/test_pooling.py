@@ -16,13 +16,12 @@ from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
 import optax
 import pytest
 
-from helpers import fit_result
 from numpyro_vimco import AutoMixed, VIMCOStar
 from numpyro_vimco.densities.levels import Levels
+from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.defence import find_defence
-from numpyro_vimco.draws.approximation import Fitted
-from numpyro_vimco.draws.pooling import Mixture, log_ratio, pooled, propose_pooled
-from numpyro_vimco.draws.proposals import program_of, structure_of
+from numpyro_vimco.draws.pooling import Mixture, in_pool, log_ratio, pooled, propose_pooled
+from numpyro_vimco.draws.proposals import structure_of
 from numpyro_vimco.fitting.starts import initial_states
 
 X = np.array([0.7, -1.2])
@@ -31,11 +30,7 @@ X = np.array([0.7, -1.2])
 def fitted(model, guide, params, objective=None):
     """Several starts, of which the first is the best; parameters have a leading axis for them."""
     svi = SVI(model, guide, optax.adam(0.1), objective or VIMCOStar())
-    return Fitted.of(svi, fit_result(params), (), {})
-
-
-def pool(fit, rng_key, num_draws):
-    return propose_pooled(pooled(fit), rng_key, num_draws)
+    return Approximation.of(svi, params, len(jax.tree.leaves(params)[0]), (), {})
 
 
 def log_bernoulli(logits, value):
@@ -50,10 +45,11 @@ def binary(size):
     return np.array(list(itertools.product([0, 1], repeat=size)))
 
 
-def mixture_of(fit, defended=False):
-    """The mixture of guides, for exact densities without their defence."""
-    defence = find_defence(fit, structure_of(program_of(fit, fit.plate_particles), fit))
-    return Mixture(fit, defence if defended else replace(defence, components=()))
+def densities_of(approx):
+    """Densities of the mixture of guides, without their defence: exact."""
+    defence = find_defence(approx, structure_of(approx, approx.plate_particles))
+    mixture = Mixture(approx, replace(defence, components=()), approx.num_starts)
+    return partial(mixture.densities, approx.starts)
 
 
 def test_joint_draws_are_properly_weighted(x64):
@@ -61,19 +57,18 @@ def test_joint_draws_are_properly_weighted(x64):
 
     def model():
         z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
-        y = numpyro.sample("y", dist.Bernoulli(logits=numpyro.param("coupling", 0.2) * z))
+        y = numpyro.sample("y", dist.Bernoulli(logits=0.5 * z))
         numpyro.sample("x", dist.Normal(z + 2.0 * y, 1.0), obs=1.4)
 
     def guide():
         z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("z_logits", 0.0)))
         numpyro.sample("y", dist.Bernoulli(logits=numpyro.param("slope", 0.0) * z))
 
-    # The target is the posterior at the first start's parameters of the model.
-    starts = {"z_logits": [2.0, -3.0], "slope": [1.0, -4.0], "coupling": [0.5, 9.0]}
+    starts = {"z_logits": [2.0, -3.0], "slope": [1.0, -4.0]}
     params = {name: jnp.array(values) for name, values in starts.items()}
-    mixture = mixture_of(fitted(model, guide, params))
+    densities = densities_of(fitted(model, guide, params))
     z, y = binary(2).T
-    evaluate = jax.vmap(lambda z, y: mixture.densities(Levels({"z": z, "y": y}, {}))[0].shared)
+    evaluate = jax.vmap(lambda z, y: densities(Levels({"z": z, "y": y}, {}))[0].shared)
     found_p, found_q = jax.jit(evaluate)(jnp.array(z), jnp.array(y))
     log_p = log_bernoulli(0.3, z) + log_bernoulli(0.5 * z, y) + log_normal(z + 2.0 * y, 1.4)
     z_logits, slope = np.asarray(params["z_logits"])[:, None], np.asarray(params["slope"])[:, None]
@@ -93,8 +88,8 @@ def test_elements_of_a_common_plate_have_weights_of_their_own(x64):
             numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(2))))
 
     params = {"logits": jnp.array([[2.0, 1.0], [-3.0, 4.0]])}
-    mixture = mixture_of(fitted(model, guide, params))
-    weigh = jax.vmap(lambda z: log_ratio(*mixture.densities(Levels({"z": z}, {}))[0].shared))
+    densities = densities_of(fitted(model, guide, params))
+    weigh = jax.vmap(lambda z: log_ratio(*densities(Levels({"z": z}, {}))[0].shared))
     z = binary(1) * np.ones((2, 2), int)  # outcomes of each element
     log_weight = jax.jit(weigh)(jnp.array(z))
     assert log_weight.shape == (2, 2)
@@ -122,14 +117,14 @@ def test_local_particles_are_properly_weighted(x64):
 
     starts = {"g_logits": [2.0, -1.0], "slope": [1.0, -2.0], "shift": [0.3, -3.0]}
     params = {name: jnp.array(values) for name, values in starts.items()}
-    mixture = mixture_of(fitted(model, guide, params, VIMCOStar(plate_particles={"data": 2})))
+    densities = densities_of(fitted(model, guide, params, VIMCOStar(plate_particles={"data": 2})))
     outcomes = binary(7)
     g, e = jnp.array(outcomes[:, 0]), jnp.array(outcomes[:, 1:].reshape(-1, 3, 2))
 
     @jax.jit
     @jax.vmap
     def weigh(g, e):
-        levels, _, structure = mixture.densities(Levels({"g": g}, {"data": {"e": e}}))
+        levels, _, structure = densities(Levels({"g": g}, {"data": {"e": e}}))
         local = log_ratio(*levels.local["data"])
         total = log_ratio(*levels.shared) + structure.sum_to_shared(logsumexp(local, axis=0) - np.log(3))
         return jnp.exp(total).squeeze(), jnp.exp(local - logsumexp(local, axis=0))
@@ -171,8 +166,8 @@ def test_pool_has_what_a_start_lost(local):
             numpyro.sample("e", dist.Normal(g - 0.5 + numpyro.param("shift", 0.0), 0.8))
 
     params = {"g_logits": jnp.array([-12.0, 12.0]), "shift": jnp.array([0.0, 0.2])}
-    fit = fitted(model, guide, params, VIMCOStar(plate_particles={"data": 4} if local else {}))
-    draws = pool(fit, random.key(0), 8000)
+    approx = fitted(model, guide, params, VIMCOStar(plate_particles={"data": 4} if local else {}))
+    draws = propose_pooled(approx, random.key(0), 8000)
     weight = np.exp(draws.log_weight.ravel() - draws.log_weight.max())
     weight /= weight.sum()
     assert draws.values["g"].shape == (8000,) and draws.values["e"].shape == (8000, 2)
@@ -215,7 +210,7 @@ def test_automatic_guides_have_densities_at_the_draws_of_other_starts(case):
     guide = make(model, init_loc_fn=init_to_uniform(radius=0.5))
     svi = SVI(model, guide, optax.adam(0.1), VIMCOStar())
     params = jax.vmap(svi.get_params)(initial_states(svi, random.key(0), 2, (), {}))
-    draws = pool(fitted(model, guide, params), random.key(1), 8000)
+    draws = propose_pooled(fitted(model, guide, params), random.key(1), 8000)
     assert set(draws.values) == ({"z", "c", "scale"} if model is mixed_model else {"c", "scale"})
     for name, value in draws.values.items():
         assert len(np.unique(value, axis=0)) > 2, name
@@ -236,4 +231,24 @@ def test_delta_at_a_parameter_cannot_be_pooled():
     svi = SVI(continuous_model, guide, optax.adam(0.1), Trace_ELBO())
     params = jax.vmap(svi.get_params)(initial_states(svi, random.key(0), 2, (), {}))
     with pytest.raises(NotImplementedError, match=r"Site 'c' of the guide is a Delta .* parameter 'c_auto_loc'"):
-        mixture_of(fitted(continuous_model, guide, params))
+        pooled(fitted(continuous_model, guide, params))
+
+
+def test_starts_of_a_model_with_parameters_are_not_pooled():
+    """Each has a posterior of its own: draws are those of the best one."""
+
+    def model():
+        z = numpyro.sample("z", dist.Normal(numpyro.param("prior", 0.0), 1.0))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=1.0)
+
+    def guide():
+        numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.5), 0.8))
+
+    approx = fitted(model, guide, {"prior": jnp.array([5.0, 1.0, 9.0]), "loc": jnp.array([3.0, 1.0, 5.0])})
+    approx = approx.at(approx.starts, 3, best=1)
+    assert in_pool(approx).num_starts == 1 and in_pool(approx).params == {"prior": 1.0, "loc": 1.0}
+    # The posterior is Normal(1, 1 / √2), of 8,000 draws whose ESS is far above 1,000: 6 standard errors.
+    draws = propose_pooled(approx, random.key(0), 8000)
+    weight = np.exp(draws.log_weight.ravel().astype(float))
+    assert abs(weight @ draws.values["z"] / weight.sum() - 1) < 6 * 0.71 / 1000**0.5
+    np.testing.assert_allclose(weight.mean(), np.exp(dist.Normal(1.0, 2**0.5).log_prob(1.0)), rtol=0.05)

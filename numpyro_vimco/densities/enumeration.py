@@ -11,17 +11,11 @@ chains. Tables are connected if a summed site is in both: these are a *group*.
 
 What `scan` with history makes of a site ``x`` is NumPyro's convention: ``_PREV_x`` at the first time (with history 2
 also ``_PREV__PREV_x``, …) and ``x``, with a dimension for time, at all others. These are *parts* of the site ``x``.
-
-funsor is imported where there are summed sites only. Private parts of NumPyro that are used: the names ``_PREV_…`` and
-``_time_…``; the entry ``dim_to_name`` of a site's ``infer``; ``compute_markov_factors`` of
-`numpyro.contrib.funsor.infer_util`. They were seen in NumPyro 0.20, the oldest that is admitted, and in 0.22.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cache
 import re
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -30,26 +24,10 @@ from numpyro.primitives import Messenger
 
 from numpyro_vimco.checks.enumeration_checks import log_prob_shape
 from numpyro_vimco.densities.zero_weights import FLOOR
+from numpyro_vimco.private.of_funsor import import_funsor, in_logs, markov_factors, names_of_dims
 from numpyro_vimco.sites import Trace, is_marked, sample_sites
 
 Group = list[dict]
-
-
-def import_funsor() -> ModuleType:
-    """The package funsor, with JAX as its backend.
-
-    :raises ImportError: if it is not installed.
-    """
-    try:
-        import funsor
-        import funsor.optimizer
-        import numpyro.contrib.funsor  # noqa: F401  (sets the backend)
-    except ImportError:
-        raise ImportError(
-            "The model has sites that are marked to be summed out, infer={'enumerate': 'parallel'}, which needs the "
-            "package funsor: `pip install funsor`. Or remove the marks, and let the guide sample these sites."
-        ) from None
-    return funsor
 
 
 def summed_sites(model_trace: Trace, sampled: Collection[str]) -> list[str]:
@@ -130,7 +108,7 @@ def parents_of(sites: Iterable[dict], summed: Collection[str]) -> dict[str, set[
     """
     found: dict[str, set[str]] = defaultdict(set)
     for site in sites:
-        found[root(site["name"])] |= {root(name) for name in _names(site).values()} & set(summed)
+        found[root(site["name"])] |= {root(name) for name in names_of_dims(site).values()} & set(summed)
     return found
 
 
@@ -143,14 +121,14 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
     """
     funsor = import_funsor()
     ops, sum_product = funsor.ops, funsor.sum_product.sum_product
-    names = frozenset(name for site in group for name in _names(site).values())
+    names = frozenset(name for site in group for name in names_of_dims(site).values())
     sums = frozenset(name for name in names if root(name) in summed)
     factors: list[Any] = []
     in_time: list[tuple[dict, Any]] = []
     for site in group:
         table = tables[site["name"]]
         # funsor drops a dimension of size 1 that has no name, but not the only one.
-        table = jnp.squeeze(table) if not _names(site) else table
+        table = jnp.squeeze(table) if not names_of_dims(site) else table
         # Where all entries are -inf, derivatives of their sum would be NaN. A NaN entry stays.
         table = jnp.where(table < FLOOR, FLOOR, table)
         factor = funsor.to_funsor(table, output=funsor.Real, dim_to_name=site["infer"]["dim_to_name"])
@@ -162,7 +140,7 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
     factors += _without_time(in_time, group, sums, plates)
     with funsor.interpretations.lazy:
         result = sum_product(ops.logaddexp, ops.add, factors, eliminate=sums | plates, plates=plates)
-    with _in_logs():
+    with in_logs():
         result = funsor.optimizer.apply_optimizer(result)
     left_to_right = sorted((name for name in kept if name in result.inputs), key=lambda name: kept[name])
     value = result.align(tuple(left_to_right)).data if left_to_right else jnp.asarray(result.data)
@@ -182,7 +160,7 @@ def entries_at(table: Array, site: dict, parts: Collection[str], values: Mapping
     """
     time_dim = time_dim_of(site)
     num_times = None if time_dim is None else table.shape[time_dim]
-    for dim, name in _names(site).items():
+    for dim, name in names_of_dims(site).items():
         value = values.get(root(name))
         if value is None:
             continue
@@ -194,27 +172,6 @@ def entries_at(table: Array, site: dict, parts: Collection[str], values: Mapping
         shape = value.shape[:lead] + (1,) * (table.ndim - value.ndim) + value.shape[lead:]
         table = jnp.take_along_axis(table, value.reshape(shape), axis=dim)
     return table
-
-
-@cache
-def _in_logs():
-    """An interpretation of funsor in which two tables are added before their sum is taken.
-
-    funsor's own takes the product of their exponentials, each divided by its largest. That is 0, and its logarithm
-    -inf, where the values that two tables favour differ by more than 88 nats: two observations of one summed site,
-    early in a fit.
-    """
-    funsor = import_funsor()
-    from funsor.interpretations import DispatchedInterpretation, PrioritizedInterpretation, eager
-
-    base = DispatchedInterpretation("in_logs")
-    ops, tensor = funsor.ops, funsor.Tensor
-
-    @base.register(funsor.cnf.Contraction, ops.LogaddexpOp, ops.AddOp, frozenset, tensor, tensor)
-    def contract(red_op, bin_op, reduced_vars, lhs, rhs):
-        return bin_op(lhs, rhs).reduce(red_op, reduced_vars)
-
-    return PrioritizedInterpretation(base, eager)
 
 
 class Axes(NamedTuple):
@@ -233,7 +190,7 @@ class Axes(NamedTuple):
 def axes_of(site: dict) -> Axes:
     """The axes of a summed site of an enumerated trace."""
     shape, time = log_prob_shape(site), time_dim_of(site)
-    values = next(dim for dim, name in _names(site).items() if name == site["name"])
+    values = next(dim for dim, name in names_of_dims(site).items() if name == site["name"])
     own = {values, time, *(frame.dim for frame in site["cond_indep_stack"])}
     kept = tuple(size if dim in own else 1 for dim, size in zip(range(-len(shape), 0), shape))
     return Axes(kept, values, None if time is None else shape[time])
@@ -247,10 +204,8 @@ def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset
     """
     if not in_time:
         return []
-    from numpyro.contrib.funsor.infer_util import compute_markov_factors
-
     funsor = import_funsor()
-    names_of = {site["name"]: frozenset(_names(site).values()) for site in group}
+    names_of = {site["name"]: frozenset(names_of_dims(site).values()) for site in group}
     by_time: dict[Any, list] = defaultdict(list)
     previous: dict[Any, frozenset] = defaultdict(frozenset)
     for site, factor in in_time:
@@ -267,8 +222,8 @@ def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset
         if history == 0:
             found += factors
             continue
-        with _in_logs():
-            found += compute_markov_factors(
+        with in_logs():
+            found += markov_factors(
                 {time: factors},
                 {time: before},
                 {time: chain},
@@ -281,20 +236,15 @@ def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset
     return found
 
 
-def _names(site: dict) -> dict[int, str]:
-    """The name of each named dimension of a site of an enumerated trace."""
-    return dict(site["infer"]["dim_to_name"])
-
-
 def _time(site: dict) -> str | None:
     """The name of the dimension for time of a site in `scan`."""
     dim = time_dim_of(site)
-    return None if dim is None else _names(site)[dim]
+    return None if dim is None else names_of_dims(site)[dim]
 
 
 def time_dim_of(site: dict) -> int | None:
     """The dimension for time of a site in `scan`."""
-    return next((dim for dim, name in _names(site).items() if name.startswith("_time_")), None)
+    return next((dim for dim, name in names_of_dims(site).items() if name.startswith("_time_")), None)
 
 
 def _lag(name: str) -> int:

@@ -49,7 +49,7 @@ from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.families.autoregressive import sample_rest
 from numpyro_vimco.families.couplings import Graph, log_densities
 from numpyro_vimco.guides.automatic import automatic_guides
-from numpyro_vimco.guides.private import latents_of, packed
+from numpyro_vimco.private.of_numpyro import latents_of, packed
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import Trace, can, is_delta, is_latent_site, sample_sites, support_of
 

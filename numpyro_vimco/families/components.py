@@ -9,9 +9,9 @@ from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.distributions.mixtures import _MixtureBase
 
 from numpyro_vimco.families.units import location_and_scale
+from numpyro_vimco.private.of_numpyro import Mixture
 from numpyro_vimco.sites import unwrapped
 
 # A prior of more components has the guide of one.
@@ -42,7 +42,7 @@ def components_of_prior(site: dict, transform=lambda x: x) -> Components | None:
     fn, shape = unwrapped(site["fn"]), site["fn"].shape()
     if fn.event_shape:
         return None
-    if isinstance(fn, _MixtureBase) and 1 < fn.mixture_size <= MOST_COMPONENTS:
+    if isinstance(fn, Mixture) and 1 < fn.mixture_size <= MOST_COMPONENTS:
         draws, logits = fn.component_sample(random.key(0), (DRAWS,)), fn.mixing_distribution.logits
     elif hasattr(fn, "gate") and hasattr(fn, "base_dist"):
         base = fn.base_dist.sample(random.key(0), (DRAWS,))

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 from numpyro.infer import SVI
-from numpyro.optim import _NumPyroOptim
 
 from numpyro_vimco.families.units import RealInUnits
+from numpyro_vimco.private.of_numpyro import Optimizer
 
 Params = dict[str, Any]
 
@@ -28,7 +28,7 @@ class RenewedUnits:
     :param constrain: from unconstrained to constrained parameters.
     """
 
-    def __init__(self, inner: _NumPyroOptim, units: Mapping[str, RealInUnits], constrain: Callable[[Params], Params]):
+    def __init__(self, inner: Optimizer, units: Mapping[str, RealInUnits], constrain: Callable[[Params], Params]):
         self.inner, self.units, self.constrain = inner, units, constrain
         self.get_params = inner.get_params
 
@@ -66,7 +66,7 @@ def in_renewed_units(svi: SVI, units: Mapping[str, RealInUnits], state: Any) -> 
     return svi
 
 
-def with_params(optim: _NumPyroOptim, state: Any, params: Params) -> Any:
+def with_params(optim: Optimizer, state: Any, params: Params) -> Any:
     """A state of an optimiser with other parameters."""
     leaves, structure = jax.tree.flatten(state)
     places = _places(optim, state)
@@ -76,7 +76,7 @@ def with_params(optim: _NumPyroOptim, state: Any, params: Params) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def _places(optim: _NumPyroOptim, state: Any) -> list[int] | None:
+def _places(optim: Optimizer, state: Any) -> list[int] | None:
     """Which leaves of a state are the parameters; None if ``get_params`` computes anything from it."""
     jaxpr = jax.make_jaxpr(optim.get_params)(state).jaxpr
     places = {var: i for i, var in enumerate(jaxpr.invars)}

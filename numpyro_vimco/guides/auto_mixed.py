@@ -38,9 +38,9 @@ from numpyro_vimco.guides.options import (
 )
 from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites
 from numpyro_vimco.guides.point_masses import check_no_point_mass
-from numpyro_vimco.guides.private import set_up, unconstrained_event_dim
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.guides.structured import ContinuousSite, Sampler, Samples, Site
+from numpyro_vimco.private.of_numpyro import set_up, unconstrained_event_dim
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, is_latent_site, log_prob_at_value, sample_sites
 

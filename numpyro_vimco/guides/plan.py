@@ -16,8 +16,8 @@ from numpyro_vimco.families.autoregressive import Elements
 from numpyro_vimco.families.components import Components
 from numpyro_vimco.families.couplings import Graph
 from numpyro_vimco.families.families import Boolean, Family, Interval, has_common_bounds
-from numpyro_vimco.guides.private import init_locs, init_scale, unconstrained_event_dim
 from numpyro_vimco.guides.structured import ContinuousSite, DiscreteSite, Samples, Site
+from numpyro_vimco.private.of_numpyro import init_locs, init_scale, unconstrained_event_dim
 from numpyro_vimco.sites import Trace, is_latent_site
 
 # `gated` looks at discrete sites of so many values, and at so many pairs of sites, at most.

@@ -17,8 +17,8 @@ from numpyro_vimco.dependence import dependence
 from numpyro_vimco.families.couplings import Graph, draws_anywhere, local_plates, log_densities
 from numpyro_vimco.families.supports import check_draws, check_has_support
 from numpyro_vimco.guides.plan import autoregressive, gated
-from numpyro_vimco.guides.private import PrototypeGuide, set_up
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
+from numpyro_vimco.private.of_numpyro import PrototypeGuide, set_up
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_latent_site, is_marked
 

@@ -1,12 +1,12 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""All that this package uses of NumPyro's automatic guides beyond their public interface.
+"""Of NumPyro: automatic guides, a mask, what mixtures and optimisers have in common. Seen in 0.20 and in 0.22.
 
-Seen in NumPyro 0.20, the oldest that is admitted, and in 0.22. Of ``AutoGuide``: ``_setup_prototype``, which the first
-call runs; ``_prototype_frames``, the plates of latents; ``_prototype_frame_full_sizes``; ``_create_plates``. Of
-``AutoNormal``: ``_init_locs``, where its sites begin in unconstrained space, of the full plates' sizes;
-``_event_dims``, their event dimensions there; ``_init_scale``.
+Of ``AutoGuide``: ``_setup_prototype``, which the first call runs; ``_prototype_frames``, the plates of latents;
+``_prototype_frame_full_sizes``; ``_create_plates``. Of ``AutoNormal``: ``_init_locs``, where its sites begin in
+unconstrained space, of the full plates' sizes; ``_event_dims``, their event dimensions there; ``_init_scale``. Of
+``AutoContinuous``: ``_unpack_latent``, from its auxiliary site to the latents.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
+from numpyro.distributions import MaskedDistribution
+from numpyro.distributions.mixtures import _MixtureBase
 from numpyro.distributions.util import periodic_repeat
 from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
+from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import CondIndepStackFrame, Messenger
 
 from numpyro_vimco.randomness import split
+
+PARTS = (
+    "numpyro.infer.autoguide.AutoGuide._setup_prototype",
+    "numpyro.infer.autoguide.AutoGuide._create_plates",
+    "numpyro.distributions.mixtures._MixtureBase",
+    "numpyro.optim._NumPyroOptim",
+)
+# What a first call of AutoNormal, and of AutoMultivariateNormal, leaves behind.
+OF_AUTO_NORMAL = "_prototype_frames", "_prototype_frame_full_sizes", "_init_locs", "_event_dims", "_init_scale"
+OF_JOINT_GUIDE = "_init_locs", "_unpack_latent"
+
+Mixture, Optimizer = _MixtureBase, _NumPyroOptim
 
 
 class PrototypeGuide(AutoGuide):
@@ -103,3 +118,8 @@ def latents_of(guide: AutoContinuous) -> list[str]:
 def packed(guide: AutoContinuous, unconstrained: dict[str, Array]) -> Array:
     """The value of its auxiliary site that gives these latents, in unconstrained space."""
     return guide._unpack_latent.pack_fn(unconstrained, guide._unpack_latent.unpack_fn.keywords["shape_dict"])
+
+
+def own_mask(fn: MaskedDistribution) -> Any:
+    """The mask of a masked distribution: an array or a bool, of the batch shape."""
+    return fn._mask
