@@ -5,6 +5,7 @@
 It prints "held" last.
 """
 
+from inspect import getclosurevars
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -22,9 +23,9 @@ from numpyro.infer import SVI
 import optax
 
 from numpyro_vimco import VIMCOStar, fit
-from numpyro_vimco.fitting.tempering import geometric
+from numpyro_vimco.compilation import _compile
 from numpyro_vimco.fitting.steps import Steps
-from numpyro_vimco.compilation import compiled
+from numpyro_vimco.fitting.tempering import geometric
 
 assert len(jax.devices()) == 2
 SPREAD = NamedSharding(Mesh(np.array(jax.devices()), ("starts",)), PartitionSpec("starts"))
@@ -44,7 +45,8 @@ def guide(x):
 
 def run(num_steps, **options):
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
-    return fit(svi, random.key(0), num_steps, 0.7, anneal=lambda step: 0.5, num_starts=2, progress_bar=False, **options)
+    options = {"tempering": lambda step: 0.5, "num_starts": 2, "progress_bar": False, **options}
+    return fit(svi, random.key(0), num_steps, 0.7, **options)
 
 
 if __name__ == "__main__":
@@ -53,7 +55,7 @@ if __name__ == "__main__":
     np.testing.assert_allclose(two.losses, one.losses[:, :12], **close)
     logits = two.state.svi.optim_state[1][0]["logits"]
     assert logits.sharding.is_equivalent_to(SPREAD, 2) and logits.sharding.shard_shape(logits.shape) == (1, 2)
-    assert np.isfinite(two.log_evidence).all() and np.isfinite(two.best.params["logits"]).all()
+    assert np.isfinite(two.starts.log_evidence).all() and np.isfinite(two.params["logits"]).all()
     # One device goes on where two stopped.
     state = jax.device_put(two.state, jax.devices()[0])
     rest = run(8, init_state=state)
@@ -66,7 +68,7 @@ if __name__ == "__main__":
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
     state = fit(svi, random.key(0), 0, x, num_starts=1, progress_bar=False).state
     steps = Steps(svi, (x,), {}, {}, geometric, False, True, None)
-    program = compiled(steps._chunk, state, 1)
-    text = program.func.lower(*program.args, state, 1).compile().as_text()
+    found = getclosurevars(_compile(steps._chunk, state, 1)).nonlocals
+    text = found["program"].lower(found["closed"].consts, state, 1).compile().as_text()
     assert "f32[7]" in text and "f32[14]" not in text and "f32[4,14]" not in text
     print("held", flush=True)

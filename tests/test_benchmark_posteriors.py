@@ -126,7 +126,7 @@ def test_likelihood_of_a_tree(places):
 def test_rows_replace_older_ones(tmp_path):
     results = Results(tmp_path, "diabetes")
     results.write([{"method": "a", "seed": 0, "error": 0.2}, {"method": "b", "seed": 0, "error": 0.3}])
-    results.write([{"method": "a", "seed": 0, "error": 0.05, "reading": "good"}])
+    results.write([{"method": "a", "seed": 0, "error": 0.05, "verdict": "good"}])
     assert [(row["method"], row["error"], row["right"]) for row in read(results.path)] == [
         ("b", "0.3", ""),
         ("a", "0.05", "True"),
@@ -138,7 +138,7 @@ def test_rows_replace_older_ones(tmp_path):
 )
 def test_good_is_right_about_means_and_evidence(tmp_path, error, evidence, right):
     results = Results(tmp_path, "diabetes")
-    results.write([{"method": "a", "seed": 0, "error": error, "reading": "good", **evidence}])
+    results.write([{"method": "a", "seed": 0, "error": error, "verdict": "good", **evidence}])
     assert [row["right"] for row in read(results.path)] == [right]
 
 

@@ -1,6 +1,5 @@
-"""Compiled programs that are kept: used again for the same computation, never for another one."""
+"""What is compiled: once for each posterior and each thing that is asked of it, and no more where a fit goes on."""
 
-from collections import OrderedDict
 import gc
 import weakref
 
@@ -14,9 +13,9 @@ from numpyro.infer import SVI
 import optax
 import pytest
 
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, programs, to_arviz
-from numpyro_vimco.draws.chunks import in_chunks
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 from numpyro_vimco.compilation import compiled
+from numpyro_vimco.draws.chunks import Chunked
 
 
 @pytest.fixture
@@ -40,66 +39,108 @@ def model(x):
         numpyro.sample("x", dist.Normal(2 * z + rate, 1), obs=x)
 
 
-def times(factor):
-    return lambda x: factor * jnp.sin(x) + DATA
+def fitted(x, num_steps=5):
+    svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5, 4))
+    return fit(svi, random.key(0), num_steps, x, num_starts=2, progress_bar=False)
 
 
 DATA = jnp.arange(3.0)
 X = np.array([1.5, 2.5, 1.9], np.float32)
 
 
-def test_what_was_compiled_is_used_again(compilations, monkeypatch):
-    monkeypatch.setattr(programs, "_programs", OrderedDict())  # whatever other tests have compiled
-    svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5, 4))
-    result = fit(svi, random.key(0), 5, X, num_starts=2, progress_bar=False)
+def asked(posterior):
+    """What has a program of its own: diagnostics, draws, log-likelihoods, predictions, and gradients."""
+    posterior.diagnose(40_000, random.key(1))
+    posterior.to_arviz(rng_key=random.key(2), num_samples=100, num_proposals=40_000)
+    posterior.sample(random.key(3), (10_000,))
+    posterior.gradient_snr(random.key(4), 100)
+
+
+def test_a_posterior_compiles_each_program_once(compilations):
+    posterior = fitted(X)
     assert "jit(run)" in compilations
-    about = {"model_args": (X,), "progress_bar": False}
-    importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=40_000, **about)
+    asked(posterior)
     compilations.clear()
-    # Other keys, steps and data of the same shapes.
-    result = fit(svi, random.key(3), 8, X, num_starts=2, init_state=result.state, progress_bar=False)
-    other = fit(svi, random.key(4), 7, X + 3, num_starts=2, anneal=0, progress_bar=False)
-    importance_diagnostics(svi, result, rng_key=random.key(5), num_samples=40_000, **about)
-    to_arviz(svi, result, rng_key=random.key(6), num_proposals=40_000, groups=(), **about)
-    # One is new: deterministic sites and others, by `to_arviz`.
-    assert compilations.count("jit(run)") == 1
-    # Data are arguments: those of the last fit are its own. Far from the prior they cost more than 3 nats.
-    assert (other.log_evidence < result.log_evidence - 3).all()
+    asked(posterior)
+    # Not these, which are small and hold the parameters: the gradients of a hundred keys at a time.
+    assert "jit(run)" not in compilations
+
+
+def test_a_fit_that_goes_on_compiles_nothing(compilations):
+    posterior = fitted(X)
+    asked(posterior)
+    compilations.clear()
+    resumed = posterior.resume(8)
+    asked(resumed)
+    assert "jit(run)" not in compilations
+    # Other parameters are other arguments of the same programs.
+    assert resumed.losses.shape == (2, 13) and resumed.log_evidence != posterior.log_evidence
+
+
+def test_data_are_arguments():
+    """Far from the prior they cost more than 3 nats."""
+    assert (fitted(X + 3).starts.log_evidence < fitted(X).starts.log_evidence - 3).all()
+
+
+def test_a_posterior_does_not_outlive_its_name():
+    """Nor do its data: no cache has them."""
+    x = jnp.array(X)
+    svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5, 4))
+    posterior = Posterior(svi, svi.get_params(svi.init(random.key(0), X)), x)
+    posterior.diagnose(100)
+    posterior.sample(random.key(0))
+    kept = weakref.ref(posterior), weakref.ref(x)
+    del posterior, x
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+
+
+def times(factor):
+    return lambda x: factor * jnp.sin(x) + DATA
 
 
 def test_results_are_those_of_the_function_at_hand():
     for factor in (2.0, 3.0):
-        np.testing.assert_allclose(compiled(times(factor), X)(X), factor * np.sin(X) + DATA, rtol=1e-6)
+        np.testing.assert_allclose(compiled(times(factor))(X), factor * np.sin(X) + DATA, rtol=1e-6)
     for data in (DATA, 2 * DATA):
-        np.testing.assert_allclose(compiled(lambda x, data=data: x + data, X)(X), X + data, rtol=1e-6)
-    # Of another structure, with the same arrays.
-    assert set(compiled(lambda x: {"a": x}, X)(X)) == {"a"} and set(compiled(lambda x: {"b": x}, X)(X)) == {"b"}
+        np.testing.assert_allclose(compiled(lambda x, data=data: x + data)(X), X + data, rtol=1e-6)
     # Constants inside of a nested `jit` are not arguments of the program.
     for data in (DATA, 2 * DATA):
         nested = jax.jit(lambda x, data=data: x * data)
-        np.testing.assert_allclose(compiled(nested, X)(X), X * data, rtol=1e-6)
+        np.testing.assert_allclose(compiled(nested)(X), X * data, rtol=1e-6)
+
+
+def test_other_shapes_types_and_structures_are_other_programs():
+    traced = []
+
+    def double(tree):
+        traced.append(None)
+        return jax.tree.map(lambda x: 2 * x, tree)
+
+    run = compiled(double)
+    for tree in (X, X[:2], X.astype(int), {"a": X}, {"b": X}):
+        for _ in range(2):
+            jax.tree.map(np.testing.assert_array_equal, run(tree), jax.tree.map(lambda x: 2 * x, tree))
+    assert len(traced) == 5
 
 
 def test_functions_of_python_are_not_shared():
     def called(factor):
         shape = jax.ShapeDtypeStruct((), jnp.float32)
-        return lambda x: jax.pure_callback(lambda x: np.float32(factor) * x, shape, x, vmap_method="sequential")
+        return lambda held, x: (
+            held + jax.pure_callback(lambda x: np.float32(factor) * x, shape, x, vmap_method="sequential")
+        )
 
     for factor in (2.0, 3.0):
-        np.testing.assert_allclose(in_chunks(called(factor), 2, X), factor * X, rtol=1e-6)
+        chunked = Chunked(called(factor), 2)
+        for held in (0.0, 1.0):
+            np.testing.assert_allclose(chunked.all(jnp.array(held), X), factor * X + held, rtol=1e-6)
 
 
 def test_programs_do_not_keep_data():
     data = jnp.arange(1000.0) + 7
     kept = weakref.ref(data)
-    compiled(lambda x, data=data: x.sum() + data, X)(X)
+    compiled(lambda x, data=data: x.sum() + data)(X)
     del data
     gc.collect()
     assert kept() is None
-
-
-def test_so_many_are_kept(monkeypatch):
-    monkeypatch.setattr(programs, "PROGRAMS", 3)
-    for n in range(1, 6):
-        compiled(lambda x: 2 * x, jnp.zeros(n))
-    assert len(programs._programs) <= 3

@@ -22,9 +22,9 @@ import pytest
 from scipy.stats import binom, norm, poisson
 
 from helpers import of_two_lengths
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 from numpyro_vimco.densities.levels import Levels
-from numpyro_vimco.fitting.tempering import Annealed
+from numpyro_vimco.fitting.tempering import TemperedModel
 
 X = jnp.array([0.5, -1.0, 2.0])
 XX = jnp.array([[0.5, -1.0, 2.0], [1.5, 0.0, -0.5]])
@@ -274,7 +274,7 @@ PARAMS_OF = {
 
 def program_of(name, power=None):
     model, guide = CASES[name]
-    model = model if power is None else Annealed(model, power)
+    model = model if power is None else TemperedModel(model, power)
     return VIMCOStar(num_particles=4).program(model, guide, (scan, cond), {}, jax.random.key(0))
 
 
@@ -367,7 +367,7 @@ def test_draws_after_the_fit(name):
     site, expected = DETERMINISTIC[name]
     model, guide = (partial(program, scan, cond) for program in CASES[name])
     svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
-    tree = to_arviz(svi, PARAMS_OF[name], rng_key=jax.random.key(0), num_samples=20, progress_bar=False)
+    tree = Posterior(svi, PARAMS_OF[name]).to_arviz(rng_key=jax.random.key(0), num_samples=20, progress_bar=False)
     found = {variable: tree["posterior"][variable].values for variable in tree["posterior"].data_vars}
     np.testing.assert_allclose(found[site], expected(**found), rtol=1e-5)
     # The log-densities beside the draws are those of these values, not of others in another order.
@@ -503,11 +503,11 @@ def test_errors(name):
 
 
 def fitted(model, guide, num_steps):
-    """An `SVI`, four starts of it, and what their pooled draws say."""
+    """The posterior of four starts, with what 40,000 pooled draws say."""
     svi = SVI(model, guide, optax.adam(0.03), VIMCOStar(num_particles=16))
-    result = fit(svi, jax.random.key(0), num_steps, progress_bar=False)
-    found = importance_diagnostics(svi, result, rng_key=jax.random.key(1), num_samples=40_000, progress_bar=False)
-    return svi, result, found
+    posterior = fit(svi, jax.random.key(0), num_steps, progress_bar=False)
+    posterior.diagnose(40_000, jax.random.key(1))
+    return posterior
 
 
 def test_fit_of_latents_in_cond():
@@ -524,12 +524,12 @@ def test_fit_of_latents_in_cond():
         locs, scales = numpyro.param("locs", jnp.zeros(2)), jnp.exp(numpyro.param("log_scales", jnp.zeros(2)))
         cond(z == 1, lambda _: normal_at(locs[1], scales[1]), lambda _: normal_at(locs[0], scales[0]), None)
 
-    svi, result, found = fitted(model, guide, 500)
+    posterior = fitted(model, guide, 500)
     joint = np.array([0.7 * norm.pdf(2.2, 0, 2**0.5), 0.3 * norm.pdf(2.2, 3, 2**0.5)])
-    assert found.log_evidence_std_error < 0.01
+    assert posterior.log_evidence_std_error < 0.01
     # Five standard errors: fails less than once in 1.7 million runs.
-    assert abs(found.log_evidence - np.log(joint.sum())) < 5 * found.log_evidence_std_error
-    tree = to_arviz(svi, result, rng_key=jax.random.key(2), num_samples=4000, num_proposals=64_000, progress_bar=False)
+    assert abs(posterior.log_evidence - np.log(joint.sum())) < 5 * posterior.log_evidence_std_error
+    tree = posterior.to_arviz(rng_key=jax.random.key(2), num_samples=4000, num_proposals=64_000)
     # 4,000 of 64,000 draws: the standard error is 0.009.
     assert abs(tree["posterior"]["z"].values.mean() - joint[1] / joint.sum()) < 5 * 0.009
 
@@ -564,7 +564,7 @@ def test_pooled_evidence_of_a_guide_in_scan():
         alpha = (alpha @ poisson.pmf(counts, counts[:, None] + 1)) * binom.pmf(y, counts, 0.5)
     exact = np.log(alpha.sum())
     assert abs(exact + 12.1915) < 1e-4
-    _, _, found = fitted(model, guide, 300)
-    assert found.log_evidence_std_error < 0.01
+    posterior = fitted(model, guide, 300)
+    assert posterior.log_evidence_std_error < 0.01
     # Five standard errors: fails less than once in 1.7 million runs.
-    assert abs(found.log_evidence - exact) < 5 * found.log_evidence_std_error
+    assert abs(posterior.log_evidence - exact) < 5 * posterior.log_evidence_std_error

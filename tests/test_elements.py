@@ -10,9 +10,9 @@ from numpyro.infer import SVI, TraceEnum_ELBO
 import optax
 import pytest
 
-from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, to_arviz
+from numpyro_vimco import VIMCO, AutoMixed, Posterior, ReweightedWakeSleep, VIMCOStar, fit
 from numpyro_vimco.checks.independence import splits
-from numpyro_vimco.posterior import steps
+from numpyro_vimco.fitting import steps
 
 Y = jnp.array([0.2, 0.9, 6.0, 1.8, 2.5])
 
@@ -122,7 +122,7 @@ def test_joint_plates_share_one_weight(alpha):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), joint, expected)
 
 
-def test_a_fit_that_is_annealed_looks_before_its_steps():
+def test_a_tempered_fit_looks_before_its_steps():
     model = walk(jnp.cumsum)
     with pytest.raises(ValueError, match="the plate 'time' are not independent"):
         fit(SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar()), random.key(0), 1, Y, progress_bar=False)
@@ -230,9 +230,9 @@ def test_couples_have_no_log_likelihood_of_elements():
         indicators_guide()()
 
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
-    result = svi.run(random.key(0), 2, progress_bar=False)
+    posterior = Posterior(svi, svi.run(random.key(0), 2, progress_bar=False))
     with pytest.warns(UserWarning, match="'place' has latents of its own, which cannot be averaged out"):
-        tree = to_arviz(svi, result, num_samples=50, rng_key=random.key(1), progress_bar=False)
+        tree = posterior.to_arviz(num_samples=50)
     assert "log_likelihood" not in tree
 
 
@@ -336,12 +336,12 @@ def test_improper_prior_is_drawn_by_the_guide_and_elsewhere():
         VIMCOStar().check({}, model, guide, jnp.cumsum)
 
 
-@pytest.mark.parametrize("anneal", [0, 0.5, lambda step: 1.0], ids=["none", "share", "function"])
-def test_fit_checks_before_its_first_step(anneal, monkeypatch):
+@pytest.mark.parametrize("tempering", [0, 0.5, lambda step: 1.0], ids=["none", "share", "function"])
+def test_fit_checks_before_its_first_step(tempering, monkeypatch):
     monkeypatch.setattr(steps.Steps, "run", None)
     svi = SVI(walk(jnp.cumsum), walk_guide, optax.adam(0.05), VIMCOStar())
     with pytest.raises(ValueError, match="the plate 'time' are not independent: the density of site 'y'"):
-        fit(svi, random.key(0), 2, Y, anneal=anneal, progress_bar=False)
+        fit(svi, random.key(0), 2, Y, tempering=tempering, progress_bar=False)
 
 
 def test_fit_of_a_joint_plate_goes_on():
@@ -376,9 +376,9 @@ def test_a_fit_that_goes_on_is_checked_at_its_parameters():
 
     svi = SVI(model, indicators_guide(), optax.adam(0.2), VIMCOStar())
     with pytest.warns(UserWarning, match="log evidence cannot be estimated"):  # for the same reason
-        result = fit(svi, random.key(0), 3, num_starts=1, progress_bar=False)
+        posterior = fit(svi, random.key(0), 3, num_starts=1, progress_bar=False)
     with pytest.raises(ValueError, match="the plate 'place' are not independent"):
-        fit(svi, random.key(0), 3, init_state=result.state, progress_bar=False)
+        fit(svi, random.key(0), 3, init_state=posterior.state, progress_bar=False)
 
 
 def rare_sums():
@@ -401,7 +401,7 @@ def test_diagnostics_check_sums(objective):
     svi = SVI(*rare_sums(), optax.adam(0.05), objective)
     params = {"loc": jnp.array(0.1)}
     with pytest.raises(ValueError, match="'x' has another density where 'z' is summed out"):
-        to_arviz(svi, params, num_samples=50, rng_key=random.key(1), progress_bar=False)
+        Posterior(svi, params).to_arviz(num_samples=50)
 
 
 def test_a_large_plate_is_checked():

@@ -20,7 +20,7 @@ import pytest
 
 from helpers import UNBIASED, Program, exact_bound, expected_estimate, of_two_lengths, product_of
 from numpyro_vimco import REINFORCE, VIMCO, ReweightedWakeSleep, VIMCOStar, fit
-from numpyro_vimco.fitting.tempering import Annealed
+from numpyro_vimco.fitting.tempering import TemperedModel
 
 MARK = {"enumerate": "parallel"}
 X = np.array([0.3, 2.1, -0.7, -0.2, 1.4])
@@ -505,22 +505,22 @@ def test_sums_by_hand_in_single_precision(name):
     check(name, partial(VIMCOStar, 0.3, 4), 1e-5)
 
 
-def check_annealed(model, by_hand, guide, arguments, params):
-    """Values and gradients where the likelihood counts with a power."""
+def check_tempered(model, by_hand, guide, arguments, params):
+    """Values and gradients where the likelihood counts with an inverse temperature."""
     objective = VIMCOStar(0.3, 4, **arguments)
-    found = value_and_grad(objective, Annealed(model, jnp.array(0.2)), guide, params)
+    found = value_and_grad(objective, TemperedModel(model, jnp.array(0.2)), guide, params)
     assert_close(found, value_and_grad(objective, by_hand, guide, params), 1e-10)
 
 
 @pytest.mark.parametrize("name", of_two_lengths(CASES, ["mixture"]))
 @pytest.mark.usefixtures("x64")
-def test_power_of_a_sum(name):
+def test_inverse_temperature_of_a_sum(name):
     model, by_hand, guide, arguments = CASES[name]()
-    check_annealed(model, Annealed(by_hand, jnp.array(0.2)), guide, arguments, initial(model, guide))
+    check_tempered(model, TemperedModel(by_hand, jnp.array(0.2)), guide, arguments, initial(model, guide))
 
 
 @pytest.mark.usefixtures("x64")
-def test_power_beside_a_sampled_site_that_depends_on_a_summed_one():
+def test_inverse_temperature_beside_a_sampled_site_that_depends_on_a_summed_one():
     def model():
         z = numpyro.sample("z", dist.Bernoulli(0.3), infer=dict(MARK))
         u = numpyro.sample("u", dist.Normal(2.0 * z, 1.0))
@@ -537,7 +537,7 @@ def test_power_beside_a_sampled_site_that_depends_on_a_summed_one():
     def guide():
         numpyro.sample("u", dist.Normal(numpyro.param("loc", 0.4), 0.8))
 
-    check_annealed(model, by_hand, guide, {}, {"loc": jnp.array(0.4)})
+    check_tempered(model, by_hand, guide, {}, {"loc": jnp.array(0.4)})
 
 
 @pytest.mark.parametrize(
@@ -816,7 +816,7 @@ def test_errors(name):
         VIMCOStar(num_particles=2, **arguments).loss(random.key(0), {"loc": 0.0}, model, guide)
 
 
-def test_a_fit_that_is_annealed_begins_with_the_same_check():
+def test_a_tempered_fit_begins_with_the_same_check():
     svi = SVI(counted_twice, lambda: numpyro.param("loc", 0.0), optax.adam(0.01), VIMCOStar())
     with pytest.raises(ValueError, match="'z' is summed out, and masked"):
         fit(svi, random.key(0), 1, progress_bar=False)

@@ -17,7 +17,7 @@ def run(name, *argv):
 @pytest.mark.filterwarnings("ignore")  # matplotlib's, scikit-learn's and ArviZ's own
 def test_variable_selection(tmp_path):
     found, errors, log_evidence = run("variable_selection", f"--output={tmp_path}")
-    assert found["VIMCOStar"].reading == "good" and errors["VIMCOStar"] < 0.02
+    assert found["VIMCOStar"].verdict == "good" and errors["VIMCOStar"] < 0.02
     assert abs(found["VIMCOStar"].log_evidence - log_evidence) < 0.03
     assert found["VIMCOStar"].bounds[16] > log_evidence - 1
     assert (tmp_path / "variable_selection.png").stat().st_size > 10_000
@@ -49,17 +49,17 @@ def test_n_mixture(tmp_path):
 @pytest.mark.parametrize("name, num_errors", [("capture_recapture", 4), ("mixture_selection", 2)])
 def test_sites_that_are_summed_out(name, num_errors, tmp_path):
     arguments = ["--grid=30"] if name == "mixture_selection" else ["--grid=25", "--animals=80"]
-    diagnostics, log_evidence, errors = run(name, "--num-steps=600", *arguments, f"--output={tmp_path}")
+    posterior, log_evidence, errors = run(name, "--num-steps=600", *arguments, f"--output={tmp_path}")
     assert len(errors) == num_errors and np.abs(errors).max() < 0.1
-    assert abs(diagnostics.log_evidence - log_evidence) < 0.1
+    assert abs(posterior.log_evidence - log_evidence) < 0.1
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.long
 def test_occupancy(tmp_path):
     argv = ("--num-steps=1000", "--grid=40", "--no-progress", f"--output={tmp_path}")
-    diagnostics, log_evidence, error = run("occupancy", *argv)
-    assert diagnostics.reading != "bad" and abs(diagnostics.log_evidence - log_evidence) < 0.1
+    posterior, log_evidence, error = run("occupancy", *argv)
+    assert posterior.verdict != "bad" and abs(posterior.log_evidence - log_evidence) < 0.1
     assert error < 0.05
     assert (tmp_path / "occupancy.png").stat().st_size > 10_000
 

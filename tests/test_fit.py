@@ -1,4 +1,4 @@
-"""`fit`: starts side by side, annealing, progress, NaN, stopping and going on."""
+"""`fit`: starts side by side, tempering, progress, NaN, stopping and going on."""
 
 from functools import partial
 import itertools
@@ -31,40 +31,39 @@ from numpyro.infer import (
     init_to_value,
 )
 from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
-from numpyro.infer.svi import SVIRunResult
 import optax
 import orbax.checkpoint
 import pytest
 
 from helpers import Program, exact_bound, expected_estimate, initial_params, of_two_lengths, product_of
-from numpyro_vimco import AutoDiscrete, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
-from numpyro_vimco.posterior import starts, steps
-from numpyro_vimco.fitting.tempering import FIRST_POWER, Annealed
+from numpyro_vimco import AutoDiscrete, AutoMixed, Posterior, ReweightedWakeSleep, VIMCOStar, fit
+from numpyro_vimco.fitting import starts, steps
+from numpyro_vimco.fitting.starts import initial_states
 from numpyro_vimco.fitting.state import FitState
-from numpyro_vimco.fitting.starts import automatic_guides, initial_states
-from numpyro_vimco.compilation import compiled
+from numpyro_vimco.fitting.tempering import FIRST, TemperedModel
+from numpyro_vimco.guides.automatic import automatic_guides
 
 HERE = Path(__file__).parent
 quietly = partial(fit, progress_bar=False)
 X = np.array([0.7, -1.2, 0.4])
-POWER = 0.3
+BETA = 0.3
 
 
-# The annealed target.
+# The tempered target.
 
 
-def observe(name, fn, value, power=None):
+def observe(name, fn, value, beta=None):
     """An observed site, or its tempered density written down by hand."""
-    if power is None:
+    if beta is None:
         numpyro.sample(name, fn, obs=value)
     else:
-        numpyro.factor(name, power * fn.log_prob(value))
+        numpyro.factor(name, beta * fn.log_prob(value))
 
 
-def programs(power=None, subsample_size=3):
+def programs(beta=None, subsample_size=3):
     """Discrete and continuous latents; data under a plate, a scale, a mask, in `scan`, and a factor.
 
-    :param power: of the observed sites, written down by hand; None for a model to be annealed.
+    :param beta: of the observed sites, written down by hand; None for a model to be tempered.
     """
 
     def model():
@@ -72,9 +71,9 @@ def programs(power=None, subsample_size=3):
         with numpyro.plate("data", 3, subsample_size=subsample_size) as i:
             z = numpyro.sample("z", dist.Bernoulli(logits=prior))
             c = numpyro.sample("c", dist.Normal(z, 1.0))
-            observe("x", dist.Normal(c, 1.0), jnp.asarray(X)[i], power)
+            observe("x", dist.Normal(c, 1.0), jnp.asarray(X)[i], beta)
             with scale(scale=0.6), mask(mask=jnp.asarray(X)[i] > 0):
-                observe("y", dist.Poisson(jnp.exp(c)), np.array(2), power)
+                observe("y", dist.Poisson(jnp.exp(c)), np.array(2), beta)
 
     def guide():
         slope, width = numpyro.param("slope", 0.6), numpyro.param("width", 0.8, constraint=constraints.positive)
@@ -85,15 +84,15 @@ def programs(power=None, subsample_size=3):
     return model, guide
 
 
-def global_programs(power=None, discrete=True):
+def global_programs(beta=None, discrete=True):
     def model():
         z = numpyro.sample("z", dist.Bernoulli(logits=0.2)) if discrete else 0.5
         c = numpyro.sample("c", dist.Normal(numpyro.param("prior", 0.3) * z, 1.0))
-        numpyro.factor("tilt", -0.4 * c**2 * (1 if power is None else power))
-        if power is None:
+        numpyro.factor("tilt", -0.4 * c**2 * (1 if beta is None else beta))
+        if beta is None:
             scan(lambda _, x: (0, numpyro.sample("x", dist.Normal(c, 1.0), obs=x)), 0, X)
         else:
-            numpyro.factor("x", power * dist.Normal(c, 1.0).log_prob(X).sum())
+            numpyro.factor("x", beta * dist.Normal(c, 1.0).log_prob(X).sum())
 
     def guide():
         z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1))) if discrete else 0.5
@@ -115,7 +114,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", of_two_lengths(CASES, ["VIMCOStar, subsampled", "TraceGraph_ELBO"]))
-def test_annealed_objective_is_that_of_the_tempered_model(case, x64):
+def test_objective_of_a_tempered_model_is_that_of_its_densities_by_hand(case, x64):
     """Loss and gradient are those of a model that has its tempered densities written down; same keys."""
     objective, make = CASES[case]
     model, guide = make()
@@ -123,18 +122,18 @@ def test_annealed_objective_is_that_of_the_tempered_model(case, x64):
 
     @partial(jax.jit, static_argnums=0)
     @partial(jax.value_and_grad, argnums=1)
-    def loss(make_model, params, power):
-        return objective.loss(random.key(1), params, make_model(power), guide)
+    def loss(make_model, params, beta):
+        return objective.loss(random.key(1), params, make_model(beta), guide)
 
-    def annealed(power):
-        return Annealed(model, power)
+    def tempered(beta):
+        return TemperedModel(model, beta)
 
-    expected = loss(lambda power: make(power)[0], params, POWER)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9), loss(annealed, params, POWER), expected)
-    assert abs(loss(annealed, params, 1.0)[0] - expected[0]) > 0.1
+    expected = loss(lambda beta: make(beta)[0], params, BETA)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9), loss(tempered, params, BETA), expected)
+    assert abs(loss(tempered, params, 1.0)[0] - expected[0]) > 0.1
 
 
-def test_power_is_inside_of_the_sum_over_an_enumerated_latent(x64):
+def test_inverse_temperature_is_inside_of_the_sum_over_an_enumerated_latent(x64):
     def model():
         c = numpyro.sample("c", dist.Normal(0.0, 1.0))
         with numpyro.plate("data", 3):
@@ -143,7 +142,7 @@ def test_power_is_inside_of_the_sum_over_an_enumerated_latent(x64):
 
     def summed():
         c = numpyro.sample("c", dist.Normal(0.0, 1.0))
-        likelihood = POWER * dist.Normal(2.0 * np.array([[0], [1]]) + c, 1.0).log_prob(X)
+        likelihood = BETA * dist.Normal(2.0 * np.array([[0], [1]]) + c, 1.0).log_prob(X)
         numpyro.factor("x", logsumexp(jnp.log(np.array([[0.7], [0.3]])) + likelihood, axis=0).sum())
 
     def guide():
@@ -152,8 +151,8 @@ def test_power_is_inside_of_the_sum_over_an_enumerated_latent(x64):
     def loss(objective, model):
         return objective.loss(random.key(0), {"loc": 0.1}, model, guide)
 
-    annealed = jax.jit(lambda power: loss(TraceEnum_ELBO(), Annealed(model, power)))(POWER)
-    np.testing.assert_allclose(annealed, loss(Trace_ELBO(), summed), rtol=1e-9)
+    tempered = jax.jit(lambda beta: loss(TraceEnum_ELBO(), TemperedModel(model, beta)))(BETA)
+    np.testing.assert_allclose(tempered, loss(Trace_ELBO(), summed), rtol=1e-9)
 
 
 def log_bernoulli(logits, value):
@@ -164,7 +163,7 @@ def log_normal(loc, x):
     return -0.5 * (x - loc) ** 2 - 0.5 * np.log(2 * np.pi)
 
 
-def test_annealed_bound_by_enumeration(x64):
+def test_tempered_bound_by_enumeration(x64):
     """All outcomes of two particles: mean loss and gradient are exactly those of the tempered target's bound."""
 
     def model(x):
@@ -178,14 +177,14 @@ def test_annealed_bound_by_enumeration(x64):
 
     params = {"prior": 0.2, "slope": 0.6}
     outcomes = {"z": jnp.array(list(itertools.product([0, 1], repeat=2)))}
-    annealed = Program(Annealed(partial(model, X[:2]), POWER), partial(guide, X[:2]), outcomes)
+    tempered = Program(TemperedModel(partial(model, X[:2]), BETA), partial(guide, X[:2]), outcomes)
     make = lambda vectorize: VIMCOStar(0.5, 2, vectorize)  # noqa: E731
-    found = jax.jit(lambda params: expected_estimate(make, annealed, params, 2))(params)
+    found = jax.jit(lambda params: expected_estimate(make, tempered, params, 2))(params)
 
     def bound_of_element(params, x):
         def model():
             z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("prior", 0.2)))
-            numpyro.factor("x", POWER * log_normal(1.1 * z, x))
+            numpyro.factor("x", BETA * log_normal(1.1 * z, x))
 
         def guide():
             numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("slope", 0.6) * x))
@@ -196,26 +195,26 @@ def test_annealed_bound_by_enumeration(x64):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
 
 
-def test_annealed_bound_of_joint_latents_by_enumeration(x64):
-    def model(power=None):
+def test_tempered_bound_of_joint_latents_by_enumeration(x64):
+    def model(beta=None):
         z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("prior", 0.2)))
         y = numpyro.sample("y", dist.Bernoulli(logits=z - 0.5))
-        observe("x", dist.Normal(z + 0.5 * y, 1.0), 1.3, power)
+        observe("x", dist.Normal(z + 0.5 * y, 1.0), 1.3, beta)
 
     def guide():
         z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("z_logits", 0.1)))
         numpyro.sample("y", dist.Bernoulli(logits=numpyro.param("y_logits", 0.2) * z))
 
     params, outcomes = {"prior": 0.2, "z_logits": 0.1, "y_logits": 0.2}, product_of(z=[0, 1], y=[0, 1])
-    annealed = Program(Annealed(model, POWER), guide, outcomes)
+    tempered = Program(TemperedModel(model, BETA), guide, outcomes)
     make = lambda vectorize: VIMCOStar(0.5, 2, vectorize)  # noqa: E731
-    found = jax.jit(lambda params: expected_estimate(make, annealed, params, 2))(params)
-    tempered = Program(partial(model, POWER), guide, outcomes)
-    expected = jax.jit(jax.value_and_grad(lambda params: exact_bound(tempered, params, 0.5, 2)))(params)
+    found = jax.jit(lambda params: expected_estimate(make, tempered, params, 2))(params)
+    by_hand = Program(partial(model, BETA), guide, outcomes)
+    expected = jax.jit(jax.value_and_grad(lambda params: exact_bound(by_hand, params, 0.5, 2)))(params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
 
 
-def test_annealed_bound_with_local_particles_by_enumeration(x64):
+def test_tempered_bound_with_local_particles_by_enumeration(x64):
     """All outcomes of 2 global particles with 2 local ones in each of 2 elements."""
 
     def model():
@@ -236,7 +235,7 @@ def test_annealed_bound_with_local_particles_by_enumeration(x64):
 
     def log_weight(g, z):  # z: (particles, elements)
         logits = params["z_logits"] + 0.5 * g
-        local = log_bernoulli(0.8 * g - 0.4, z) + POWER * log_normal(1.1 * z, X[:2]) - log_bernoulli(logits, z)
+        local = log_bernoulli(0.8 * g - 0.4, z) + BETA * log_normal(1.1 * z, X[:2]) - log_bernoulli(logits, z)
         log_q = log_bernoulli(params["g_logits"], g)
         total = log_bernoulli(0.2, g) - log_q + jnp.sum(logsumexp(local, axis=0) - np.log(2))
         return total, log_q + log_bernoulli(logits, z).sum()
@@ -256,7 +255,7 @@ def test_annealed_bound_with_local_particles_by_enumeration(x64):
             return jax.vmap(run)(keys, {name: value[pair] for name, value in outcomes.items()})
 
         objective = VIMCOStar(0.5, 2, vectorize, plate_particles={"data": 2})
-        return -objective.loss(random.key(0), params, Annealed(model, POWER), guide)
+        return -objective.loss(random.key(0), params, TemperedModel(model, BETA), guide)
 
     log_w, log_q = jax.jit(jax.vmap(lambda outcome: log_weight(**outcome)))(outcomes)
     probability = jnp.exp(log_q[pairs].sum(1))
@@ -294,7 +293,7 @@ def run(svi, num_steps=30, key=0, **options):
 
 
 @pytest.fixture(scope="module")
-def result():
+def posterior():
     return run(switches(), 150, num_starts=3)
 
 
@@ -304,87 +303,92 @@ def exact_log_evidence():
     return float(logsumexp(log_p))
 
 
-def test_result(result):
-    assert result.losses.shape == result.power.shape == (3, 150) and not result.failed.any()
-    assert result.params["logits"].shape == (3, 2) and len(np.unique(result.params["logits"])) == 6
-    assert len(np.unique(result.losses[:, 0])) == 3  # keys of their own
+def test_starts(posterior):
+    starts = posterior.starts
+    assert starts.losses.shape == starts.inverse_temperature.shape == (3, 150) and not starts.failed.any()
+    assert starts.params["logits"].shape == (3, 2) and len(np.unique(starts.params["logits"])) == 6
+    assert len(starts) == 3 and not starts.recovered
+    assert len(np.unique(starts.losses[:, 0])) == 3  # keys of their own
     # Five standard errors: less than once in a million; each is of 4,096 draws.
-    assert (abs(result.log_evidence - exact_log_evidence()) < 5 * result.log_evidence_std_error + 1e-6).all()
-    assert (result.log_evidence_std_error < 0.05).all()
-    assert (abs(-result.losses[:, -50:].mean(1) - exact_log_evidence()) < 0.2).all()
+    assert (abs(starts.log_evidence - exact_log_evidence()) < 5 * starts.log_evidence_std_error + 1e-6).all()
+    assert (starts.log_evidence_std_error < 0.05).all()
+    assert (abs(-starts.losses[:, -50:].mean(1) - exact_log_evidence()) < 0.2).all()
 
 
-def test_best_is_a_result_of_svi(result):
-    best, index = result.best, int(np.argmax(result.log_evidence))
-    assert type(best) is SVIRunResult
-    np.testing.assert_array_equal(best.losses, result.losses[index])
-    np.testing.assert_array_equal(best.params["logits"], result.params["logits"][index])
+def test_best_start(posterior):
+    starts = posterior.starts
+    assert starts.best == int(np.argmax(starts.log_evidence))
+    np.testing.assert_array_equal(posterior.params["logits"], starts.params["logits"][starts.best])
     svi = switches()
     svi.init(random.key(5), X)
-    svi.run(random.key(0), 1, X, init_state=best.state, progress_bar=False)
-    diagnostics = importance_diagnostics(svi, best, model_args=(X,), rng_key=random.key(1), num_samples=400)
-    assert diagnostics.log_evidence > exact_log_evidence() - 0.1
+    # Its state is one of `svi.run`, and of `svi.update`.
+    state = jax.tree.map(lambda leaf: leaf[starts.best], starts.svi_states)
+    alone = Posterior(svi, svi.run(random.key(0), 1, X, init_state=state, progress_bar=False), X)
+    assert alone.losses.shape == (1, 1)
+    alone.diagnose(400, random.key(1))
+    assert alone.log_evidence > exact_log_evidence() - 0.1
 
 
-def test_power_rises_geometrically_over_half_of_the_steps(result):
-    power = result.power
-    np.testing.assert_allclose(power[:, 0], FIRST_POWER, rtol=1e-5)
-    np.testing.assert_allclose(power[:, 1:75] / power[:, :74], FIRST_POWER ** (-1 / 75), rtol=1e-3)
-    assert (power[:, 75:] == 1).all() and (power[:, 74] < 1).all()
+def test_inverse_temperature_rises_geometrically_over_half_of_the_steps(posterior):
+    beta = posterior.starts.inverse_temperature
+    np.testing.assert_allclose(beta[:, 0], FIRST, rtol=1e-5)
+    np.testing.assert_allclose(beta[:, 1:75] / beta[:, :74], FIRST ** (-1 / 75), rtol=1e-3)
+    assert (beta[:, 75:] == 1).all() and (beta[:, 74] < 1).all()
 
 
-def test_starts_may_differ_in_their_power():
-    shares = run(switches(), 20, anneal=(0, 0.5, 1), num_starts=3)
-    assert (shares.power[0] == 1).all()
-    assert (shares.power[1] < 1).sum() == 10 and (shares.power[2] < 1).all()
-    schedule = run(switches(), 20, anneal=lambda step: jnp.array([1e-6, 1.0]) * (1 + step))
-    np.testing.assert_allclose(schedule.power, np.array([[1e-6], [1.0]]) * (1 + np.arange(20)), rtol=1e-6)
+def test_starts_may_differ_in_their_inverse_temperature():
+    beta = run(switches(), 20, tempering=(0, 0.5, 1), num_starts=3).starts.inverse_temperature
+    assert (beta[0] == 1).all()
+    assert (beta[1] < 1).sum() == 10 and (beta[2] < 1).all()
+    schedule = run(switches(), 20, tempering=lambda step: jnp.array([1e-6, 1.0]) * (1 + step)).starts
+    expected = np.array([[1e-6], [1.0]]) * (1 + np.arange(20))
+    np.testing.assert_allclose(schedule.inverse_temperature, expected, rtol=1e-6)
     assert (abs(schedule.losses[0]) < 3).all() and (schedule.losses[1] > 3).all()  # the second's data count
 
 
-def test_power_is_an_argument_of_one_compiled_program():
+def test_inverse_temperature_is_an_argument_of_one_compiled_program():
     traces = []
 
     def model(x):
         traces.append(None)
         switch_model(x)
 
-    def count(num_steps, anneal):
+    def count(num_steps, tempering):
         traces.clear()
         svi = SVI(model, switch_guide, optax.adam(0.05), VIMCOStar(0.5, 4))
-        quietly(svi, random.key(0), num_steps, X, anneal=anneal, num_starts=1, recover=False)
+        quietly(svi, random.key(0), num_steps, X, tempering=tempering, num_starts=1, recover=False)
         return len(traces)
 
-    # The first power is found by one more trace.
+    # The first inverse temperature is found by one more trace.
     assert count(250, 0.5) - 1 == count(1, 0) == count(250, optax.linear_schedule(0.1, 1.0, 100))
 
 
-def test_steps_are_those_of_svi_without_annealing():
+def test_steps_are_those_of_svi_without_tempering():
     """From the same state, with the same keys."""
-    result = run(switches(), 12, anneal=0)
+    starts = run(switches(), 12, tempering=0).starts
     svi = switches()
     state = run(svi, 0).state.svi
     for i in range(2):
         alone = svi.run(
             random.key(9), 12, X, init_state=jax.tree.map(lambda leaf, i=i: leaf[i], state), progress_bar=False
         )
-        np.testing.assert_allclose(alone.losses, result.losses[i], rtol=1e-5)
-        np.testing.assert_allclose(alone.params["logits"], result.params["logits"][i], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(alone.losses, starts.losses[i], rtol=1e-5)
+        np.testing.assert_allclose(alone.params["logits"], starts.params["logits"][i], rtol=1e-4, atol=1e-6)
 
 
-def test_one_start_after_the_other_gives_the_same(result):
-    in_turn = run(switches(), 150, num_starts=3, vectorize_starts=False)
-    np.testing.assert_allclose(in_turn.losses[:, :20], result.losses[:, :20], rtol=1e-4)
-    np.testing.assert_allclose(in_turn.params["logits"], result.params["logits"], rtol=0.02)
+def test_one_start_after_the_other_gives_the_same(posterior):
+    in_turn, starts = run(switches(), 150, num_starts=3, vectorize_starts=False).starts, posterior.starts
+    np.testing.assert_allclose(in_turn.losses[:, :20], starts.losses[:, :20], rtol=1e-4)
+    np.testing.assert_allclose(in_turn.params["logits"], starts.params["logits"], rtol=0.02)
 
 
 def temp_size(vectorize_starts):
     svi = SVI(switch_model, switch_guide, optax.adam(0.05), VIMCOStar(num_particles=512))
     states = initial_states(svi, random.key(0), 16, (X,), {})
     state = FitState(states, jnp.array(0), jnp.zeros(16, int), jnp.ones(()), jnp.zeros(16, bool))
-    power = lambda *_: jnp.ones(16)  # noqa: E731
-    program = compiled(steps.Steps(svi, (X,), {}, {}, power, False, vectorize_starts, None)._chunk, state, 1)
-    return program.func.lower(*program.args, state, 1).compile().memory_analysis().temp_size_in_bytes
+    beta = lambda *_: jnp.ones(16)  # noqa: E731
+    chunk = steps.Steps(svi, (X,), {}, {}, beta, False, vectorize_starts, None)._chunk
+    return jax.jit(chunk).lower(state, 1).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_one_start_after_the_other_takes_the_memory_of_one():
@@ -400,7 +404,7 @@ def test_two_devices_give_what_one_gives():
 
 
 def test_other_optimisers_and_options_of_svi():
-    begin = {"anneal": 0, "init_params": {"logits": jnp.zeros(2)}, "num_starts": 1}
+    begin = {"tempering": 0, "init_params": {"logits": jnp.zeros(2)}, "num_starts": 1}
     given = run(switches(numpyro.optim.Adam(0.05), noise=2.0), 1, **begin)
     np.testing.assert_allclose(abs(given.params["logits"]), 0.05, rtol=1e-3)  # Adam's first step
     passed = run(switches(numpyro.optim.Adam(0.05)), 1, noise=2.0, **begin)
@@ -416,9 +420,9 @@ def test_minimize():
         numpyro.sample("x", dist.Normal(numpyro.param("loc", lambda key: random.normal(key)), 1.0), obs=1.5)
 
     svi = SVI(model, lambda: None, numpyro.optim.Minimize(), Trace_ELBO())
-    result = fit(svi, random.key(0), 1, num_starts=2, anneal=0, progress_bar=False)
-    np.testing.assert_allclose(result.params["loc"], 1.5, atol=1e-3)
-    np.testing.assert_allclose(result.best.params["loc"], 1.5, atol=1e-3)
+    posterior = fit(svi, random.key(0), 1, num_starts=2, tempering=0, progress_bar=False)
+    np.testing.assert_allclose(posterior.starts.params["loc"], 1.5, atol=1e-3)
+    np.testing.assert_allclose(posterior.params["loc"], 1.5, atol=1e-3)
 
 
 # Where starts begin.
@@ -509,13 +513,13 @@ def test_mixed_guides_begin_where_each_start_does(structure, monkeypatch):
 
     guide = AutoMixed(model, structure=structure, init_loc_fn=init_to_uniform)
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
-    params = fit(svi, random.key(0), 0, num_starts=3, progress_bar=False).params
-    result = fit(svi, random.key(0), 3, num_starts=3, progress_bar=False)
+    params = fit(svi, random.key(0), 0, num_starts=3, progress_bar=False).starts.params
+    posterior = fit(svi, random.key(0), 3, num_starts=3, progress_bar=False)
     for name in ("c_auto_loc", "z_auto_logits"):
         assert len(np.unique(params[name])) == 3
     for part in automatic_guides(guide):
         assert part.prototype_trace is not None and not tracers({k: v for k, v in vars(part).items() if k != "_parts"})
-    guide.sample_posterior(random.key(1), result.best.params)
+    guide.sample_posterior(random.key(1), posterior.params)
     assert len(automatic_guides(guide)) == 3
 
 
@@ -544,23 +548,23 @@ def edge_guide(cliff):
 
 def edge(**options):
     svi = SVI(edge_model, edge_guide, optax.sgd(1.0), Trace_ELBO())
-    return lambda cliff: fit(svi, random.key(0), 8, cliff, num_starts=3, anneal=0, progress_bar=False, **options)
+    return lambda cliff: fit(svi, random.key(0), 8, cliff, num_starts=3, tempering=0, progress_bar=False, **options)
 
 
 def test_start_with_nan_is_dropped_with_a_warning():
-    locations = np.sort(np.asarray(edge(stable_update=True)(-100.0).params["loc"]))
+    locations = np.sort(np.asarray(edge(stable_update=True)(-100.0).starts.params["loc"]))
     cliff = float(locations[:2].mean())  # one start of three gets below it
     with pytest.warns(
         UserWarning, match="Start . of 3 is dropped: in step . NaN came up in the loss, .*'loc'"
     ) as caught:
-        result = edge()(cliff)
+        posterior = edge()(cliff)
+    starts, failed = posterior.starts, posterior.starts.failed
     assert "'fine'" not in str(caught[0].message)
-    assert len(caught) == 1 and result.failed.sum() == 1
-    dropped = int(np.argmax(result.failed))
-    assert np.isnan(result.losses[dropped]).any() and np.isfinite(result.losses[~result.failed]).all()
-    assert np.isnan(result.log_evidence[dropped]) and np.isfinite(result.log_evidence[~result.failed]).all()
-    assert np.isfinite(result.params["loc"]).all()
-    assert result.best.params["loc"] in result.params["loc"][~result.failed]
+    assert len(caught) == 1 and failed.sum() == 1
+    assert np.isnan(starts.losses[failed]).any() and np.isfinite(starts.losses[~failed]).all()
+    assert np.isnan(starts.log_evidence[failed]).all() and np.isfinite(starts.log_evidence[~failed]).all()
+    assert np.isfinite(starts.params["loc"]).all()
+    assert posterior.params["loc"] in starts.params["loc"][~failed]
 
 
 def test_all_starts_with_nan_are_an_error():
@@ -573,8 +577,8 @@ def test_stable_update_skips_steps_with_nan():
         UserWarning,
         match="start . cannot be estimated: of 4,096 draws of its guide, 4,096 have a NaN",
     ):
-        result = edge(stable_update=True)(-2.0)
-    assert not result.failed.any() and np.isnan(result.losses).any() and np.isfinite(result.params["loc"]).all()
+        starts = edge(stable_update=True)(-2.0).starts
+    assert not starts.failed.any() and np.isnan(starts.losses).any() and np.isfinite(starts.params["loc"]).all()
 
 
 def test_infinite_loss_is_no_nan():
@@ -587,11 +591,10 @@ def test_infinite_loss_is_no_nan():
     def guide():
         numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(6))).to_event(1))
 
-    result = fit(
-        SVI(model, guide, optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 60, num_starts=2, progress_bar=False
-    )
-    assert np.isinf(result.losses).any() and not result.failed.any()
-    assert result.params["logits"].max() > 0.1
+    svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(0, 4))
+    starts = fit(svi, random.key(0), 60, num_starts=2, progress_bar=False).starts
+    assert np.isinf(starts.losses).any() and not starts.failed.any()
+    assert starts.params["logits"].max() > 0.1
 
 
 # Stopping, and going on.
@@ -609,14 +612,19 @@ class Interrupting(steps.tqdm.tqdm):
         return super().update(n)
 
 
+def assert_same(one, other):
+    """Bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_interrupted_fit_keeps_what_there_is_and_goes_on(monkeypatch, tmp_path):
     """Saved and loaded by Orbax on the way; all that follows is bit for bit that of a fit in one piece."""
     whole = run(switches(), 60)
     monkeypatch.setattr(steps.tqdm, "tqdm", Interrupting)
-    with pytest.warns(UserWarning, match=r"Interrupted after \d+ of 60 steps"):
+    with pytest.warns(UserWarning, match=r"Interrupted after \d+ of 60 steps.* go on with `posterior.resume\(\d+\)`"):
         part = run(switches(), 60)
     taken = part.losses.shape[1]
-    assert 4 <= taken < 30 and part.state.step == taken and np.isfinite(part.log_evidence).all()
+    assert 4 <= taken < 30 and part.state.step == taken and np.isfinite(part.starts.log_evidence).all()
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", part.state)
     jax.clear_caches()
@@ -625,21 +633,27 @@ def test_interrupted_fit_keeps_what_there_is_and_goes_on(monkeypatch, tmp_path):
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(tmp_path / "state", target)
     rest = run(svi, 60 - taken, init_state=state, num_starts=7)
-    np.testing.assert_array_equal(np.concatenate([part.losses, rest.losses], 1), whole.losses)
-    np.testing.assert_array_equal(np.concatenate([part.power, rest.power], 1), whole.power)
-    for one, other in zip(jax.tree.leaves(whole.params), jax.tree.leaves(rest.params)):
-        np.testing.assert_array_equal(one, other)
-    assert rest.state.step == 60 and (rest.log_evidence == whole.log_evidence).all()
+    for name in ("losses", "inverse_temperature"):
+        both = [getattr(posterior.starts, name) for posterior in (part, rest)]
+        np.testing.assert_array_equal(np.concatenate(both, 1), getattr(whole.starts, name))
+    assert_same(whole.starts.params, rest.starts.params)
+    assert rest.state.step == 60 and (rest.starts.log_evidence == whole.starts.log_evidence).all()
     assert (random.key_data(rest.state.svi.rng_key) == random.key_data(whole.state.svi.rng_key)).all()
+    resumed = part.resume(60 - taken)
+    for name in ("losses", "inverse_temperature", "params", "log_evidence"):
+        assert_same(getattr(resumed.starts, name), getattr(whole.starts, name))
 
 
 def test_schedule_of_your_own_goes_on_by_the_step():
     schedule = optax.linear_schedule(0.1, 1.0, 20)
-    whole = run(switches(), 30, anneal=schedule)
-    part = run(switches(), 12, anneal=schedule)
-    rest = run(switches(), 18, anneal=schedule, init_state=part.state)  # this SVI has not been initialised
+    whole = run(switches(), 30, tempering=schedule)
+    part = run(switches(), 12, tempering=schedule)
+    rest = run(switches(), 18, tempering=schedule, init_state=part.state)  # this SVI has not been initialised
     np.testing.assert_array_equal(np.concatenate([part.losses, rest.losses], 1), whole.losses)
-    with pytest.raises(ValueError, match=r"`anneal` is 0.5, but `init_state` is of a fit whose power was a function"):
+    np.testing.assert_array_equal(part.resume(18).losses, whole.losses)
+    with pytest.raises(
+        ValueError, match=r"`tempering` is 0.5, but `init_state` is of a fit whose inverse temperature was a function"
+    ):
         run(switches(), 18, init_state=part.state)
 
 
@@ -652,12 +666,12 @@ def test_interruption_before_the_first_step_is_one(monkeypatch):
         run(switches())
 
 
-def test_progress_bar_shows_bound_power_and_failures(capsys):
+def test_progress_bar_shows_bound_inverse_temperature_and_failures(capsys):
     with pytest.warns(UserWarning, match="is dropped"):
         edge_svi = SVI(edge_model, edge_guide, optax.sgd(1.0), Trace_ELBO())
-        fit(edge_svi, random.key(0), 8, -5.0, num_starts=3, anneal=0)
+        fit(edge_svi, random.key(0), 8, -5.0, num_starts=3, tempering=0)
     shown = capsys.readouterr().err
-    assert "8/8" in shown and "bound: " in shown and "power: 1" in shown and "of 3 starts failed" in shown
+    assert "8/8" in shown and "bound: " in shown and "inverse temperature: 1" in shown and "of 3 starts failed" in shown
     run(switches(), 5)
     assert capsys.readouterr().err == ""
 
@@ -667,12 +681,13 @@ def test_progress_bar_shows_bound_power_and_failures(capsys):
 
 def test_log_evidence_of_a_subsample_is_unknown():
     model, guide = programs(subsample_size=2)
-    result = fit(
-        SVI(model, guide, optax.adam(0.05), VIMCOStar(1.0, 4)), random.key(0), 20, num_starts=2, progress_bar=False
+    svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(1.0, 4))
+    posterior = fit(svi, random.key(0), 20, num_starts=2, progress_bar=False)
+    starts = posterior.starts
+    assert np.isnan(starts.log_evidence).all() and starts.best == int(np.argmin(starts.losses[:, -2:].mean(1)))
+    jax.tree.map(
+        lambda one, of_all: np.testing.assert_array_equal(one, of_all[starts.best]), posterior.params, starts.params
     )
-    assert np.isnan(result.log_evidence).all()
-    best = int(np.argmin(result.losses[:, -2:].mean(1)))
-    np.testing.assert_array_equal(result.best.losses, result.losses[best])
 
 
 def test_mutable_state_of_numpyros_objectives():
@@ -687,9 +702,9 @@ def test_mutable_state_of_numpyros_objectives():
 
     svi = SVI(model, guide, optax.adam(0.05), Trace_ELBO())
     with pytest.warns(UserWarning, match="The log evidence cannot be estimated. Mutable state"):
-        result = fit(svi, random.key(0), 5, X, num_starts=1, progress_bar=False)
-    assert result.state.svi.mutable_state["count"]["steps"].shape == (1,)
-    assert result.best.state.mutable_state["count"]["steps"] >= 5
+        posterior = fit(svi, random.key(0), 5, X, num_starts=1, progress_bar=False)
+    steps = posterior.state.svi.mutable_state["count"]["steps"]
+    assert steps.shape == (1,) and steps[0] >= 5
 
 
 def forgetful(x=None):
@@ -725,10 +740,9 @@ def test_start_without_a_log_evidence():
         UserWarning,
         match="of 4,096 draws of its guide, 0 have a NaN weight, and 4,096 the weight zero",
     ):
-        result = fit(
-            SVI(model, guide, optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 2, num_starts=1, progress_bar=False
-        )
-    assert np.isnan(result.log_evidence).all() and result.best.losses.shape == (2,)
+        svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(0, 4))
+        posterior = fit(svi, random.key(0), 2, num_starts=1, progress_bar=False)
+    assert np.isnan(posterior.starts.log_evidence).all() and posterior.losses.shape == (1, 2)
 
 
 class Spread(NamedSharding):
@@ -749,12 +763,12 @@ SPREAD = Spread(Mesh(np.array(jax.devices()[:1]), ("starts",)), PartitionSpec("s
         ({"num_steps": -1}, "`num_steps` is -1, but must be an integer of at least 0: so many steps are taken"),
         ({"num_starts": 0}, "`num_starts` is 0, but must be an integer of at least 1: so many fits run side by side"),
         ({"key": 1}, "`rng_key` is 1"),
-        ({"anneal": 1.2}, r"`anneal` is 1.2, but must be a share of the steps, in \[0, 1\], or 2 of them"),
-        ({"anneal": (0.5, 0.5, 0)}, "`anneal` is .*, or 2 of them"),
-        ({"anneal": "slow"}, "`anneal` is 'slow'"),
-        ({"anneal": lambda step: step / 10}, "`anneal` gives the power 0.0 at step 0"),
-        ({"anneal": lambda step: 1 / (4.0 - step)}, "`anneal` gives the power inf at step 4"),
-        ({"init_state": (1, 2)}, "`init_state` is of type tuple, but must be the `state` of what `fit` returned"),
+        ({"tempering": 1.2}, r"`tempering` is 1.2, but must be a share of the steps, in \[0, 1\], or 2 of them"),
+        ({"tempering": (0.5, 0.5, 0)}, "`tempering` is .*, or 2 of them"),
+        ({"tempering": "slow"}, "`tempering` is 'slow'"),
+        ({"tempering": lambda step: step / 10}, "`tempering` gives the inverse temperature 0.0 at step 0"),
+        ({"tempering": lambda step: 1 / (4.0 - step)}, "`tempering` gives the inverse temperature inf at step 4"),
+        ({"init_state": (1, 2)}, "`init_state` is of type tuple, but must be the `state` of a posterior that `fit`"),
         ({"start_sharding": "starts"}, "`start_sharding` is 'starts', but must be a `jax.sharding.Sharding`"),
         ({"start_sharding": SPREAD}, "`start_sharding` spreads starts over 4 devices, but there are 2 starts"),
     ],
@@ -778,17 +792,17 @@ def counted(seen):
 def test_a_guide_that_draws_what_data_rule_out_is_named():
     seen = jnp.array([30.0, 28.0, 33.0, 31.0])
 
-    def result_of(**kwargs):
+    def fitted(**kwargs):
         svi = SVI(counted, AutoMixed(counted, **kwargs), optax.adam(0.01), VIMCOStar(0.5, num_particles=8))
-        return svi, fit(svi, random.key(0), 40, seen, num_starts=2, progress_bar=False)
+        return fit(svi, random.key(0), 40, seen, num_starts=2, progress_bar=False)
 
     with pytest.warns(
         UserWarning, match=r"In 40 of 40 steps of start 0 the loss was infinite: the guide draws what the"
     ):
-        svi, result = result_of()
+        posterior = fitted()
     with pytest.raises(ValueError, match=r"None of .* draws of the guide has a density under the model"):
-        importance_diagnostics(svi, result, model_args=(seen,), rng_key=random.key(1), num_samples=100)
+        posterior.diagnose(100, random.key(1))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="In .* steps")
         # As the message says.
-        assert np.isfinite(result_of(init_loc_fn=init_to_value(values={"count": seen + 1}))[1].losses).mean() > 0.9
+        assert np.isfinite(fitted(init_loc_fn=init_to_value(values={"count": seen + 1})).losses).mean() > 0.9

@@ -24,7 +24,7 @@ from numpyro.infer.util import log_density
 import optax
 import pytest
 
-from numpyro_vimco import AutoMixed, VIMCOStar, importance_diagnostics
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar
 
 
 def make(case):
@@ -193,10 +193,10 @@ def test_point_mass_in_a_prior(kind, with_discrete):
 
     if kind == "mixture" and with_discrete:
         svi = SVI(written_instead, AutoMixed(written_instead, structure="conditional"), optax.adam(0.05), VIMCOStar())
-        result = svi.run(random.key(0), 300, 0.4, progress_bar=False)
-        diagnostics = importance_diagnostics(svi, result, model_args=(0.4,), rng_key=random.key(2), num_samples=10_000)
+        posterior = Posterior(svi, svi.run(random.key(0), 300, 0.4, progress_bar=False), 0.4)
+        posterior.diagnose(10_000, random.key(2))
         # A good guide's error with 10,000 draws is about 0.002; without the mass the evidence is -1.999.
-        assert abs(diagnostics.log_evidence + 1.141) < 0.02
+        assert abs(posterior.log_evidence + 1.141) < 0.02
 
 
 def test_masses_of_counts_are_none():

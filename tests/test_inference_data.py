@@ -22,10 +22,10 @@ import pytest
 from sklearn.datasets import load_diabetes
 
 from helpers import arviz_psislw, load_example, of_two_lengths, pointwise_loo
-from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, __version__, importance_diagnostics, to_arviz
-from numpyro_vimco.posterior import log_likelihoods, proposals
-from numpyro_vimco.draws.approximation import Fitted
+from numpyro_vimco import AutoDiscrete, AutoMixed, Posterior, VIMCOStar, __version__
+from numpyro_vimco.draws import proposals
 from numpyro_vimco.draws.weights import pareto_smooth, resample
+from numpyro_vimco.export import log_likelihoods
 
 matplotlib.use("agg")
 X = jnp.array([0.3, 2.1, 1.7, -0.2])
@@ -53,14 +53,14 @@ def fitted(request):
         optax.adam(0.05),
         VIMCOStar(plate_particles=request.param),
     )
-    return svi, svi.run(random.key(0), 400, X, progress_bar=False)
+    return Posterior(svi, svi.run(random.key(0), 400, X, progress_bar=False), X)
 
 
 @pytest.fixture(scope="module")
 def tree(fitted):
     groups = ("posterior_predictive", "log_likelihood", "log_likelihood_given_latents", "prior")
-    return to_arviz(
-        *fitted, model_args=(X,), rng_key=random.key(1), num_samples=4000, num_proposals=40_000, groups=groups,
+    return fitted.to_arviz(
+        rng_key=random.key(1), num_samples=4000, num_proposals=40_000, groups=groups,
         coords={"direction": ["a", "b", "c"]}, constant_data={"size": 4},
     )  # fmt: skip
 
@@ -133,14 +133,13 @@ def test_prior_is_the_prior(tree):
 
 
 def test_raw_draws_keep_their_weights(fitted):
-    svi, result = fitted
-    tree = to_arviz(svi, result, model_args=(X,), rng_key=random.key(1), num_samples=20_000, resample=False, groups=())
+    tree = fitted.to_arviz(rng_key=random.key(1), num_samples=20_000, resample=False, groups=())
     log_weight = tree["sample_stats"]["log_weight"].values[0]
     log_evidence, means = exact_means()
     weights = np.exp(log_softmax(log_weight))
     assert abs(np.logaddexp.reduce(log_weight) - np.log(20_000) - log_evidence) < 0.3
     np.testing.assert_allclose(weights @ tree["posterior"]["z"].values[0], means["z"], atol=0.25)
-    if not svi.loss.plate_particles:
+    if not fitted._approx.plate_particles:
         difference = tree["sample_stats"]["log_p"] - tree["sample_stats"]["log_q"]
         np.testing.assert_allclose(difference.values[0], log_weight, atol=1e-4)
 
@@ -168,8 +167,8 @@ def test_elements_of_common_plates_are_resampled_by_themselves():
             numpyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
     svi = SVI(model, AutoDiscrete(model, structure="mean_field"), optax.adam(0.05), VIMCOStar())
-    result = svi.run(random.key(0), 2, X, progress_bar=False)  # a bad guide
-    tree = to_arviz(svi, result, model_args=(X,), rng_key=random.key(1), num_samples=4000, num_proposals=40_000)
+    posterior = Posterior(svi, svi.run(random.key(0), 2, X, progress_bar=False), X)  # a bad guide
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=4000, num_proposals=40_000)
     log_joint = jnp.log(jnp.array([0.2, 0.3, 0.5])) + dist.Normal(jnp.arange(3), 0.5).log_prob(X[:, None])
     exact = jax.nn.softmax(log_joint)
     frequency = (tree["posterior"]["z"].values[0, :, :, None] == np.arange(3)).mean(0)
@@ -196,10 +195,8 @@ def test_inclusion_probabilities_of_variable_selection():
             numpyro.sample("coefficient", dist.Normal(loc, width))
 
     svi = SVI(example.model, guide, optax.adam(0.01), VIMCOStar(num_particles=128))
-    result = svi.run(random.key(0), 4000, *data, progress_bar=False)
-    tree = to_arviz(
-        svi, result, model_args=tuple(data), rng_key=random.key(1), num_samples=20_000, num_proposals=400_000, groups=()
-    )
+    posterior = Posterior(svi, svi.run(random.key(0), 4000, *data, progress_bar=False), *data)
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=20_000, num_proposals=400_000, groups=())
     log_evidence, inclusion = example.exact_posterior(*data)
     # An ESS of about 10,000: 5.5 standard errors of a probability are below 0.028.
     np.testing.assert_allclose(tree["posterior"]["included"].mean(("chain", "draw")), inclusion, atol=0.03)
@@ -222,8 +219,10 @@ def heavy_guide(x, prior=None):
 @pytest.mark.parametrize("prior", [dist.StudentT(300.0, 0.0, 1.0), dist.Normal(0.0, 1.0)], ids=["split", "plain"])
 def test_noise_of_latents_and_of_data_is_independent(prior):
     svi = SVI(heavy, heavy_guide, optax.adam(0.05), VIMCOStar())
-    arguments = dict(model_args=(0.3, prior), rng_key=random.key(1), num_samples=4000)
-    tree = to_arviz(svi, {"loc": 0.0}, groups=("posterior_predictive", "prior"), **arguments)
+    posterior = Posterior(svi, {"loc": 0.0}, 0.3, prior)
+    tree = posterior.to_arviz(
+        rng_key=random.key(1), num_samples=4000, groups=("posterior_predictive", "prior"), progress_bar=False
+    )
     for latents, data in (("posterior", "posterior_predictive"), ("prior", "prior_predictive")):
         b = tree[latents]["b"].values[0]
         noise = [tree[data][name].values[0] - b for name in ("x", "y", "z")]
@@ -257,16 +256,15 @@ def test_no_two_sample_statements_have_one_key(partitionable, monkeypatch):
         optax.adam(0.05),
         VIMCOStar(plate_particles={"row": 3}),
     )
-    result = svi.run(random.key(0), 2, X, progress_bar=False)
-    fit = Fitted.of(svi, result, (X,), None)
-    monkeypatch.setattr(Fitted, "of", lambda *args: fit)  # its traces are for the structure only
+    # Its traces are for the structure only.
+    posterior = Posterior(svi, svi.run(random.key(0), 2, X, progress_bar=False), X)
     monkeypatch.setattr(log_likelihoods, "LOCAL_PARTICLES", 4)
-    monkeypatch.setattr(proposals, "check_values", lambda *args: None)  # the same draws at each check
+    monkeypatch.setattr(proposals, "value_checks", lambda *args: lambda params: None)  # the same draws at each check
     jax.effects_barrier()
     keys.clear()
     with jax.threefry_partitionable(partitionable):
-        to_arviz(
-            svi, result, model_args=(X,), rng_key=random.key(1), num_samples=5, num_proposals=7,
+        posterior.to_arviz(
+            rng_key=random.key(1), num_samples=5, num_proposals=7,
             groups=("posterior_predictive", "log_likelihood", "prior"),
         )  # fmt: skip
         jax.effects_barrier()
@@ -290,9 +288,8 @@ def local(x):
 
 def test_local_particles_are_chosen_by_their_weights():
     svi = SVI(local, far_off, optax.adam(0.05), VIMCOStar(plate_particles={"row": 4}))
-    params = {"loc": jnp.array(0.2)}
-    arguments = dict(model_args=(X,), rng_key=random.key(1), groups=())
-    tree = to_arviz(svi, params, num_samples=20_000, num_proposals=40_000, **arguments)
+    posterior = Posterior(svi, {"loc": jnp.array(0.2)}, X)
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=20_000, num_proposals=40_000, groups=())
     # Exact: given g the rows are independent; over g by quadrature.
     g = np.linspace(-5, 5, 2001)[:, None, None]
     log_joint = np.log([0.6, 0.4]) + np.asarray(dist.Normal(2.0 * jnp.arange(2) + g, 1.0).log_prob(X[:, None]))
@@ -306,16 +303,8 @@ def test_local_particles_are_chosen_by_their_weights():
 
 def test_densities_are_those_of_the_chosen_particles():
     svi = SVI(local, far_off, optax.adam(0.05), VIMCOStar(plate_particles={"row": 3}))
-    tree = to_arviz(
-        svi,
-        {"loc": jnp.array(0.2)},
-        model_args=(X,),
-        rng_key=random.key(1),
-        num_samples=500,
-        resample=False,
-        pool=False,
-        groups=(),
-    )
+    posterior = Posterior(svi, {"loc": jnp.array(0.2)}, X)
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=500, resample=False, pool=False, groups=())
     g, z = (tree["posterior"][name].values[0] for name in ("g", "z"))
     log_q = dist.Normal(0.2, 0.8).log_prob(g) + dist.Bernoulli(jnp.array([0.8, 0.2, 0.5, 0.7])).log_prob(z).sum(1)
     log_p = dist.Normal(0, 1).log_prob(g) + dist.Bernoulli(0.4).log_prob(z).sum(1)
@@ -329,8 +318,9 @@ def test_results_states_and_parameters_are_all_taken():
     state = svi.init(random.key(0), 0.3)
     state, _ = svi.update(state, 0.3)
     params = svi.get_params(state)
-    arguments = dict(model_args=(0.3,), rng_key=random.key(1), num_samples=np.int64(20), num_proposals=np.int32(40))
-    trees = [to_arviz(svi, form, **arguments) for form in (state, params, SVIRunResult(params, state, None))]
+    arguments = dict(rng_key=random.key(1), num_samples=np.int64(20), num_proposals=np.int32(40))
+    results = state, params, SVIRunResult(params, state, jnp.zeros(0))
+    trees = [Posterior(svi, result, 0.3).to_arviz(**arguments) for result in results]
     for tree in trees:
         np.testing.assert_array_equal(tree["posterior"]["b"], trees[0]["posterior"]["b"])
         assert "num_steps" not in tree["posterior"].attrs
@@ -343,11 +333,11 @@ def test_other_objectives(monkeypatch):
             numpyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
     svi = SVI(model, AutoNormal(model), optax.adam(0.05), Trace_ELBO())
-    result = svi.run(random.key(0), 300, X, progress_bar=False)
+    posterior = Posterior(svi, svi.run(random.key(0), 300, X, progress_bar=False), X)
     known = metadata.distribution
     # The package as one that was not installed, but found on the path.
     monkeypatch.setattr(metadata, "distribution", lambda name: known("not-here" if "vimco" in name else name))
-    tree = to_arviz(svi, result, model_args=(X,), rng_key=random.key(1), num_samples=4000)
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=4000)
     assert tree["posterior"].attrs["inference_library_version"] == __version__
     assert tree["observed_data"]["x"].dims == ("data",)
     # The exact posterior is Normal(sum / 5, 1 / 5): 6 standard errors of 2,000 effective draws.
@@ -369,7 +359,7 @@ def test_plates_with_deterministic_sites_only_and_data_that_broadcast():
             numpyro.sample("z", dist.Bernoulli(logits=scale * jnp.ones((3, 4))))
 
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
-    tree = to_arviz(svi, svi.run(random.key(0), 2, X, progress_bar=False), model_args=(X,), rng_key=random.key(1))
+    tree = Posterior(svi, svi.run(random.key(0), 2, X, progress_bar=False), X).to_arviz()
     assert tree["posterior"]["weights"].dims[2:] == ("weight",)
     assert tree["sample_stats"]["log_weight"].dims[2:] == tree["posterior"]["z"].dims[2:] == ("row", "column")
     assert tree["log_likelihood"]["row_column_element"].dims[2:] == tree["observed_data"]["x"].dims == ("row", "column")
@@ -392,9 +382,9 @@ def test_data_that_cannot_be_drawn_do_not_lose_the_posterior():
         numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logit", 0.1)))
 
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
-    arguments = {"groups": ("posterior_predictive", "prior"), "rng_key": random.key(1), "num_samples": 10}
+    posterior = Posterior(svi, {"logit": 0.0}, 1.0)
     with pytest.warns(UserWarning, match="without site 'hinge', as its distribution cannot be sampled: NotImpl"):
-        tree = to_arviz(svi, {"logit": 0.0}, model_args=(1.0,), **arguments)
+        tree = posterior.to_arviz(num_samples=10, groups=("posterior_predictive", "prior"))
     assert tree["posterior"]["z"].shape == (1, 10)
     for group in ("posterior_predictive", "prior_predictive"):
         assert list(tree[group].data_vars) == ["x"]
@@ -427,7 +417,7 @@ from jax import random
 import numpyro, optax
 import numpyro.distributions as dist
 from numpyro.infer import SVI
-from numpyro_vimco import AutoMixed, VIMCOStar, to_arviz
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar
 
 def model():
     for i in range(5):
@@ -436,7 +426,7 @@ def model():
     numpyro.sample("x", dist.Normal(0, 1), obs=0.0)
 
 svi = SVI(model, AutoMixed(model, structure="mean_field"), optax.adam(0.1), VIMCOStar())
-tree = to_arviz(svi, svi.run(random.key(0), 2, progress_bar=False), rng_key=random.key(1), num_samples=10**6)
+tree = Posterior(svi, svi.run(random.key(0), 2, progress_bar=False)).to_arviz(num_samples=10**6)
 # `ru_maxrss` would be that of the process that started this one, if it was larger.
 kilobytes = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(tree["posterior"]["u0"].size, kilobytes)
@@ -484,14 +474,12 @@ def exact_loo(y):
 def occupancy_fit():
     guide = AutoMixed(occupancy, continuous=AutoMultivariateNormal)
     svi = SVI(occupancy, guide, optax.adam(0.03), VIMCOStar(0.5, 16, plate_particles={"site": 4}))
-    return svi, svi.run(random.key(0), 800, SEEN, progress_bar=False)
+    return Posterior(svi, svi.run(random.key(0), 800, SEEN, progress_bar=False), SEEN)
 
 
 def test_loo_leaves_an_element_out_with_its_latents(occupancy_fit):
-    tree = to_arviz(
-        *occupancy_fit, model_args=(SEEN,), rng_key=random.key(1), num_samples=4000,
-        groups=("log_likelihood", "log_likelihood_given_latents"),
-    )  # fmt: skip
+    groups = ("log_likelihood", "log_likelihood_given_latents")
+    tree = occupancy_fit.to_arviz(rng_key=random.key(1), num_samples=4000, groups=groups)
     assert tree["log_likelihood"]["site_element"].dims == ("chain", "draw", "site")
     assert tree["log_likelihood_given_latents"]["y"].dims == ("chain", "draw", "site", "visit")
     exact = exact_loo(SEEN)
@@ -518,7 +506,7 @@ def test_element_of_a_common_plate_is_its_evidence():
             numpyro.sample("z", dist.Bernoulli(numpyro.param("p", 0.5)))
 
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
-    tree = to_arviz(svi, {"p": jnp.array(0.5)}, model_args=(X,), rng_key=random.key(1), num_samples=2500)
+    tree = Posterior(svi, {"p": jnp.array(0.5)}, X).to_arviz(rng_key=random.key(1), num_samples=2500)
     values = tree["log_likelihood"]["data_element"].values[0]
     exact = jnp.logaddexp(jnp.log(0.6) + dist.Normal(0, 1).log_prob(X), jnp.log(0.4) + dist.Normal(2, 1).log_prob(X))
     # 10,000 draws of weights with a coefficient of variation below 1: 6 standard errors are 0.06.
@@ -555,12 +543,11 @@ TOGETHER = partial(AutoMixed, continuous=AutoMultivariateNormal)
 def test_elements_that_cannot_be_left_out_are_not_given(model, guide):
     """They depend on each other, or the guide draws their latents together."""
     svi = SVI(model, guide(model), optax.adam(0.02), VIMCOStar())
-    result = svi.run(random.key(0), 5, X, progress_bar=False)
-    arguments = dict(model_args=(X,), rng_key=random.key(1), num_samples=100)
+    posterior = Posterior(svi, svi.run(random.key(0), 5, X, progress_bar=False), X)
     with pytest.warns(UserWarning, match=r"Plate 'time' has latents of its own, .* elements \('x'\)"):
-        tree = to_arviz(svi, result, groups=("log_likelihood",), **arguments)
+        tree = posterior.to_arviz(num_samples=100, groups="log_likelihood")
     assert not hasattr(tree, "log_likelihood")
-    tree = to_arviz(svi, result, groups=("log_likelihood_given_latents",), **arguments)
+    tree = posterior.to_arviz(num_samples=100, groups=("log_likelihood_given_latents",))
     assert tree["log_likelihood_given_latents"]["x"].shape == (1, 100, 4)
 
 
@@ -578,8 +565,7 @@ def test_nested_plates_are_left_out_as_a_whole():
     # One group has no data, another lacks some.
     x = jnp.array([[0.3, 1.2, 2.0, 0.1], [jnp.nan] * 4, [jnp.nan, 0.3, -1.0, 0.2]])
     svi = SVI(model, AutoMixed(model, structure="mean_field"), optax.adam(0.02), VIMCOStar())
-    result = svi.run(random.key(0), 5, x, progress_bar=False)
-    tree = to_arviz(svi, result, model_args=(x,), rng_key=random.key(1), num_samples=20)
+    tree = Posterior(svi, svi.run(random.key(0), 5, x, progress_bar=False), x).to_arviz(num_samples=20)
     assert list(tree["log_likelihood"].data_vars) == ["group_element"]
     values = tree["log_likelihood"]["group_element"]
     assert values.dims == ("chain", "draw", "group")
@@ -610,8 +596,8 @@ def masked(x, by):
 @pytest.mark.filterwarnings("ignore")  # ArviZ's and matplotlib's own
 def test_missing_data_are_missing_after_the_fit(by):
     svi = SVI(masked, AutoNormal(masked), optax.adam(0.05), VIMCOStar())
-    result = svi.run(random.key(0), 200, HOLES, by, progress_bar=False)
-    tree = to_arviz(svi, result, model_args=(HOLES, by), rng_key=random.key(1), num_samples=2000)
+    posterior = Posterior(svi, svi.run(random.key(0), 200, HOLES, by, progress_bar=False), HOLES, by)
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=2000)
     np.testing.assert_array_equal(tree["observed_data"]["x"], HOLES)
     log_likelihood = tree["log_likelihood"]["x"]
     np.testing.assert_array_equal(np.isnan(log_likelihood.values[0]), np.broadcast_to(~THERE, (2000, 6)))
@@ -642,7 +628,7 @@ def test_error_of_missing_data_that_are_not_masked():
 
     svi = SVI(masked, guide, optax.adam(0.05), VIMCOStar())
     with pytest.raises(ValueError, match=r"data of site 'x' are NaN in 2 of 6 places .* Missing data: mask them"):
-        to_arviz(svi, {"loc": jnp.array(0.0)}, model_args=(HOLES, "nothing"), rng_key=random.key(1))
+        Posterior(svi, {"loc": jnp.array(0.0)}, HOLES, "nothing")
 
 
 def test_masks_within_events_and_masks_that_latents_switch():
@@ -659,7 +645,7 @@ def test_masks_within_events_and_masks_that_latents_switch():
 
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar())
     x = jnp.ones((2, 2))
-    tree = to_arviz(svi, {"p": jnp.array(0.99)}, model_args=(x,), rng_key=random.key(1), num_samples=50)
+    tree = Posterior(svi, {"p": jnp.array(0.99)}, x).to_arviz(num_samples=50)
     np.testing.assert_array_equal(tree["observed_data"]["event"], np.where(mask, 1.0, np.nan))
     np.testing.assert_array_equal(np.isnan(tree["log_likelihood"]["event"].values[0]), [[False, True]] * 50)
     # A latent that switches a likelihood off makes no data missing.
@@ -674,47 +660,44 @@ def test_after_transformed_fits():
     results = jax.vmap(lambda key: svi.run(key, 3, X, progress_bar=False).params)(random.split(random.key(0), 2))
     for i in range(2):
         params = jax.tree.map(lambda x, i=i: x[i], results)
-        tree = to_arviz(svi, params, model_args=(X,), rng_key=random.key(1), num_samples=10, groups=())
+        tree = Posterior(svi, params, X).to_arviz(num_samples=10, groups=())
         assert tree["posterior"]["z"].shape == (1, 10, 4)
     svi = SVI(hierarchical, AutoMixed(hierarchical, structure="mean_field"), optax.adam(0.05), VIMCOStar())
     state = jax.jit(svi.init)(random.key(0), X)
-    found = importance_diagnostics(svi, state, model_args=(X,), rng_key=random.key(1), num_samples=100)
-    assert np.isfinite(found.log_evidence)
+    assert np.isfinite(Posterior(svi, state, X).diagnose(100).log_evidence)
 
 
 # Errors.
 
 
-def test_errors(fitted):
-    svi, result = fitted
-    convert = lambda result=result, svi=svi, args=(X,), **kwargs: to_arviz(  # noqa: E731
-        svi, result, model_args=args, rng_key=random.key(0), **kwargs
-    )
-    with pytest.raises(ValueError, match="`num_samples` is 0, but must be an integer of at least 1"):
-        convert(num_samples=0)
-    with pytest.raises(ValueError, match="`num_proposals` is 10, but must be an integer of at least 100"):
-        convert(num_samples=100, num_proposals=10)
-    with pytest.raises(ValueError, match="`num_proposals` is given, but with `resample=False`"):
-        convert(num_proposals=5000, resample=False)
-    with pytest.raises(ValueError, match="`rng_key` is 1, but must be one key"):
-        to_arviz(svi, result, model_args=(X,), rng_key=1)
-    with pytest.raises(ValueError, match="`groups` has 'posterior'"):
-        convert(groups=("posterior",))
-    with pytest.raises(ValueError, match="do not fit `hierarchical`: missing a required argument: 'x'"):
-        convert(args=())
-    without = {name: value for name, value in result.params.items() if name != "z_auto_logits"}
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_samples": 0}, "`num_samples` is 0, but must be an integer of at least 1"),
+        ({"num_samples": 100, "num_proposals": 10}, "`num_proposals` is 10, but must be an integer of at least 100"),
+        ({"num_proposals": 5000, "resample": False}, "`num_proposals` is given, but with `resample=False`"),
+        ({"rng_key": 1}, "`rng_key` is 1, but must be one key"),
+        ({"groups": ("posterior",)}, "`groups` has 'posterior'"),
+    ],
+)
+def test_errors(fitted, options, message):
+    with pytest.raises(ValueError, match=message):
+        fitted.to_arviz(**options)
+
+
+def test_errors_of_a_result(fitted):
+    svi, params = fitted._approx.svi, fitted.params
+    with pytest.raises(ValueError, match="does not fit `hierarchical`: missing a required argument: 'x'"):
+        Posterior(svi, params)
+    without = {name: value for name, value in params.items() if name != "z_auto_logits"}
     with pytest.raises(ValueError, match="guide has a parameter 'z_auto_logits', which the given ones lack"):
-        convert(SVIRunResult(without, result.state, result.losses))
-    wrong = {**result.params, "z_auto_logits": jnp.zeros(7)}
+        Posterior(svi, SVIRunResult(without, fitted.state, jnp.asarray(fitted.losses[0])), X)
+    wrong = {**params, "z_auto_logits": jnp.zeros(7)}
     with pytest.raises(ValueError, match=r"'z_auto_logits' has shape \(4,\), but \(7,\) was given"):
-        convert(SVIRunResult(wrong, result.state, result.losses))
-
-
-def test_error_for_a_parameter_that_is_nan(fitted):
-    svi, result = fitted
-    params = {**result.params, "z_auto_logits": result.params["z_auto_logits"].at[1].set(jnp.nan)}
+        Posterior(svi, SVIRunResult(wrong, fitted.state, jnp.asarray(fitted.losses[0])), X)
+    nan = {**params, "z_auto_logits": params["z_auto_logits"].at[1].set(jnp.nan)}
     with pytest.raises(ValueError, match="guide's parameter 'z_auto_logits' is NaN: the fit broke down"):
-        to_arviz(svi, params, model_args=(X,), rng_key=random.key(0))
+        Posterior(svi, nan, X)
 
 
 def test_error_without_latents():
@@ -722,9 +705,10 @@ def test_error_without_latents():
         numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1.0), obs=x)
 
     svi = SVI(model, lambda x: None, optax.adam(0.1), Trace_ELBO())
-    result = svi.run(random.key(0), 2, 1.0, progress_bar=False)
-    with pytest.raises(ValueError, match="no latent site"):
-        to_arviz(svi, result, model_args=(1.0,), rng_key=random.key(0))
+    posterior = Posterior(svi, svi.run(random.key(0), 2, 1.0, progress_bar=False), 1.0)
+    for method in (posterior.to_arviz, posterior.diagnose):
+        with pytest.raises(ValueError, match="no latent site"):
+            method()
 
 
 def test_error_for_a_subsampled_plate():
@@ -738,6 +722,6 @@ def test_error_for_a_subsampled_plate():
             numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1)))
 
     svi = SVI(model, guide, optax.adam(0.1), VIMCOStar())
-    result = svi.run(random.key(0), 2, X, progress_bar=False)
+    posterior = Posterior(svi, svi.run(random.key(0), 2, X, progress_bar=False), X)
     with pytest.raises(ValueError, match=r"Plate 'data' is subsampled \(2 of 4\)"):
-        to_arviz(svi, result, model_args=(X,), rng_key=random.key(0))
+        posterior.to_arviz()

@@ -231,8 +231,9 @@ def test_measures():
     assert kl_divergence({one: 1.0, two: 0.0}, trees, uniform) == pytest.approx(np.log(3), rel=1e-6)
 
 
-def test_power_rises_to_one_in_the_first_half():
-    np.testing.assert_allclose([fit_module.power_at(step, 100) for step in (0, 25, 50, 100)], [0.001, 0.5005, 1, 1])
+def test_inverse_temperature_rises_to_one_in_the_first_half():
+    found = [fit_module.inverse_temperature(step, 100) for step in (0, 25, 50, 100)]
+    np.testing.assert_allclose(found, [0.001, 0.5005, 1, 1])
 
 
 @pytest.mark.long

@@ -17,7 +17,8 @@ from numpyro_vimco.private import of_funsor, of_jax, of_numpyro
 
 PACKAGE = Path(numpyro_vimco.__file__).parent
 PRIVATE = re.compile(
-    r"(?<!self)(?<!cls)(?<!super\(\))(?<!posterior)(?<!result)\._(?!replace|asdict|approx|of\b)[a-z]\w*|from (numpyro|jax|funsor)[\w.]* import .*\b_[A-Za-z]"
+    r"(?<!self)(?<!cls)(?<!super\(\))(?<!posterior)(?<!result)\._(?!replace|asdict|approx|of\b)[a-z]\w*"
+    r"|from (numpyro|jax|funsor)[\w.]* import .*\b_[A-Za-z]"
     r"|jax\._src|jax\.interpreters|numpyro\.contrib\.funsor\.infer_util import"
 )
 

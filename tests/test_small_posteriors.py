@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.small_posteriors import PROBLEMS
 from benchmarks.small_posteriors.problem import Problem, line, states
-from benchmarks.small_posteriors.running import Verdict, judge, table
+from benchmarks.small_posteriors.running import Outcome, judge, table
 from numpyro_vimco.sites import is_latent_site
 
 # By hand, or by other code than the grids.
@@ -123,12 +123,12 @@ def test_counts_in_conflict_by_a_double_sum():
     assert found["k"][0] == pytest.approx(sum(k * p for (k, _), p in terms.items()) / total, rel=1e-9)
 
 
-def verdict(reading, right):
-    return Verdict("name", -1.0, -1.0, 0.0, "z", 100.0, reading, right, 1.0)
+def outcome(verdict, right):
+    return Outcome("name", -1.0, -1.0, 0.0, "z", 100.0, verdict, right, 1.0)
 
 
-def test_table_counts_right_and_wrong_by_reading():
-    lines = table([verdict("good", True), verdict("good", False), verdict("bad", False), verdict("error", False)])
+def test_table_counts_right_and_wrong_by_verdict():
+    lines = table([outcome("good", True), outcome("good", False), outcome("bad", False), outcome("error", False)])
     assert lines.splitlines()[1] == "1 of 4 right"
     assert [line.split() for line in lines.splitlines()[3:]] == [
         ["good", "1", "1"],
@@ -159,7 +159,7 @@ def test_a_call_that_fails_is_wrong(monkeypatch, coin):
 
     monkeypatch.setattr("benchmarks.small_posteriors.running.run", run)
     found = judge(coin)
-    assert (found.reading, found.worst, found.right) == ("error", "ValueError", False)
+    assert (found.verdict, found.worst, found.right) == ("error", "ValueError", False)
 
 
 def test_line_is_exact_for_a_normal():
@@ -170,10 +170,10 @@ def test_line_is_exact_for_a_normal():
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_no_wrong_good_and_36_of_40_right():
-    verdicts = [judge(problem) for problem in PROBLEMS.values()]
-    printed = "\n".join([*map(str, verdicts), table(verdicts)])
+    outcomes = [judge(problem) for problem in PROBLEMS.values()]
+    printed = "\n".join([*map(str, outcomes), table(outcomes)])
     print(printed)
-    assert not [v.name for v in verdicts if v.reading == "good" and not v.right], printed
+    assert not [o.name for o in outcomes if o.verdict == "good" and not o.right], printed
     # One is right with an ESS of 1%, and called "bad".
-    assert [v.name for v in verdicts if v.reading == "bad" and v.right] in ([], ["wide_counts"]), printed
-    assert sum(v.right for v in verdicts) >= 36, printed
+    assert [o.name for o in outcomes if o.verdict == "bad" and o.right] in ([], ["wide_counts"]), printed
+    assert sum(o.right for o in outcomes) >= 36, printed

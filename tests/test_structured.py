@@ -19,7 +19,7 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import poisson
 
 from helpers import of_two_lengths
-from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit, importance_diagnostics
+from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit
 from numpyro_vimco.families.distributions import InsideSimplex
 
 STRUCTURED = partial(AutoMixed, structure="autoregressive")
@@ -443,13 +443,13 @@ def test_a_count_times_shares():
     """numpyro#1239. All starts ended in NaN."""
     rate = optax.warmup_cosine_decay_schedule(0.01, 0.01, 1000, 2000)
     svi = SVI(counted_shares, AutoMixed(counted_shares), optax.adam(rate), VIMCOStar(0.5, num_particles=64))
-    result = fit(svi, random.key(0), 2000, KINDS, progress_bar=False)
-    found = importance_diagnostics(svi, result, model_args=(KINDS,), rng_key=random.key(1), progress_bar=False)
+    posterior = fit(svi, random.key(0), 2000, KINDS, progress_bar=False)
+    posterior.diagnose(rng_key=random.key(1))
     # Shares are uniform, so that given the total n all splits of the counts are as probable.
     n, counts = np.arange(1, 500), np.asarray(KINDS, float)
     log_joint = poisson(160).logpmf(n) + poisson(n).logpmf(counts.sum())
     exact = logsumexp(log_joint) + gammaln(counts.sum() + 1) + gammaln(6) - gammaln(counts.sum() + 6)
-    assert found.reading == "good" and abs(found.log_evidence - exact) < 0.02
+    assert posterior.verdict == "good" and abs(posterior.log_evidence - exact) < 0.02
 
 
 def test_many_elements_do_not_shift_a_scale_without_end():

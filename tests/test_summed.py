@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from helpers import of_two_lengths
-from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
+from numpyro_vimco import AutoDiscrete, AutoMixed, Posterior, VIMCOStar
 from numpyro_vimco.export.summed import draw_at
 from test_enumeration import CASES, LENGTHS, MARK, SEQUENCES, X, bernoulli, forward, initial, normal
 
@@ -88,31 +88,30 @@ def test_draws_of_a_scan_from_the_end_are_those_of_flipped_data():
 
 def fitted(model, guide=None, num_steps=100, objective=None):
     svi = SVI(model, guide or AutoMixed(model), optax.adam(0.02), objective or VIMCOStar(0.5, 8))
-    return svi, svi.run(random.key(0), num_steps, progress_bar=False)
+    return Posterior(svi, svi.run(random.key(0), num_steps, progress_bar=False))
 
 
 def test_posterior_and_log_likelihood_of_a_mixture():
     model, _, guide, _ = CASES["mixture"]()
-    svi, result = fitted(model, guide, 20)
-    tree = to_arviz(svi, result, rng_key=random.key(1), num_samples=50, progress_bar=False)
-    posterior, found = tree["posterior"], tree["log_likelihood"]["data_element"]
-    assert posterior["z"].dims == ("chain", "draw", "data") and set(np.unique(posterior["z"])) == {0, 1}
+    posterior = fitted(model, guide, 20)
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=50)
+    draws, found = tree["posterior"], tree["log_likelihood"]["data_element"]
+    assert draws["z"].dims == ("chain", "draw", "data") and set(np.unique(draws["z"])) == {0, 1}
     # Summed over the assignments, given the draw of the means.
-    means = posterior["means"].values[0]
-    table = bernoulli(result.params["weight"])[:, None] + normal(X, means[..., None])
+    means = draws["means"].values[0]
+    table = bernoulli(posterior.params["weight"])[:, None] + normal(X, means[..., None])
     np.testing.assert_allclose(found.values[0], logsumexp(table, axis=1), rtol=1e-4, atol=1e-4)
     assert list(tree["log_likelihood"].data_vars) == ["data_element"]
-    diagnostics = importance_diagnostics(svi, result, rng_key=random.key(2), num_samples=200, progress_bar=False)
-    assert np.isfinite(diagnostics.log_evidence)
+    assert np.isfinite(posterior.diagnose(200).log_evidence)
 
 
 @pytest.mark.long
 def test_log_likelihood_of_sequences():
     model, _, guide, _ = CASES["hmm of sequences"]()
-    svi, result = fitted(model, guide, 5)
-    tree = to_arviz(svi, result, rng_key=random.key(1), num_samples=20, progress_bar=False)
+    posterior = fitted(model, guide, 5)
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=20)
     assert tree["posterior"]["state"].dims == ("chain", "draw", "state_dim_0", "sequence")
-    step = jax.nn.softmax(result.params["transition"])
+    step = jax.nn.softmax(posterior.params["transition"])
     for draw in (0, 7):
         a = tree["posterior"]["level"].values[0, draw]
         for i, length in enumerate(LENGTHS):
@@ -124,9 +123,9 @@ def test_log_likelihood_of_sequences():
 @pytest.mark.long
 def test_a_chain_has_no_log_likelihood_of_a_datum():
     model, _, guide, _ = CASES["hmm in scan"]()
-    svi, result = fitted(model, guide, 5)
+    posterior = fitted(model, guide, 5)
     with pytest.warns(UserWarning, match="The data of 'x' depend on summed latents that are in no plate with them"):
-        tree = to_arviz(svi, result, rng_key=random.key(1), num_samples=20, progress_bar=False)
+        tree = posterior.to_arviz(rng_key=random.key(1), num_samples=20)
     assert "x" in tree["posterior_predictive"] and "x" not in getattr(tree, "log_likelihood", {})
 
 
@@ -171,15 +170,15 @@ def test_automatic_guide_samples_what_is_not_marked():
             numpyro.sample("x", dist.Normal(means[z] * on, 1.0), obs=X)
 
     guide = AutoMixed(model)
-    svi, result = fitted(model, guide, 5)
+    posterior = fitted(model, guide, 5)
     # "mean" depends on "z", of which the guide has no draw.
-    assert set(guide.sample_posterior(random.key(1), result.params)) == {"means", "on"}
-    tree = to_arviz(svi, result, rng_key=random.key(1), num_samples=20, progress_bar=False)
-    posterior = tree["posterior"]
-    assert set(posterior.data_vars) == {"means", "on", "z", "mean"}
-    z, means = posterior["z"].values[0], posterior["means"].values[0]
-    expected = np.take_along_axis(means, z, 1) * posterior["on"].values[0][:, None]
-    np.testing.assert_allclose(posterior["mean"].values[0], expected, rtol=1e-5)
+    assert set(guide.sample_posterior(random.key(1), posterior.params)) == {"means", "on"}
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=20)
+    draws = tree["posterior"]
+    assert set(draws.data_vars) == {"means", "on", "z", "mean"}
+    z, means = draws["z"].values[0], draws["means"].values[0]
+    expected = np.take_along_axis(means, z, 1) * draws["on"].values[0][:, None]
+    np.testing.assert_allclose(draws["mean"].values[0], expected, rtol=1e-5)
     alone = AutoDiscrete(model)
     with numpyro.handlers.seed(rng_seed=0):
         assert set(alone()) == {"on"}

@@ -17,8 +17,8 @@ import pytest
 
 from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit
 from numpyro_vimco.families.units import PositiveInUnits, RealInUnits, location_and_scale, prior_draws
-from numpyro_vimco.fitting.tempering import FIRST_POWER, LOWEST, first_power
 from numpyro_vimco.fitting.renewing import RenewedUnits, with_params
+from numpyro_vimco.fitting.tempering import FIRST, LOWEST, first_inverse_temperature
 
 
 def switch(x, unit):
@@ -34,8 +34,7 @@ def test_a_program_in_other_units_has_the_same_fit(structure):
     found = {}
     for unit in (1.0, 2.0**20):
         svi = SVI(switch, AutoMixed(switch, structure=structure), optax.adam(0.1), VIMCOStar(0.5))
-        result = fit(svi, random.key(0), 10, 20.0, unit, num_starts=2, progress_bar=False)
-        found[unit] = result
+        found[unit] = fit(svi, random.key(0), 10, 20.0, unit, num_starts=2, progress_bar=False).starts
     one, other = found.values()
     for name, value in one.params.items():
         is_length = name in (
@@ -142,13 +141,13 @@ def in_plate(x, width):
         narrow(jnp.full(1000, x), width)
 
 
-def test_the_first_power_is_where_data_hardly_count():
-    power = partial(first_power, args=(0.5, 0.1), kwargs={}, joint_plates=())
-    assert float(power(narrow)) == np.float32(FIRST_POWER)
-    narrowest = first_power(narrow, (0.5, 1e-3), {}, ())
+def test_the_first_inverse_temperature_is_where_data_hardly_count():
+    first = partial(first_inverse_temperature, args=(0.5, 0.1), kwargs={}, joint_plates=())
+    assert float(first(narrow)) == np.float32(FIRST)
+    narrowest = first_inverse_temperature(narrow, (0.5, 1e-3), {}, ())
     # The log-likelihood spreads by about half a million nats.
     assert 1e-8 < narrowest < 1e-6
-    assert float(first_power(narrow, (0.5, 1e-6), {}, ())) == np.float32(LOWEST)
+    assert float(first_inverse_temperature(narrow, (0.5, 1e-6), {}, ())) == np.float32(LOWEST)
     # Each element has a bound of its own, unless they share one.
-    assert float(power(in_plate)) == np.float32(FIRST_POWER)
-    assert float(power(in_plate, joint_plates=("data",))) < FIRST_POWER / 2
+    assert float(first(in_plate)) == np.float32(FIRST)
+    assert float(first(in_plate, joint_plates=("data",))) < FIRST / 2

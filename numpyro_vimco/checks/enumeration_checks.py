@@ -79,6 +79,27 @@ def table_error(site: str, summed: Iterable[str]) -> ValueError:
     )
 
 
+def crossed_error(summed: Iterable[str]) -> ValueError:
+    """Summed sites in plates that cross, all of which an observed site depends on."""
+    return ValueError(
+        f"The sites {_quoted(summed)} cannot be summed out together: they are in plates that cross, and the sum over "
+        "all of them grows exponentially with the plates' sizes. Leave the mark, infer={'enumerate': 'parallel'}, to "
+        "those of one plate, and let the guide sample the others."
+    )
+
+
+def history_error(summed: Iterable[str]) -> ValueError:
+    """Summed sites of `scan` on which a step depends that is further away than its history."""
+    return ValueError(
+        f"In `scan` something depends on {_quoted(summed)} of more steps before than its `history` says. Raise it: "
+        "`scan(step, init, xs, history=2)` for a step that depends on the two before it."
+    )
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
+
+
 def masked_sum_error(site: str, summed: str, num_states: int) -> ValueError:
     """A density that is not masked and depends on elements of a summed site that are."""
     return ValueError(

@@ -44,7 +44,7 @@ class Approximation:
     :ivar model_trace: the model at this draw.
     :ivar sampled: names of the guide's latents.
     :ivar observed: its observed sites.
-    :ivar subsampled: what to say of a plate that is subsampled; None where all data are there.
+    :ivar subsampled: a subsampled plate, with its number of elements of how many; None where all data are there.
     """
 
     svi: SVI
@@ -57,7 +57,7 @@ class Approximation:
     model_trace: Trace
     sampled: frozenset[str]
     observed: dict[str, Observed]
-    subsampled: str | None
+    subsampled: tuple[str, int, int] | None
     _kept: dict[Any, Any]
 
     @classmethod
@@ -114,7 +114,12 @@ class Approximation:
             model without latents.
         """
         if self.subsampled:
-            raise ValueError(self.subsampled)
+            name, number, size = self.subsampled
+            raise ValueError(
+                f"Plate '{name}' is subsampled ({number} of {size}). The posterior is that of all data: "
+                "`Posterior(svi, posterior, ...)` with arguments of the model for which the plate is whole. An "
+                "automatic guide subsamples as at its first call, unless it is given `create_plates`."
+            )
         if not any(is_latent_site(site) for site in self.model_trace.values()):
             raise ValueError(
                 "The model has no latent site, so that there is no posterior to describe. Pass model arguments with "
@@ -213,10 +218,10 @@ def _moving(svi: SVI, params, latents, args, kwargs) -> tuple[set[str], set[str]
     return {name for kind, name in moving if kind == "mask"}, {name for kind, name in moving if kind == "value"}
 
 
-def check_given(model: Callable, model_trace: Trace, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Raise for an observed site whose value is random: one that depends on the key when all that is latent is given.
+def drawn_sites(model: Callable, model_trace: Trace, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """Names of observed sites whose value depends on the key when all that is latent is given.
 
-    :raises ValueError: naming the site.
+    Often `condition` has a series that is shorter than its `scan`, which draws the rest.
     """
     latents = {name: site["value"] for name, site in model_trace.items() if is_latent_site(site)}
     # A subsample is drawn too, but its data are data.
@@ -226,14 +231,21 @@ def check_given(model: Callable, model_trace: Trace, args: tuple, kwargs: Mappin
         given = Given(substitute(seed(model, keys["key"]), data=others), latents)
         return {name: site["value"] for name, site in observed_sites(trace(given).get_trace(*args, **kwargs)).items()}
 
-    for name, sources in dependence(values, {"key": random.key(1)}).items():
-        if sources:
-            raise ValueError(
-                f"Site '{given_name(name, model_trace)}' is observed, but its value is drawn, in part at least: the "
-                "drawn part is neither data nor latent. Often `condition` has a series that is shorter than its "
-                "`scan`. Pass the whole series; or leave the future out, in the fit and after it; or make the rest a "
-                "latent site of its own."
-            )
+    return [name for name, sources in dependence(values, {"key": random.key(1)}).items() if sources]
+
+
+def check_given(model: Callable, model_trace: Trace, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Raise for an observed site whose value is random.
+
+    :raises ValueError: naming the site.
+    """
+    for name in drawn_sites(model, model_trace, args, kwargs):
+        raise ValueError(
+            f"Site '{given_name(name, model_trace)}' is observed, but its value is drawn, in part at least: the "
+            "drawn part is neither data nor latent. Often `condition` has a series that is shorter than its "
+            "`scan`. Pass the whole series; or leave the future out, in the fit and after it; or make the rest a "
+            "latent site of its own."
+        )
 
 
 def check_data(model_trace: Trace, observed: Mapping[str, Observed]) -> None:
@@ -291,13 +303,9 @@ def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
-def _subsampled(tr: Trace) -> str | None:
-    """What to say of a subsampled plate."""
+def _subsampled(tr: Trace) -> tuple[str, int, int] | None:
+    """The name of a subsampled plate, and how many of how many elements it has."""
     for name, site in tr.items():
         if site["type"] == "plate" and len(site["value"]) != site["args"][0]:
-            return (
-                f"Plate '{name}' is subsampled ({len(site['value'])} of {site['args'][0]}). The posterior is that of "
-                "all data: `Posterior(svi, posterior, ...)` with arguments of the model for which the plate is whole. "
-                "An automatic guide subsamples as at its first call, unless it is given `create_plates`."
-            )
+            return name, len(site["value"]), site["args"][0]
     return None

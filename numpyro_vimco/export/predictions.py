@@ -14,7 +14,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_vimco.control_flow import Given, in_turn, is_in_scan
-from numpyro_vimco.draws.approximation import signature_misfit
+from numpyro_vimco.draws.approximation import drawn_sites, signature_misfit
 from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.export.posterior_draws import PosteriorDraws
 from numpyro_vimco.randomness import split
@@ -24,6 +24,8 @@ def predict(
     draws: PosteriorDraws, rng_key: Array, args: tuple, kwargs: Mapping[str, Any], progress: str | None
 ) -> dict[str, np.ndarray]:
     """What the model says of other arguments: its sites that are neither observed nor of the posterior, and functions.
+
+    Of a series that `condition` observes at first times only, all is there: what was observed, and what is drawn.
 
     :param progress: name of the progress bar; None for no bar.
     :return: arrays of shape ``(draws, ...)``.
@@ -51,11 +53,12 @@ def predict(
             longer[name] = value
         else:
             _check_is_new(site, old)
+    drawn = drawn_sites(approx.svi.model, new_trace, args, kwargs)
     shown = [
         name
         for name, site in new_trace.items()
         if site["type"] == "deterministic"
-        or (site["type"] == "sample" and not site["is_observed"] and name not in given)
+        or (site["type"] == "sample" and name not in given and (not site["is_observed"] or name in drawn))
     ]
     if not shown:
         raise ValueError(
@@ -84,7 +87,7 @@ def _check_continues(site: dict, old_site: dict, old: tuple[int, ...]) -> None:
         raise ValueError(
             f"Latent '{site['name']}' has shape {old} in the fit and {new} here. A forecast goes on where the series "
             "of the fit ends: `scan` forward, over all times of the fit and those after them, with the data of the fit "
-            "as `obs`, or without data."
+            "by `condition`, or without data."
         )
 
 

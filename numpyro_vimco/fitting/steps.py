@@ -203,9 +203,10 @@ class Steps:
         for i in np.flatnonzero(record.nan.any(1)):
             step, where = record.failed_at[i], ", ".join(np.array(culprits)[record.nan[i]])
             if failed.all():
+                advice = OF_LOSS if record.nan[i, 0] else self._of_gradient(state, int(i))
                 raise ValueError(
                     f"All {len(failed)} starts failed, the last of them in step {step}: NaN came up in {where}. "
-                    + (OF_LOSS if record.nan[i, 0] else self._of_gradient(state, int(i)))
+                    f"{advice}"
                 )
             warnings.warn(
                 f"Start {i} of {len(failed)} is dropped: in step {step} NaN came up in {where}. The others go on.",

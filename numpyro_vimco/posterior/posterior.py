@@ -335,7 +335,7 @@ class Posterior:
         # Of few draws the best of four is no draw of the posterior.
         draws = self._draw(rng_key, number, max(4 * number, 1000), True, True, None)
         return {
-            name: jnp.asarray(value.reshape(*sample_shape, *value.shape[1:])) for name, value in draws.latents.items()
+            name: jnp.asarray(value.reshape(sample_shape + value.shape[1:])) for name, value in draws.latents.items()
         }
 
     def predict(self, rng_key: Array, *args, **kwargs) -> dict[str, np.ndarray]:
@@ -344,7 +344,8 @@ class Posterior:
 
         Latents that the new program shares with the fit come from the posterior; the rest is drawn from the model. A
         plate of another size has other elements, so that its latents are drawn anew. A series in `scan` goes on where
-        that of the fit ends. :meth:`to_arviz` without a key has the same draws: ``to_arviz(predictions=...)``.
+        that of the fit ends, as does one that `condition` observes. :meth:`to_arviz` without a key has the same draws:
+        ``to_arviz(predictions=...)``.
 
         :param jax.random.key rng_key: random number generator key.
         :param args: arguments of the model, with None for the data that are to be predicted.
