@@ -23,6 +23,17 @@ with install_import_hook("numpyro_vimco.objectives.control_variates", "beartype.
     import numpyro_vimco  # noqa: F401
 
 
+# Tests that take more than 4 s, compilation counted: `make slow` measures them, and writes the list. They are long.
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.long)
+
+
 AS_FOR_USERS = ("test_docs", "test_examples", "test_scale")
 
 

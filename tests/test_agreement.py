@@ -38,7 +38,8 @@ def two_modes():
 
 
 def two_modes_guide():
-    m = numpyro.sample("m", dist.Bernoulli(logits=numpyro.param("logits", 0.0)))
+    logits = numpyro.param("logits", lambda key: 0.1 * random.normal(key))  # each start begins elsewhere
+    m = numpyro.sample("m", dist.Bernoulli(logits=logits))
     numpyro.sample("z", dist.Normal(6.0 * m - 3.0 + numpyro.param("loc", 0.0), 0.8))
 
 
