@@ -24,7 +24,7 @@ import numpyro.distributions as dist
 from numpyro.infer import SVI
 import optax
 
-from numpyro_vimco import VIMCOStar, importance_diagnostics, to_arviz
+from numpyro_vimco import Posterior, VIMCOStar
 
 
 def images(x):
@@ -63,14 +63,14 @@ def _values(n):
     return values, values_guide, random.normal(random.key(2), (n,)) + 2.0 * random.bernoulli(random.key(3), 0.4, (n,))
 
 
-def diagnose(svi, result, arguments):
+def diagnose(posterior):
     """Diagnostics with their default number of draws."""
-    return importance_diagnostics(svi, result, progress_bar=False, **arguments).reading
+    return posterior.diagnose(progress_bar=False).verdict
 
 
-def convert(svi, result, arguments):
+def convert(posterior):
     """The posterior for ArviZ."""
-    return to_arviz(svi, result, groups=(), progress_bar=False, **arguments)["posterior"].attrs["ess"]
+    return posterior.to_arviz(groups=(), progress_bar=False)["posterior"].attrs["ess"]
 
 
 CASES = {
@@ -93,7 +93,7 @@ def run(name, scale):
     svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(num_particles=8))
     result = svi.run(random.key(4), 200, x, progress_bar=False)
     before, start = peak(), time.perf_counter()
-    after(svi, result, {"model_args": (x,), "rng_key": random.key(5)})
+    after(Posterior(svi, result, x))
     seconds = time.perf_counter() - start
     print(f"{name:>32} {seconds:9.1f} {peak():9,.0f} {before:14,.0f}", flush=True)
 

@@ -1,9 +1,9 @@
-"""Is "good" true? Fits of one and of four starts on posteriors with a known truth, and what the diagnostics say.
+"""Is "good" true? Fits of one and of four starts on posteriors with a known truth, and their verdicts.
 
     python benchmarks/agreement.py [--settings one-at-a-time] [--part 1/6] [--output agreement.csv]
 
 60 settings: for each of four posteriors the recommended one with three seeds, and twelve drawn from the grid of
-learning rates 0.002, 0.01, 0.05; α 0, 0.1, 0.5, 1, or reweighted wake-sleep; annealed or not; coupling speeds κ 0.1,
+learning rates 0.002, 0.01, 0.05; α 0, 0.1, 0.5, 1, or reweighted wake-sleep; tempered or not; coupling speeds κ 0.1,
 0.3, 1. Each is a fit of four starts of 4,000 steps (8,000 for change points), the rate held for half of them, then
 a cosine, 64 particles; its first start stands for a single fit. Wrong is a probability that is off by more than 0.05,
 or a log evidence by more than 0.2 nats, of 40,000 draws. A line for each fit is printed, and written to a CSV.
@@ -14,6 +14,7 @@ right and wrong, by what is said of them.
 import argparse
 from collections import Counter
 import csv
+from dataclasses import replace
 from pathlib import Path
 import sys
 import time
@@ -28,16 +29,17 @@ import optax
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import print_machine
 from benchmarks.posteriors import problem, recommended
-from numpyro_vimco import AutoMixed, ReweightedWakeSleep, VIMCOStar, fit, importance_diagnostics
+from numpyro_vimco import AutoMixed, ReweightedWakeSleep, VIMCOStar, fit
+from numpyro_vimco.diagnostics.verdict import diagnose
 
 PROBLEMS = ("diabetes", "strongly_correlated_design", "change_points", "karate_club_either")
 RATES, ALPHAS, KAPPAS = (0.002, 0.01, 0.05), (0.0, 0.1, 0.5, 1.0, "wake-sleep"), (0.1, 0.3, 1.0)
 DRAWS = 40_000
-READINGS = ("good", "usable", "bad")
+VERDICTS = ("good", "usable", "bad")
 
 
 def settings():
-    """Problem, seed, rate, α, share of annealing and κ of each fit."""
+    """Problem, seed, rate, α, share of tempering and κ of each fit."""
     rng = np.random.default_rng(0)
     grid = [(r, a, n, k) for r in RATES for a in ALPHAS for n in (0.0, 0.5) for k in KAPPAS]
     for name in PROBLEMS:
@@ -49,11 +51,11 @@ def settings():
 
 def one_at_a_time():
     """The recommended setting of each problem, with one thing changed; the structure of the guide last."""
-    usual = {"rate": 0.01, "alpha": 0.5, "anneal": 0.5, "kappa": 0.3, "structure": "autoregressive"}
+    usual = {"rate": 0.01, "alpha": 0.5, "tempering": 0.5, "kappa": 0.3, "structure": "autoregressive"}
     changes = {
         "rate": (0.002, 0.05),
         "alpha": (0.0, 1.0, "wake-sleep"),
-        "anneal": (0.0,),
+        "tempering": (0.0,),
         "kappa": (0.1, 1.0),
         "structure": ("mean_field", "conditional"),
     }
@@ -62,16 +64,15 @@ def one_at_a_time():
             yield (name, 0, *{**usual, what: value}.values())
 
 
-def first_start(result):
-    """The first start as a fit of its own."""
-    state = result.state
-    svi_state, anneal_steps, failed = jax.tree.map(lambda x: x[:1], (state.svi, state.anneal_steps, state.failed))
-    state = state._replace(svi=svi_state, anneal_steps=anneal_steps, failed=failed)
-    rest = {name: jax.tree.map(lambda x: x[:1], getattr(result, name)) for name in result._fields if name != "state"}
-    return result._replace(state=state, **rest)
+def first_start(posterior):
+    """The approximation and the starts of a fit of the first start alone."""
+    starts, first = posterior.starts, posterior.starts.kept[:1]
+    names = "params", "losses", "inverse_temperature", "failed", "log_evidence", "log_evidence_std_error"
+    of_first = {name: jax.tree.map(lambda leaf: leaf[first], getattr(starts, name)) for name in names}
+    return posterior._approx.only(0), replace(starts, **of_first)
 
 
-def measure(name, seed, rate, alpha, anneal, kappa, structure="autoregressive", num_steps=None, draws=DRAWS):
+def measure(name, seed, rate, alpha, tempering, kappa, structure="autoregressive", num_steps=None, draws=DRAWS):
     """A row for one start, and one for four."""
     about = problem(name)
     args, num_steps = about.args, num_steps or about.num_steps
@@ -79,11 +80,9 @@ def measure(name, seed, rate, alpha, anneal, kappa, structure="autoregressive", 
     objective = ReweightedWakeSleep(64) if alpha == "wake-sleep" else VIMCOStar(alpha, 64)
     svi = SVI(about.model, guide, optax.adam(recommended(num_steps, rate)), objective)
     start = time.perf_counter()
-    four = fit(svi, random.key(seed), num_steps, *args, num_starts=4, anneal=anneal, progress_bar=False)
-    for result in (first_start(four), four):
-        found = importance_diagnostics(
-            svi, result, model_args=args, rng_key=random.key(seed), num_samples=draws, progress_bar=False
-        )
+    four = fit(svi, random.key(seed), num_steps, *args, num_starts=4, tempering=tempering, progress_bar=False)
+    for approx, starts in (first_start(four), (four._approx, four.starts)):
+        found = diagnose(approx, starts, True, random.key(seed), draws, False)
         table = found.agreement
         estimates = dict(zip(table["quantity"].values, table["pooled"].values))
         error = max(
@@ -92,10 +91,10 @@ def measure(name, seed, rate, alpha, anneal, kappa, structure="autoregressive", 
         evidence_error = found.log_evidence - about.truth.log_evidence
         apart = np.abs(table["difference"].values).max(0)
         row = {
-            "problem": name, "seed": seed, "rate": rate, "alpha": alpha, "annealed": anneal > 0, "kappa": kappa,
+            "problem": name, "seed": seed, "rate": rate, "alpha": alpha, "tempered": tempering > 0, "kappa": kappa,
             "structure": structure,
             "starts": table.sizes["start"], "wrong": error > 0.05 or abs(evidence_error) > 0.2,
-            "reading": found.reading, "error": f"{error:.4f}", "evidence error": f"{evidence_error:.3f}",
+            "verdict": found.verdict, "error": f"{error:.4f}", "evidence error": f"{evidence_error:.3f}",
             "ESS": f"{found.ess / draws:.3f}", "k": f"{found.pareto_k:.2f}",
             "off": int(table["differs"].any("quantity").sum()), "evidence apart": f"{apart[0]:.3f}",
             "means apart": f"{apart[1:].max():.3g}", "proof": bool(np.isfinite(table["earlier_bound"]).any()),
@@ -106,7 +105,7 @@ def measure(name, seed, rate, alpha, anneal, kappa, structure="autoregressive", 
 
 def is_recommended(row):
     """Whether a row of a CSV is of the recommended setting."""
-    setting = [row[what] for what in ("rate", "alpha", "annealed", "kappa", "structure")]
+    setting = [row[what] for what in ("rate", "alpha", "tempered", "kappa", "structure")]
     return setting == ["0.01", "0.5", "True", "0.3", "autoregressive"]
 
 
@@ -120,12 +119,12 @@ def print_summary(rows):
     for recommended_only, name in ((True, "recommended"), (False, "others")):
         for starts in ("1", "4"):
             of = [row for row in rows if row["starts"] == starts and is_recommended(row) == recommended_only]
-            counts = Counter((row["wrong"], row["reading"]) for row in of)
-            right, wrong = ([counts[w, reading] for reading in READINGS] for w in ("False", "True"))
+            counts = Counter((row["wrong"], row["verdict"]) for row in of)
+            right, wrong = ([counts[w, verdict] for verdict in VERDICTS] for w in ("False", "True"))
             print(line.format(f"{name}, {starts} start(s)", len(of), *right, *wrong))
     right = [row for row in rows if row["starts"] == "4" and float(row["error"]) < 0.02 and row["wrong"] == "False"]
     print(
-        f"of {len(right)} of four starts that are right to 0.02, {sum(r['reading'] == 'good' for r in right)} are good"
+        f"of {len(right)} of four starts that are right to 0.02, {sum(r['verdict'] == 'good' for r in right)} are good"
     )
 
 

@@ -15,7 +15,6 @@ simulated.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,7 +30,7 @@ from numpyro.handlers import condition, mask
 from numpyro.infer import MCMC, NUTS, SVI
 import optax
 
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
+from numpyro_vimco import AutoMixed, VIMCOStar, fit
 
 PARAMETERS = ("survival", "survival_in_floods", "recapture")
 SIMULATED = (0.6, 0.35, 0.85)
@@ -141,32 +140,28 @@ def main(args):
     data = caught, jnp.asarray(floods, int)
     log_evidence, exact_matter, exact, exact_given = exact_posterior(caught, floods, args.grid)
 
-    # The rate is held while the likelihood is annealed, then falls by a cosine.
+    # The rate is held while the likelihood is tempered, then falls by a cosine.
     schedule = optax.warmup_cosine_decay_schedule(0.01, 0.01, args.num_steps // 2, args.num_steps)
     svi = SVI(model, AutoMixed(model), optax.adam(schedule), VIMCOStar(0.5, 32))
-    result = fit(svi, random.key(1), args.num_steps, *data, num_starts=2, progress_bar=False)
-    found = partial(importance_diagnostics, svi, result, model_args=data, progress_bar=False)
-    diagnostics = found(rng_key=random.key(2), num_samples=args.num_draws)
-    tree = to_arviz(
-        svi, result, model_args=data, rng_key=random.key(3), num_samples=args.num_draws // 4,
-        num_proposals=args.num_draws, progress_bar=False,
-    )  # fmt: skip
-    posterior = tree["posterior"]
-    print(diagnostics, f"\nexact log evidence {log_evidence:.3f}\n")
+    posterior = fit(svi, random.key(1), args.num_steps, *data, num_starts=2, progress_bar=False)
+    posterior.diagnose(args.num_draws, random.key(2))
+    tree = posterior.to_arviz(rng_key=random.key(3), num_samples=args.num_draws // 4, num_proposals=args.num_draws)
+    of_all = tree["posterior"]
+    print(posterior, f"\nexact log evidence {log_evidence:.3f}\n")
 
-    matter = float(posterior["floods_matter"].mean())
+    matter = float(of_all["floods_matter"].mean())
     print(f"{'posterior mean':>20} {'here':>7} {'exact':>7}")
-    means = [float(posterior[name].mean()) for name in PARAMETERS]
+    means = [float(of_all[name].mean()) for name in PARAMETERS]
     for name, here, truth in zip((*PARAMETERS, "floods_matter"), (*means, matter), (*exact, exact_matter)):
         print(f"{name:>20} {here:7.4f} {truth:7.4f}")
-    alive = posterior["alive"].values[..., -1, :].mean((0, 1))
+    alive = of_all["alive"].values[..., -1, :].mean((0, 1))
     never = np.asarray(caught[:, -1]) == 0
     print(
         f"\nexpected number of animals alive in the last year, of {never.sum()} not seen then: {alive[never].sum():.1f}"
     )
 
-    given = posterior["floods_matter"].values == 1
-    draws = {"VIMCOStar, weighted": {name: posterior[name].values[given] for name in PARAMETERS}}
+    given = of_all["floods_matter"].values == 1
+    draws = {"VIMCOStar, weighted": {name: of_all[name].values[given] for name in PARAMETERS}}
     if args.nuts:
         draws["NUTS"] = by_nuts(random.key(4), *data, args.nuts)
     print("\nposterior mean (standard deviation), given that floods matter")
@@ -178,7 +173,7 @@ def main(args):
     plot(draws, exact_given, args.output / "capture_recapture.png")
     print(f"Saved capture_recapture.png in {args.output}/")
     errors = np.array([*means, matter]) - np.array([*exact, exact_matter])
-    return diagnostics, log_evidence, errors
+    return posterior, log_evidence, errors
 
 
 def parse(argv=None):

@@ -25,7 +25,7 @@ from numpyro.infer import SVI
 import optax
 from scipy.special import gammaln, logsumexp, softmax
 
-from numpyro_vimco import AutoMixed, VIMCOStar, importance_diagnostics, to_arviz
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar
 
 FIRST_YEAR = 1851
 # fmt: off
@@ -89,29 +89,29 @@ def main(args):
     svi = SVI(model, guide, optax.adam(0.02), objective)
     result = svi.run(random.key(args.seed), args.num_steps, disasters)
 
-    arguments = {"model_args": (disasters,), "rng_key": random.key(2), "num_samples": args.num_draws}
-    diagnostics = importance_diagnostics(svi, result, **arguments)
-    draws = to_arviz(svi, result, resample=False, groups=(), **arguments)
-    posterior = {name: values.values[0] for name, values in draws["posterior"].items()}
-    weights = softmax(draws["sample_stats"]["log_weight"].values[0])
+    posterior = Posterior(svi, result, disasters)
+    posterior.diagnose(args.num_draws, random.key(2))
+    tree = posterior.to_arviz(rng_key=random.key(2), num_samples=args.num_draws, resample=False, groups=())
+    draws = {name: values.values[0] for name, values in tree["posterior"].items()}
+    weights = softmax(tree["sample_stats"]["log_weight"].values[0])
     log_evidence, exact = exact_posterior(DISASTERS)
-    estimate = np.bincount(posterior["change"], weights, len(DISASTERS))[1:]
+    estimate = np.bincount(draws["change"], weights, len(DISASTERS))[1:]
     variation = 0.5 * np.abs(estimate - exact).sum()
 
     years = FIRST_YEAR + np.arange(1, len(DISASTERS))
-    print(f"\n{diagnostics}\n\nFirst year of the late rate, by {len(weights):,} importance-weighted draws")
+    print(f"\n{posterior}\n\nFirst year of the late rate, by {len(weights):,} importance-weighted draws")
     print(f"{'year':>6} {'weighted':>9} {'exact':>7}")
     for i in np.sort(np.argsort(exact)[-10:]):
         print(f"{years[i]:6} {estimate[i]:9.3f} {exact[i]:7.3f}")
     print(f"total variation {variation:.4f}")
-    print(f"disasters a year: {weights @ posterior['early']:.2f} before, {weights @ posterior['late']:.2f} after")
+    print(f"disasters a year: {weights @ draws['early']:.2f} before, {weights @ draws['late']:.2f} after")
     print(f"exact log evidence (nats) {log_evidence:.3f}")
-    change = np.arange(len(DISASTERS))[:, None] >= posterior["change"]  # of shape (years, draws)
-    rate = np.where(change, posterior["late"], posterior["early"]) @ weights
+    change = np.arange(len(DISASTERS))[:, None] >= draws["change"]  # of shape (years, draws)
+    rate = np.where(change, draws["late"], draws["early"]) @ weights
     args.output.mkdir(parents=True, exist_ok=True)
     plot(rate, years, estimate, exact, args.output / "coal_mining.png")
     print(f"Saved coal_mining.png in {args.output}/")
-    return variation, diagnostics.log_evidence - log_evidence
+    return variation, posterior.log_evidence - log_evidence
 
 
 def parse(argv=None):

@@ -23,7 +23,7 @@ import numpyro.distributions as dist
 from numpyro.infer import SVI
 import optax
 
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
+from numpyro_vimco import AutoMixed, VIMCOStar, fit
 
 INDIVIDUALS, FEATURES, DIFFERENCE = 100, 10, 0.7
 SHARE, RELEVANT = 0.4, (0, 3, 6)
@@ -87,15 +87,11 @@ def main(args):
     svi = SVI(
         model, AutoMixed(model), optax.adam(optax.cosine_decay_schedule(0.02, args.num_steps)), VIMCOStar(0.5, 32)
     )
-    result = fit(svi, random.key(1), args.num_steps, x, num_starts=2, progress_bar=False)
-    arguments = {"model_args": (x,), "progress_bar": False}
-    diagnostics = importance_diagnostics(svi, result, rng_key=random.key(2), num_samples=args.num_draws, **arguments)
-    tree = to_arviz(
-        svi, result, rng_key=random.key(3), num_samples=args.num_draws // 4, num_proposals=args.num_draws, **arguments
-    )
-    posterior = tree["posterior"]
-    print(diagnostics, f"\nexact log evidence {log_evidence:.3f}\n\n{'feature':>8} {'included':>9} {'exact':>7}")
-    inclusion, group = (posterior[name].values.mean((0, 1)) for name in ("included", "group"))
+    posterior = fit(svi, random.key(1), args.num_steps, x, num_starts=2, progress_bar=False)
+    posterior.diagnose(args.num_draws, random.key(2))
+    tree = posterior.to_arviz(rng_key=random.key(3), num_samples=args.num_draws // 4, num_proposals=args.num_draws)
+    print(posterior, f"\nexact log evidence {log_evidence:.3f}\n\n{'feature':>8} {'included':>9} {'exact':>7}")
+    inclusion, group = (tree["posterior"][name].values.mean((0, 1)) for name in ("included", "group"))
     for i, (here, exact) in enumerate(zip(inclusion, exact_inclusion)):
         print(f"{i:8} {here:9.3f} {exact:7.3f}")
     errors = np.abs(inclusion - exact_inclusion).max(), np.abs(group - exact_group).max()
@@ -103,7 +99,7 @@ def main(args):
     args.output.mkdir(parents=True, exist_ok=True)
     plot(inclusion, exact_inclusion, group, exact_group, args.output / "mixture_selection.png")
     print(f"Saved mixture_selection.png in {args.output}/")
-    return diagnostics, log_evidence, errors
+    return posterior, log_evidence, errors
 
 
 def parse(argv=None):

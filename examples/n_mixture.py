@@ -23,7 +23,7 @@ import optax
 from scipy.special import expit
 from scipy.stats import binom, norm, poisson
 
-from numpyro_vimco import VIMCOStar, to_arviz
+from numpyro_vimco import Posterior, VIMCOStar
 
 SITES, VISITS, ABUNDANCE, DETECTION = 200, 3, 5.0, 0.4
 LOG_ABUNDANCE_PRIOR, LOGIT_DETECTION_PRIOR = (1.0, 1.0), (0.0, 1.5)
@@ -87,9 +87,9 @@ def fit(objective, num_steps, num_draws, seen):
     result = svi.run(random.key(1), num_steps, seen, progress_bar=False)
     evaluate = jax.jit(lambda key: objective.loss(key, result.params, model, guide, seen))
     losses = jax.lax.map(evaluate, random.split(random.key(2), 200))
-    found = to_arviz(
-        svi, result, model_args=(seen,), rng_key=random.key(3), num_samples=num_draws, groups=(), progress_bar=False
-    )["posterior"]
+    posterior = Posterior(svi, result, seen)
+    tree = posterior.to_arviz(rng_key=random.key(3), num_samples=num_draws, groups=(), progress_bar=False)
+    found = tree["posterior"]
     draws = np.exp(found["log_abundance"].values[0]), expit(found["logit_detection"].values[0])
     ess = found.attrs["ess"] / found.attrs["num_proposals"]
     return -losses.mean(), losses.std() / len(losses) ** 0.5, np.stack(draws), ess

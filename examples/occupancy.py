@@ -23,7 +23,7 @@ import optax
 from scipy.special import expit, logsumexp, softmax
 from scipy.stats import norm
 
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
+from numpyro_vimco import AutoMixed, VIMCOStar, fit
 
 SITES, VISITS, MISSED = 100, 4, 1 / 3
 BASE, FOREST, DETECTION = -0.3, 1.0, 0.35  # that the data are made with
@@ -74,7 +74,7 @@ def exact_posterior(forest, visited, seen, size):
 
 
 def learning_rate(num_steps):
-    """Held while the likelihood is annealed, then a cosine."""
+    """Held while the likelihood is tempered, then a cosine."""
     return optax.warmup_cosine_decay_schedule(0.02, 0.02, num_steps // 2, num_steps)
 
 
@@ -107,17 +107,16 @@ def main(args):
 
     objective = VIMCOStar(0.5, num_particles=4, plate_particles={"site": 16})
     svi = SVI(model, AutoMixed(model), optax.adam(learning_rate(args.num_steps)), objective)
-    result = fit(svi, random.key(0), args.num_steps, *data, progress_bar=args.progress)
-    arguments = {"model_args": data, "progress_bar": args.progress}
-    diagnostics = importance_diagnostics(svi, result, rng_key=random.key(1), num_samples=args.num_draws, **arguments)
-    print(f"\n{diagnostics}\n")
-    posterior = to_arviz(svi, result, rng_key=random.key(2), num_samples=4000, groups=(), **arguments)["posterior"]
+    posterior = fit(svi, random.key(0), args.num_steps, *data, progress_bar=args.progress)
+    posterior.diagnose(args.num_draws, random.key(1))
+    print(f"\n{posterior}\n")
+    draws = posterior.to_arviz(rng_key=random.key(2), num_samples=4000, groups=())["posterior"]
 
     log_evidence, means, exact = exact_posterior(*data, args.grid)
     print(f"{'posterior means':>24} {'weighted':>9} {'exact':>7}")
     for name, value in means.items():
-        print(f"{name:>24} {float(posterior[name].mean()):9.3f} {value:7.3f}")
-    estimate, totals = posterior["occupied"].values[0].mean(0), posterior["occupied"].values[0].sum(1)
+        print(f"{name:>24} {float(draws[name].mean()):9.3f} {value:7.3f}")
+    estimate, totals = draws["occupied"].values[0].mean(0), draws["occupied"].values[0].sum(1)
     print(f"{'occupied sites':>24} {totals.mean():9.2f} {exact.sum():7.2f}   (in truth {occupied.sum()})")
     error = np.abs(estimate - exact).max()
     print(f"largest error of a site's probability {error:.3f}; log evidence (exact, in nats) {log_evidence:.3f}")
@@ -125,7 +124,7 @@ def main(args):
     args.output.mkdir(parents=True, exist_ok=True)
     plot(visits, found, estimate, exact, occupied, totals, args.output / "occupancy.png")
     print(f"Saved occupancy.png in {args.output}/")
-    return diagnostics, log_evidence, error
+    return posterior, log_evidence, error
 
 
 def parse(argv=None):

@@ -25,7 +25,7 @@ from numpyro.infer import SVI
 import optax
 from scipy.special import expit, i0e, logsumexp, softmax
 
-from numpyro_vimco import VIMCOStar, importance_diagnostics, to_arviz
+from numpyro_vimco import Posterior, VIMCOStar
 
 # fmt: off
 DEGREES = np.array([
@@ -102,11 +102,11 @@ def main(args):
     angles = np.radians((DEGREES + 180) % 360 - 180)  # in [-π, π), the support of NumPyro's von Mises
     svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(num_particles=32))
     result = svi.run(random.key(args.seed), args.num_steps, jnp.asarray(angles), progress_bar=False)
-    arguments = {"model_args": (jnp.asarray(angles),), "rng_key": random.key(1), "num_samples": args.num_draws}
-    diagnostics = importance_diagnostics(svi, result, **arguments)
-    draws = to_arviz(svi, result, resample=False, groups=(), **arguments)
-    weights = softmax(draws["sample_stats"]["log_weight"].values[0])
-    drawn = {name: values.values[0] for name, values in draws["posterior"].items()}
+    posterior = Posterior(svi, result, jnp.asarray(angles))
+    posterior.diagnose(args.num_draws, random.key(1))
+    tree = posterior.to_arviz(rng_key=random.key(1), num_samples=args.num_draws, resample=False, groups=())
+    weights = softmax(tree["sample_stats"]["log_weight"].values[0])
+    drawn = {name: values.values[0] for name, values in tree["posterior"].items()}
 
     log_evidence, direction, density, share = exact_posterior(angles, args.grid)
     estimate, edges = np.histogram(drawn["direction"], 120, (-np.pi, np.pi), weights=weights, density=True)
@@ -123,13 +123,13 @@ def main(args):
             of_mode(share, of_first, density),
         ),
     }
-    print(f"{diagnostics}\nexact log evidence (nats) {log_evidence:.3f}\n\n{'':>32} {'weighted':>9} {'exact':>9}")
+    print(f"{posterior}\nexact log evidence (nats) {log_evidence:.3f}\n\n{'':>32} {'weighted':>9} {'exact':>9}")
     for name, (weighted, exact) in found.items():
         print(f"{name:>32} {weighted:9.3f} {exact:9.3f}")
     args.output.mkdir(parents=True, exist_ok=True)
     plot(angles, direction, density, edges, estimate, args.output / "turtles.png")
     print(f"Saved turtles.png in {args.output}/")
-    return float(diagnostics.log_evidence - log_evidence), found
+    return float(posterior.log_evidence - log_evidence), found
 
 
 def parse(argv=None):

@@ -6,7 +6,7 @@ Ten predictors of diabetes progression (442 patients, scikit-learn's copy, stand
 indicator, which is discrete, and a coefficient. With Gaussian noise and slab, the evidence of each of the 1,024
 models has a closed form: exact inclusion probabilities and evidence. Against these VIMCO-⋆ is held from four starts,
 as one would use it, and NumPyro's TraceGraph_ELBO from one, with the same automatic guide, particles, steps and
-annealing. `--objectives VIMCO "plain pathwise"` has others; the last is VIMCOStar with doubly_reparameterized=False.
+tempering. `--objectives VIMCO "plain pathwise"` has others; the last is VIMCOStar with doubly_reparameterized=False.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from numpyro.infer import SVI, TraceGraph_ELBO
 import optax
 from sklearn.datasets import load_diabetes
 
-from numpyro_vimco import VIMCO, AutoMixed, VIMCOStar, fit, importance_diagnostics, plots, to_arviz
+from numpyro_vimco import VIMCO, AutoMixed, VIMCOStar, fit, plots
 
 INCLUSION, SLAB_VARIANCE, NOISE_VARIANCE = 0.3, 0.1, 0.5
 
@@ -70,16 +70,17 @@ def exact_posterior(predictors, response):
 
 
 def learning_rate(num_steps):
-    """Held while the likelihood is annealed, then a cosine."""
+    """Held while the likelihood is tempered, then a cosine."""
     return optax.warmup_cosine_decay_schedule(0.01, 0.01, num_steps // 2, num_steps)
 
 
-def plot(results, log_evidence, predictors, inclusions, diagnostics, path):
+def plot(found, log_evidence, predictors, inclusions, path):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for (name, result), style in zip(results.items(), ("C0-", "C1--", "C2-.", "C4:")):
-        steps = np.flatnonzero(result.power[0] == 1)  # before, the loss is that of an annealed likelihood
+    for (name, posterior), style in zip(found.items(), ("C0-", "C1--", "C2-.", "C4:")):
+        starts = posterior.starts
+        steps = np.flatnonzero(starts.inverse_temperature[0] == 1)  # before, the loss is that of a tempered likelihood
         window = max(len(steps) // 50, 1)
-        smooth = np.convolve(-result.best.losses[steps], np.ones(window) / window, "valid")
+        smooth = np.convolve(-starts.losses[starts.best, steps], np.ones(window) / window, "valid")
         left.plot(steps[window - 1 :], smooth, style, label=name, lw=1.4)
     left.axhline(log_evidence, color="black", lw=1, ls="--", label="exact log evidence")
     left.set(xlabel="step", ylabel="objective (nats)", ylim=(log_evidence - 8, log_evidence + 0.5))
@@ -89,8 +90,8 @@ def plot(results, log_evidence, predictors, inclusions, diagnostics, path):
         middle.bar(position + (i - (len(inclusions) - 1) / 2) * width, values, width, color=color, label=name)
     middle.set(xticks=position, xticklabels=predictors, ylabel="inclusion probability", ylim=(0, 1.3))
     middle.legend(loc="upper center", fontsize="small")
-    plots.plot_agreement(diagnostics, num_latents=5, ax=right)
-    right.set_title(f"the four starts of VIMCOStar: {diagnostics.reading}", fontsize="medium")
+    plots.plot_agreement(found["VIMCOStar"], num_latents=5, ax=right)
+    right.set_title(f"the four starts of VIMCOStar: {found['VIMCOStar'].verdict}", fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -108,41 +109,36 @@ def main(args):
         "TraceGraph_ELBO": (TraceGraph_ELBO(number), 1),
         "plain pathwise": (VIMCOStar(0.5, number, doubly_reparameterized=False), 1),
     }
-    data_args = {"model_args": (predictors, response), "progress_bar": False}
-    results, found, errors = {}, {}, {}
+    found, errors = {}, {}
     print(f"{'objective':>16} {'starts':>7} {'fit (s)':>8} {'ELBO below the evidence':>24} {'ESS':>6} {'error':>6}")
     for name in ("VIMCOStar", *args.objectives):
         objective, num_starts = objectives[name]
         svi = SVI(model, guide, optax.adam(learning_rate(args.num_steps)), objective)
         start = time.perf_counter()
-        results[name] = result = fit(
+        found[name] = posterior = fit(
             svi, random.key(0), args.num_steps, predictors, response, num_starts=num_starts, progress_bar=False
         )
         seconds = time.perf_counter() - start
-        found[name] = diagnostics = importance_diagnostics(
-            svi, result, rng_key=random.key(1), num_samples=args.num_proposals, **data_args
-        )
-        estimates = dict(zip(diagnostics.agreement["quantity"].values, diagnostics.agreement["pooled"].values))
+        posterior.diagnose(args.num_proposals, random.key(1))
+        agreement = posterior.starts.agreement
+        estimates = dict(zip(agreement["quantity"].values, agreement["pooled"].values))
         errors[name] = max(abs(estimates[f"included[{i}]"] - exact) for i, exact in enumerate(exact_inclusion))
-        gap, ess = log_evidence - diagnostics.bounds[1], diagnostics.ess / args.num_proposals
+        gap, ess = log_evidence - posterior.bounds[1], posterior.ess / args.num_proposals
         print(f"{name:>16} {num_starts:7} {seconds:8.1f} {gap:19.2f} nats {ess:6.1%} {errors[name]:6.3f}", flush=True)
 
-    diagnostics = found["VIMCOStar"]
-    print(f"\nVIMCOStar, draws of its four starts pooled; the exact log evidence is {log_evidence:.3f}\n{diagnostics}")
-    posterior = to_arviz(
-        SVI(model, guide, optax.adam(0.01), objectives["VIMCOStar"][0]),
-        results["VIMCOStar"],
+    posterior = found["VIMCOStar"]
+    print(f"\nVIMCOStar, draws of its four starts pooled; the exact log evidence is {log_evidence:.3f}\n{posterior}")
+    tree = posterior.to_arviz(
         rng_key=random.key(2),
         num_samples=args.num_proposals // 4,
         num_proposals=args.num_proposals,
         coords={"predictor": data.feature_names},
         groups=("posterior_predictive",),
-        **data_args,
     )
-    inclusion = posterior["posterior"]["included"].mean(("chain", "draw")).values
+    inclusion = tree["posterior"]["included"].mean(("chain", "draw")).values
     inclusions = {"exact (1,024 models)": exact_inclusion, "VIMCOStar, importance-weighted": inclusion}
-    if "TraceGraph_ELBO" in results:
-        params = results["TraceGraph_ELBO"].best.params
+    if "TraceGraph_ELBO" in found:
+        params = found["TraceGraph_ELBO"].params
         draws = guide.sample_posterior(random.key(3), params, predictors, response, sample_shape=(args.num_proposals,))
         inclusions["TraceGraph_ELBO, draws of its guide"] = np.asarray(draws["included"].mean(0))
     print(f"\nInclusion probabilities\n{'':>36} {' '.join(f'{name:>5}' for name in data.feature_names)}  error")
@@ -151,10 +147,10 @@ def main(args):
         print(f"{name:>36} {' '.join(f'{value:5.3f}' for value in row)}  {error:5.3f}")
 
     args.output.mkdir(parents=True, exist_ok=True)
-    posterior.to_netcdf(str(args.output / "variable_selection.nc"))
-    print(az.summary(posterior, kind="stats", var_names=["included", "coefficient"]))
+    tree.to_netcdf(str(args.output / "variable_selection.nc"))
+    print(az.summary(tree, kind="stats", var_names=["included", "coefficient"]))
     picture = args.output / "variable_selection.png"
-    plot(results, log_evidence, data.feature_names, inclusions, diagnostics, picture)
+    plot(found, log_evidence, data.feature_names, inclusions, picture)
     print(f"\nSaved variable_selection.nc and variable_selection.png in {args.output}/")
     return found, errors, log_evidence
 

@@ -172,5 +172,5 @@ def problem(name: str) -> Problem:
 
 
 def recommended(num_steps, rate=0.01):
-    """The learning rate held while the likelihood is annealed, then a cosine."""
+    """The learning rate held while the likelihood is tempered, then a cosine."""
     return optax.warmup_cosine_decay_schedule(rate, rate, num_steps // 2, num_steps)

@@ -13,9 +13,9 @@ from benchmarks.posteriors.measuring import Clock, Mapped, Quantities, forget_co
 from benchmarks.posteriors.results import in_one_sentence
 from benchmarks.posteriors.summed_out import summed_out
 from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit
-from numpyro_vimco.draws.approximation import Fitted
-from numpyro_vimco.export.inference_data import _weighed
-from numpyro_vimco.draws.proposals import Draw, program_of
+from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.proposals import WeightedDraw, program_of
+from numpyro_vimco.export.posterior_draws import _weighed
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0)
 STARTS, STEPS, PROPOSALS, CHUNK = 3, 2000, 20_000, 500
@@ -90,10 +90,11 @@ def of_objective(about, name, objective, guide, starts, num_steps, num_starts, s
     # What an earlier objective compiled for all.
     clock.total = clock.compiling = starts.compiling
     with clock:
-        result = fit(svi, fit_key, num_steps, *about.args, num_starts=num_starts, progress_bar=False)
-        kept = np.flatnonzero(~result.failed)
-        found = [starts.weighed(svi, result.start(i).params, keys[i]) for i in kept]
-    for start, (estimate, elbo, weights) in zip(kept, found):
+        fitted = fit(svi, fit_key, num_steps, *about.args, num_starts=num_starts, progress_bar=False).starts
+        found = [
+            starts.weighed(svi, jax.tree.map(lambda leaf, i=i: leaf[i], fitted.params), keys[i]) for i in fitted.kept
+        ]
+    for start, (estimate, elbo, weights) in zip(fitted.kept, found):
         yield {
             "method": name, "seed": seed + int(start), "size": num_steps, **clock.columns(),
             **starts.quantities.error(estimate), **starts.quantities.of_evidence(weights["log_evidence"], elbo),
@@ -111,23 +112,24 @@ class Starts:
     def __init__(self, about):
         self.about, self.quantities, self.compiling = about, Quantities(about), 0.0
         self._asked = Mapped(self.quantities.of, 1000)
-        self._fitted = None
+        self._approx = None
 
     def weighed(self, svi, params, rng_key):
         """Means of what is asked, the ELBO, and what the weights say.
 
         :param svi: of any objective, always with the same guide.
         """
-        first, clock = self._fitted is None, Clock()
+        first, clock = self._approx is None, Clock()
         with clock:
             if first:
-                self._fitted = Fitted.of(svi, params, self.about.args, {})
-                self._draw = jax.jit(jax.vmap(partial(weighted_draw, program_of(self._fitted, {})), in_axes=(None, 0)))
+                one = jax.tree.map(lambda leaf: leaf[None], params)
+                self._approx = Approximation.of(svi, one, 1, self.about.args, {})
+                self._draw = jax.jit(jax.vmap(partial(weighted_draw, program_of(self._approx, {})), in_axes=(None, 0)))
             draw_key, resample_key = random.split(rng_key)
             chunks = random.split(draw_key, PROPOSALS).reshape(-1, CHUNK)
             parts = [jax.device_get(self._draw(params, keys)) for keys in chunks]
             draws = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-            latents, _, _, of_weights = _weighed(draws, self._fitted, resample_key, PROPOSALS // 2)
+            latents, _, _, of_weights = _weighed(draws, self._approx, False, resample_key, PROPOSALS // 2)
             estimate = self._asked(latents).astype(float).mean(0)
         self.compiling += clock.compiling if first else 0
         elbo = draws.log_weight.reshape(PROPOSALS, -1).sum(1).mean()
@@ -137,4 +139,4 @@ class Starts:
 def weighted_draw(program, params, rng_key):
     """A draw of a guide whose latents have no local particles."""
     values, densities = program.propose(params, rng_key)[0].shared
-    return Draw(values, densities.model, densities.log_guide, densities.log_weight)
+    return WeightedDraw(values, densities.model, densities.log_guide, densities.log_weight)

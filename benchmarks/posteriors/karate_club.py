@@ -94,17 +94,17 @@ class Gibbs:
         edges = (num_edges + np.einsum("ci,ij,cj->c", sign, self.edges, sign) / 2) / 2
         return np.stack([num_edges - edges, edges]), np.stack([num_pairs - pairs, pairs])
 
-    def sweep(self, sign, power=1.0):
-        """Move all chains, in place, with a power of the likelihood; return their grid points."""
+    def sweep(self, sign, inverse_temperature=1.0):
+        """Move all chains, in place, with the likelihood at an inverse temperature; return their grid points."""
         edges, pairs = self.counts(sign)
-        log_joint = self.log_prior + power * (edges.T @ self.logits + pairs.T @ self.log_none)
+        log_joint = self.log_prior + inverse_temperature * (edges.T @ self.logits + pairs.T @ self.log_none)
         probability = np.exp(log_joint - log_joint.max(1, keepdims=True)).cumsum(1)
         chosen = (probability < self.rng.random((len(sign), 1)) * probability[:, -1:]).sum(1)
         # What a pair gains in one group: without an edge, and more with one.
         absent = (self.log_none[1] - self.log_none[0])[chosen]
         present = self.more[chosen]
         for i in range(1, 34):
-            logits = power * (absent * (sign.sum(1) - sign[:, i]) + present * (sign @ self.edges[i]))
+            logits = inverse_temperature * (absent * (sign.sum(1) - sign[:, i]) + present * (sign @ self.edges[i]))
             sign[:, i] = np.where(self.rng.random(len(sign)) < expit(logits), 1.0, -1.0)
         return chosen
 

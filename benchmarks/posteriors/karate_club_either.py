@@ -40,16 +40,16 @@ def sequential_monte_carlo(edges, seed, num_particles=4000, num_powers=150):
     sign = np.where(rng.random((num_particles, 34)) < 0.5, 1.0, -1.0)
     sign[:, 0] = -1
     chosen = rng.choice(len(gibbs.log_prior), num_particles, p=np.exp(gibbs.log_prior))
-    log_evidence, power = 0.0, 0.0
+    log_evidence, inverse_temperature = 0.0, 0.0
     for new in np.linspace(0, 1, num_powers + 1)[1:] ** 2:
         edges_of, pairs_of = gibbs.counts(sign)
         log_likelihood = (edges_of * gibbs.logits[:, chosen] + pairs_of * gibbs.log_none[:, chosen]).sum(0)
-        log_weight = (new - power) * log_likelihood
+        log_weight = (new - inverse_temperature) * log_likelihood
         log_evidence += logsumexp(log_weight) - np.log(num_particles)
         weight = np.exp(log_weight - logsumexp(log_weight))
         points = (np.arange(num_particles) + rng.random()) / num_particles
         index = np.searchsorted(weight.cumsum(), points).clip(max=num_particles - 1)
-        sign, power = sign[index], new
+        sign, inverse_temperature = sign[index], new
         for _ in range(1 if new < 1 else 20):
-            chosen = gibbs.sweep(sign, power)
+            chosen = gibbs.sweep(sign, inverse_temperature)
     return log_evidence, (sign[:, 1:] > 0).mean(0)

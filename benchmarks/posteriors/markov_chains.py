@@ -83,7 +83,7 @@ def of_draws(quantities, draws, num_draws, seconds):
     return {
         **quantities.error(draws.astype(float).mean((0, 1))), "relative_ess": ess / num_draws,
         "ess_per_second": ess / seconds, "rhat": rhat,
-        "reading": "good" if rhat < 1.01 and ess > 400 and len(asked) == len(known) else "bad",
+        "verdict": "good" if rhat < 1.01 and ess > 400 and len(asked) == len(known) else "bad",
     }  # fmt: skip
 
 

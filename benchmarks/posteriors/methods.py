@@ -13,7 +13,7 @@ from benchmarks.posteriors.grid import elbos, grid
 from benchmarks.posteriors.markov_chains import discrete_hmc_gibbs, enumerated_nuts, mixed_hmc
 from benchmarks.posteriors.measuring import Clock, Quantities, forget_compiled, mean_asked
 from benchmarks.posteriors.pymc_steps import compound_step
-from numpyro_vimco import AutoMixed, VIMCOStar, fit, importance_diagnostics, to_arviz
+from numpyro_vimco import AutoMixed, VIMCOStar, fit
 
 PARTICLES, PROPOSALS, MOST_STEPS = 64, 40_000, 50_000
 LOCAL_PARTICLES = 8  # and as many global ones
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 def recommended(about, seed, budget, form="all sampled"):
     """The line that this library recommends: runs of 500 and 2,000 steps, and longer ones until one is called "good".
 
-    A run is what a user writes: `fit`, `importance_diagnostics` and `to_arviz`, each of which compiles. The third is
+    A run is what a user writes: `fit`, then `diagnose` and `to_arviz`, each of which compiles. The third is
     planned, from the time of the shorter ones, to fill the budget with compilation counted, and the fourth to fill it
     without; not where the one before did so to more than 60 %, and to four times its steps at most. Plans leave a
     quarter, as steps took up to 1.6 times as long in long runs.
@@ -62,7 +62,7 @@ def recommended(about, seed, budget, form="all sampled"):
     for compiling in (runs[-1].compiling, 0):
         spent = runs[-1].of_fit + runs[-1].after + compiling
         num_steps = min(steps_within(runs, 0.75 * budget - compiling), 4 * runs[-1].num_steps)
-        if row["reading"] != "good" and num_steps > runs[-1].num_steps and not 0.6 * budget < spent <= budget:
+        if row["verdict"] != "good" and num_steps > runs[-1].num_steps and not 0.6 * budget < spent <= budget:
             row, run = recommended_run(name, model, objective, about, quantities, seed, num_steps, proposals)
             yield row
             runs.append(run)
@@ -72,22 +72,19 @@ def recommended_run(name, model, objective, about, quantities, seed, num_steps, 
     """A row and a `Run`."""
     svi = SVI(model, AutoMixed(model, **about.guide_options), optax.adam(learning_rate(num_steps)), objective)
     fit_key, weight_key, draw_key = random.split(random.key(seed), 3)
-    after = {"model_args": about.args, "progress_bar": False}
     forget_compiled()
     clock, of_fit = Clock(), Clock()
     with clock:
         with of_fit:
-            result = fit(svi, fit_key, num_steps, *about.args, progress_bar=False)
-        found = importance_diagnostics(svi, result, rng_key=weight_key, num_samples=proposals, **after)
-        draws = to_arviz(
-            svi, result, rng_key=draw_key, num_samples=proposals // 4, num_proposals=proposals, groups=(), **after
-        )
+            posterior = fit(svi, fit_key, num_steps, *about.args, progress_bar=False)
+        found = posterior.diagnose(proposals, weight_key)
+        draws = posterior.to_arviz(rng_key=draw_key, num_samples=proposals // 4, num_proposals=proposals, groups=())
         estimate = mean_asked(quantities, {name: x.values[0] for name, x in draws["posterior"].data_vars.items()})
     ess = float(np.min(found.ess))
     row = {
         "method": name, "seed": seed, "size": num_steps, **clock.columns(), **quantities.error(estimate),
         **quantities.of_evidence(found.log_evidence, found.bounds[1]), "relative_ess": ess / proposals,
-        "ess_per_second": ess / clock.seconds, "pareto_k": float(np.max(found.pareto_k)), "reading": found.reading,
+        "ess_per_second": ess / clock.seconds, "pareto_k": float(np.max(found.pareto_k)), "verdict": found.verdict,
     }  # fmt: skip
     return row, Run(num_steps, of_fit.seconds, clock.seconds - of_fit.seconds, clock.compiling)
 

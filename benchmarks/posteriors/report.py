@@ -121,7 +121,7 @@ def problem_row(name, runs, budget):
         " / ".join(number(runs.time_to_right(clock, budget), 1) for clock in CLOCKS),
         number(evidence),
         number(np.median(runs.column("ess_per_second", budget=budget) or [np.nan]), 1),
-        ", ".join(sorted({row["reading"] for row in last if row["reading"]})) or "nothing",
+        ", ".join(sorted({row["verdict"] for row in last if row["verdict"]})) or "nothing",
         "" if not right else "no" if "False" in right else "yes",
     ]
 
@@ -136,9 +136,9 @@ def verdicts(results, budget):
         within = [sum(of.error(clock, budget) <= RIGHT for of in applies.values()) for clock in CLOCKS]
         fast = [sum(_is_fastest(results[p], of, clock, budget) for p, of in applies.items()) for clock in CLOCKS]
         last = [row for of in applies.values() for row in of.last("seconds", budget) if row]
-        good = [row for row in last if row["reading"] == "good"]
+        good = [row for row in last if row["verdict"] == "good"]
         wrong = sum(row["right"] == "False" for row in good)
-        said = [f"{len(good)} of {len(last)}", wrong] if any(row["reading"] for row in last) else ["–", "–"]
+        said = [f"{len(good)} of {len(last)}", wrong] if any(row["verdict"] for row in last) else ["–", "–"]
         counts = [" / ".join(map(str, of)) for of in (within, fast)]
         rows.append([f"`{name}`", f"{len(applies)} of {len(results)}", *counts, *said])
     return table(["", "applies", "within 0.1", "among the fastest", "runs called good", "of these wrong"], rows)

@@ -25,7 +25,7 @@ COLUMNS = (
     "ess_per_second",  # without compilation
     "pareto_k",
     "rhat",  # worst
-    "reading",  # good, usable or bad: what the method's own diagnostics say
+    "verdict",  # good, usable or bad: what the method's own diagnostics say
     "right",  # where they say "good": whether the error is at most 0.1, and that of the evidence, where there is one
     "note",
     "numpyro",
@@ -83,7 +83,7 @@ class Results:
             os.close(folder)  # which also unlocks it
 
     def _completed(self, row):
-        if row.get("reading") == "good":
+        if row.get("verdict") == "good":
             row = {**row, "right": max(row["error"], abs(row.get("evidence_error", 0.0))) <= RIGHT}
         numbers = {key: f"{value:.5g}" for key, value in row.items() if isinstance(value, float)}
         return {"problem": self.problem, **row, **numbers, **environment()}

@@ -160,7 +160,7 @@ class Unconstrained:
 def smc(model, args, num_particles, num_runs, seed=0):
     """Runs of sequential Monte Carlo over powers of the likelihood, each moved by Hamiltonian Monte Carlo.
 
-    The next power is that at which half of the particles would be effective. Call it in double precision.
+    The next inverse temperature is that at which half of the particles would be effective. Call it in double precision.
 
     :returns: latents by name, of shape (runs, particles, *shape), and log evidences, of shape (runs,).
     """
@@ -187,24 +187,24 @@ class SMC:
         rng = np.random.default_rng(np.asarray(random.key_data(key)))
         key, key_prior = random.split(key)
         particles = self.prior(random.split(key_prior, num_particles), args)
-        power, log_evidence, step = 0.0, 0.0, 0.5
-        while power < 1:
+        inverse_temperature, log_evidence, step = 0.0, 0.0, 0.5
+        while inverse_temperature < 1:
             log_likelihood = np.nan_to_num(np.asarray(self.log_likelihood(particles, args)), nan=-np.inf)
-            rise = _rise(log_likelihood, 1 - power)
-            power = min(power + rise, 1.0)
+            rise = _rise(log_likelihood, 1 - inverse_temperature)
+            inverse_temperature = min(inverse_temperature + rise, 1.0)
             log_weights = rise * log_likelihood
             log_evidence += logsumexp(log_weights) - np.log(num_particles)
             cumulative = np.exp(log_weights - logsumexp(log_weights)).cumsum()
             chosen = np.searchsorted(cumulative, (rng.random() + np.arange(num_particles)) / num_particles)
             particles = particles[np.minimum(chosen, num_particles - 1)]
             key, key_move = random.split(key)
-            particles, accepted = self.move(key_move, particles, args, power, step)
+            particles, accepted = self.move(key_move, particles, args, inverse_temperature, step)
             step *= float(jnp.exp(accepted - 0.8))
         return particles, log_evidence
 
 
 def _rise(log_likelihood, most, share=0.5):
-    """By how much the power may rise until only a share of the particles is effective."""
+    """By how much the inverse temperature may rise until only a share of the particles is effective."""
 
     def effective(rise):
         weights = np.exp(rise * (log_likelihood - log_likelihood.max()))
@@ -219,7 +219,7 @@ def _rise(log_likelihood, most, share=0.5):
     return low
 
 
-def _moves(space, key, particles, args, power, step, num_moves=8, num_leapfrogs=6):
+def _moves(space, key, particles, args, inverse_temperature, step, num_moves=8, num_leapfrogs=6):
     """Moves of all particles, with the metric of their covariance; and the share that was accepted."""
     dimension = particles.shape[1]
     covariance = jnp.cov(particles.T).reshape(dimension, dimension)
@@ -227,7 +227,7 @@ def _moves(space, key, particles, args, power, step, num_moves=8, num_leapfrogs=
 
     def log_density(x):
         log_prior, log_likelihood = space.log_densities(x, args)
-        return log_prior + power * log_likelihood
+        return log_prior + inverse_temperature * log_likelihood
 
     def one_move(key, x):
         key_momentum, key_step, key_accept = random.split(key, 3)

@@ -54,15 +54,16 @@ def summed_out(about, num_steps, num_starts, seed, num_draws=4000):
     fit_key, *keys = random.split(random.key(seed), 1 + num_starts)
     quantities, clock, estimates = Quantities(about), Clock(), []
     with clock:
-        result = fit(svi, fit_key, num_steps, *about.args, num_starts=num_starts, progress_bar=False)
+        starts = fit(svi, fit_key, num_steps, *about.args, num_starts=num_starts, progress_bar=False).starts
         complete = discrete_given_others(about, 200, np.random.default_rng(seed))
         for start, key in enumerate(keys):
-            draws = guide.sample_posterior(key, result.start(start).params, sample_shape=(num_draws,))
+            params = jax.tree.map(lambda leaf, start=start: leaf[start], starts.params)
+            draws = guide.sample_posterior(key, params, sample_shape=(num_draws,))
             # Without deterministic sites: those of the discrete latents are of draws of the prior here.
             draws = {name: x for name, x in draws.items() if guide.prototype_trace[name]["type"] == "sample"}
             estimates.append(mean_asked(quantities, complete(jax.device_get(draws))))
     for start, estimate in enumerate(estimates):
-        elbo = -result.losses[start, -num_steps // 20 :].mean()
+        elbo = -starts.losses[start, -num_steps // 20 :].mean()
         yield {
             "method": "TraceEnum_ELBO", "seed": seed + start, "size": num_steps, **clock.columns(),
             **quantities.error(estimate), **quantities.of_evidence(elbo, elbo),

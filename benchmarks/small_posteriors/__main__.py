@@ -19,9 +19,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    verdicts = []
+    outcomes = []
     print(HEADER, flush=True)
     for name in args.names or PROBLEMS:
-        verdicts.append(judge(PROBLEMS[name], args.seed, args.steps))
-        print(verdicts[-1], flush=True)
-    print(table(verdicts))
+        outcomes.append(judge(PROBLEMS[name], args.seed, args.steps))
+        print(outcomes[-1], flush=True)
+    print(table(outcomes))

@@ -168,7 +168,7 @@ PROBLEMS = [
         two_normals_log_joint,
         {"mu": lambda d: d["mu"], "upper": lambda d: d["mu"] > 3.5},
         guide=lambda model: AutoNormal(model, init_loc_fn=init_to_value(values={"mu": 0.0})),
-        anneal=0.0,
+        tempering=0.0,
     ),
     heavy_tails(1.0, 1.0),
     heavy_tails(12.0, 1.0),

@@ -24,7 +24,7 @@ class Problem:
     :ivar log_joint: from latents, a dict of arrays (M, *event), to log p(z, x) of shape (M,); in SciPy.
     :ivar asked: by quantity, a function from latents, a dict of arrays (M, *event), to an array (M,).
     :ivar guide: from the model to its guide, where it is not `AutoMixed`.
-    :ivar anneal: the argument of `fit`.
+    :ivar tempering: the argument of `fit`.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Problem:
     log_joint: Callable
     asked: dict
     guide: Callable | None = None
-    anneal: float = 0.5
+    tempering: float = 0.5
 
     def points(self):
         """All combinations of values, a dict of arrays (M, *event), and the logarithm of their weights (M,)."""

@@ -20,6 +20,11 @@ def public_names() -> Iterator[tuple[str, str]]:
             name,
             value.__name__ if inspect.ismodule(value) else f"numpyro_vimco.{name}",
         )
+    for name in vars(numpyro_vimco.Posterior):
+        if not name.startswith("_"):
+            full = f"numpyro_vimco.Posterior.{name}"
+            yield from ((f"posterior.{name}", full), (f"Posterior.{name}", full))
+    yield "to_arviz", "numpyro_vimco.Posterior.to_arviz"
     for module in (plots, control_variates):
         for name, value in vars(module).items():
             if inspect.isfunction(value) and not name.startswith("_"):

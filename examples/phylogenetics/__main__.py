@@ -17,14 +17,14 @@ import time
 from jax import random
 import numpy as np
 
-from numpyro_vimco import VIMCOStar, importance_diagnostics, to_arviz
+from numpyro_vimco import Posterior, VIMCOStar
 
 from . import run
 from .alignment import Alignment, read_alignment, simulate
 from .exact import exact_posterior
 from .fit import fit
 from .model import PRIOR_MEAN_BRANCH
-from .report import Posterior, bounds, draw_consensus, frequencies, kl_divergence, total_variation
+from .report import Probabilities, bounds, draw_consensus, frequencies, kl_divergence, total_variation
 from .subsplits import Support, UniformTopology
 from .trees import read_trees, write_trees
 
@@ -38,7 +38,7 @@ def simulated(num_taxa: int, num_sites: int, rng_key) -> tuple[Support, Alignmen
     return trees, simulate(sequences_key, trees.taxa, np.asarray(children), np.asarray(lengths), num_sites)
 
 
-def load(args) -> tuple[Support, Alignment, Posterior, str]:
+def load(args) -> tuple[Support, Alignment, Probabilities, str]:
     """The support, the sequences, and a posterior to compare with, with its name."""
     if args.alignment:
         alignment = read_alignment(args.alignment, args.outgroup)
@@ -70,26 +70,27 @@ def main(args):
     if steps := len(result.losses):
         print(f"\n{steps} steps in {seconds / 60:.1f} minutes, {1000 * seconds / steps:.1f} ms each with compilation")
 
-    given = {"model_args": (trees, alignment), "rng_key": random.key(args.seed + 2)}
-    diagnostics = importance_diagnostics(svi, result, num_samples=args.num_samples, **given)
-    print(f"\n{diagnostics}\n")
+    posterior, key = Posterior(svi, result, trees, alignment), random.key(args.seed + 2)
+    diagnostics = posterior.diagnose(args.num_draws, key)
+    print(f"\n{posterior}\n")
     for name, values in bounds(diagnostics.log_weight).items():
         print(f"{name:12} {values.mean():10.2f} nats, standard deviation {values.std():.2f}")
-    data = to_arviz(svi, result, num_proposals=args.num_samples, num_samples=args.num_samples // 4, groups=(), **given)
-    posterior = frequencies(trees, data["posterior"]["topology"].values[0])
+    number = args.num_draws
+    tree = posterior.to_arviz(rng_key=key, num_proposals=number, num_samples=number // 4, groups=())
+    weighted = frequencies(trees, tree["posterior"]["topology"].values[0])
     measures = {
         f"KL from {origin} to guide": kl_divergence(reference, trees, result.params["logits"]),
-        f"Total variation between {origin} and weighted draws": total_variation(reference, posterior),
+        f"Total variation between {origin} and weighted draws": total_variation(reference, weighted),
     }
     for name, value in measures.items():
         print(f"{name}: {value:.3f}")
 
     args.output.mkdir(parents=True, exist_ok=True)
-    data.to_netcdf(args.output / "phylogenetics.nc")
-    write_trees(posterior, trees.taxa, args.output / "phylogenetics.trees")
-    draw_consensus({"VIMCO-⋆": posterior, origin: reference}, trees.taxa, args.output / "phylogenetics.png")
+    tree.to_netcdf(args.output / "phylogenetics.nc")
+    write_trees(weighted, trees.taxa, args.output / "phylogenetics.trees")
+    draw_consensus({"VIMCO-⋆": weighted, origin: reference}, trees.taxa, args.output / "phylogenetics.png")
     print(f"\nSaved phylogenetics.nc, .trees (topologies, weighted) and .png in {args.output}/")
-    return diagnostics, measures
+    return posterior, measures
 
 
 def parse(argv=None):
@@ -122,7 +123,7 @@ def parse(argv=None):
             setattr(args, name, quick if args.quick else whole)
         elif getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive")
-    args.num_samples = 20_000
+    args.num_draws = 20_000
     return args
 
 

@@ -16,13 +16,13 @@ import numpy as np
 from numpyro.infer.svi import SVIRunResult
 import pandas as pd
 
-from numpyro_vimco import VIMCO, ReweightedWakeSleep, VIMCOStar, gradient_snr, importance_diagnostics
+from numpyro_vimco import VIMCO, Posterior, ReweightedWakeSleep, VIMCOStar
 from numpyro_vimco.diagnostics.gradient_noise import GradientStatistics
 
 from . import run
 from .alignment import Alignment, read_alignment
-from .fit import make_svi, power_at, train
-from .report import Posterior, bounds, kl_divergence
+from .fit import inverse_temperature, make_svi, train
+from .report import Probabilities, bounds, kl_divergence
 from .subsplits import Support
 from .trees import read_trees
 
@@ -38,7 +38,7 @@ def snr(statistics: GradientStatistics, num_draws: int) -> float:
     return float(np.sqrt(max(np.sum(statistics.mean**2) - variance / num_draws, 0.0) / variance))
 
 
-def compare(trees: Support, alignment: Alignment, reference: Posterior, args) -> pd.DataFrame:
+def compare(trees: Support, alignment: Alignment, reference: Probabilities, args) -> pd.DataFrame:
     """One row for each number of particles, objective, and point of training."""
     rows, data = [], (trees, alignment)
     for number, (name, objective) in itertools.product(args.num_particles, OBJECTIVES.items()):
@@ -51,11 +51,9 @@ def compare(trees: Support, alignment: Alignment, reference: Posterior, args) ->
                 continue
             seconds += time.perf_counter() - start
             result = SVIRunResult(svi.get_params(state), state, jnp.zeros(done))
-            key, tempered = random.key(args.seed + 1), (*data, power_at(done, num_steps))
-            diagnostics = importance_diagnostics(
-                svi, result, model_args=data, rng_key=key, num_samples=args.num_samples
-            )
-            statistics = gradient_snr(svi, result.params, model_args=tempered, rng_key=key, num_draws=args.num_draws)
+            key, beta = random.key(args.seed + 1), inverse_temperature(done, num_steps)
+            diagnostics = Posterior(svi, result, *data).diagnose(args.num_samples, key)
+            statistics = Posterior(svi, result, *data, beta).gradient_snr(key, args.num_draws)
             measures = [value.mean() for value in bounds(diagnostics.log_weight).values()]
             measures += [
                 kl_divergence(reference, trees, result.params["logits"]),

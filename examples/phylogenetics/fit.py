@@ -20,16 +20,16 @@ from .alignment import Alignment
 from .model import guide, model
 from .subsplits import Support
 
-FIRST_POWER = 0.001
+FIRST = 0.001  # inverse temperature
 
 
-def power_at(step, num_steps: int):
-    """The power of the likelihood: rises from a small one to 1 over the first half of the fit.
+def inverse_temperature(step, num_steps: int):
+    """The inverse temperature of the likelihood: rises from a small one to 1 over the first half of the fit.
 
-    At a small power all topologies of the support are about as probable, so that the guide meets them all before it
+    At a small one all topologies of the support are about as probable, so that the guide meets them all before it
     has to choose.
     """
-    return jnp.minimum(1.0, FIRST_POWER + (1 - FIRST_POWER) * 2 * step / num_steps)
+    return jnp.minimum(1.0, FIRST + (1 - FIRST) * 2 * step / num_steps)
 
 
 def make_svi(objective: ELBO, num_steps: int, learning_rate: float, pairs: bool = True) -> SVI:
@@ -52,7 +52,8 @@ def train(
 
     @jax.jit
     def turn(state, steps):
-        return jax.lax.scan(lambda state, power: svi.update(state, *args, power), state, power_at(steps, num_steps))
+        betas = inverse_temperature(steps, num_steps)
+        return jax.lax.scan(lambda state, beta: svi.update(state, *args, beta), state, betas)
 
     for begin in range(first, num_steps, size):
         end = min(begin + size, num_steps)
@@ -91,7 +92,8 @@ def fit(
         turns = train(svi, state, (trees, alignment), num_steps, done)
         for done, state, loss in turns:
             losses.append(loss)
-            bar.set_postfix_str(f"bound {-jnp.mean(loss):.2f}, power {power_at(done, num_steps):.2f}", refresh=False)
+            beta = inverse_temperature(done, num_steps)
+            bar.set_postfix_str(f"bound {-jnp.mean(loss):.2f}, β {beta:.2f}", refresh=False)
             bar.update(done - bar.n)
             if checkpoint is not None:
                 _save(checkpoint, state, done, settings)

@@ -11,20 +11,21 @@ from .subsplits import SubsplitBayesianNetwork, Support, UniformTopology
 PRIOR_MEAN_BRANCH = 0.1  # substitutions per site
 
 
-def model(trees: Support, alignment: Alignment, power=1.0, pairs=True):
+def model(trees: Support, alignment: Alignment, inverse_temperature=1.0, pairs=True):
     """A uniform topology, i.i.d. exponential branch lengths, and Jukes-Cantor substitution.
 
-    :param power: to which the likelihood is raised: less than 1 early in a fit.
+    :param inverse_temperature: the power of the likelihood: less than 1 early in a fit.
     :param pairs: for the guide.
     """
     topology = numpyro.sample("topology", UniformTopology(trees))
     prior = dist.Exponential(1 / PRIOR_MEAN_BRANCH).expand([2 * len(trees.taxa) - 3]).to_event(1)
     branch_lengths = numpyro.sample("branch_lengths", prior)
     numpyro.deterministic("tree_length", jnp.sum(branch_lengths))
-    numpyro.factor("alignment", power * log_likelihood(trees.children(topology), branch_lengths, alignment))
+    log_prob = log_likelihood(trees.children(topology), branch_lengths, alignment)
+    numpyro.factor("alignment", inverse_temperature * log_prob)
 
 
-def guide(trees: Support, alignment: Alignment, power=1.0, pairs=True):
+def guide(trees: Support, alignment: Alignment, inverse_temperature=1.0, pairs=True):
     """A subsplit Bayesian network, and a LogNormal for each edge, whose parameters are looked up by its split.
 
     :param pairs: whether they are also looked up by the *primary subsplit pair* (Zhang and Matsen 2019): how the

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 from .subsplits import SubsplitBayesianNetwork, Support
 from .trees import Topology, clade_probabilities, majority_consensus, to_tree
 
-Posterior = Mapping[Topology, float]  # probabilities
+Probabilities = Mapping[Topology, float]  # of a distribution over topologies
 
 
 def bounds(log_weight: np.ndarray) -> dict[str, np.ndarray]:
@@ -21,7 +21,7 @@ def bounds(log_weight: np.ndarray) -> dict[str, np.ndarray]:
     return {name: logsumexp(log_weight.reshape(-1, n), axis=1) - np.log(n) for name, n in sizes.items()}
 
 
-def kl_divergence(reference: Posterior, trees: Support, logits) -> float:
+def kl_divergence(reference: Probabilities, trees: Support, logits) -> float:
     """KL divergence in nats from a distribution over topologies of the support to the guide's."""
     entries = np.stack([trees.entries(topology) for topology in reference])
     log_q = np.asarray(SubsplitBayesianNetwork(logits, trees).log_prob(entries), float)
@@ -29,18 +29,18 @@ def kl_divergence(reference: Posterior, trees: Support, logits) -> float:
     return float(np.sum(p[p > 0] * (np.log(p[p > 0]) - log_q[p > 0])))
 
 
-def total_variation(one: Posterior, other: Posterior) -> float:
+def total_variation(one: Probabilities, other: Probabilities) -> float:
     """Total variation distance of two distributions."""
     return sum(abs(one.get(topology, 0.0) - other.get(topology, 0.0)) for topology in {**one, **other}) / 2
 
 
-def frequencies(trees: Support, draws: Iterable[np.ndarray]) -> Posterior:
+def frequencies(trees: Support, draws: Iterable[np.ndarray]) -> Probabilities:
     """The distribution of topologies that were drawn, most frequent first."""
     counts = Counter(trees.topology(entries) for entries in draws)
     return {topology: count / counts.total() for topology, count in counts.most_common()}
 
 
-def draw_consensus(posteriors: Mapping[str, Posterior], taxa: Sequence[str], path: Path) -> None:
+def draw_consensus(posteriors: Mapping[str, Probabilities], taxa: Sequence[str], path: Path) -> None:
     """A picture of majority-rule consensus trees, side by side, with the probabilities of their clades in percent."""
     figure = Figure(figsize=(7 * len(posteriors), 1.5 + 0.3 * len(taxa)), layout="constrained")
     for axes, (name, posterior) in zip(figure.subplots(1, len(posteriors), squeeze=False).flat, posteriors.items()):
