@@ -17,6 +17,12 @@ from sklearn.datasets import load_digits
 VISIBLE, HIDDEN = 64, 32
 
 
+def elbo(posterior, num_draws):
+    """The ELBO of the best start in nats, from draws of its guide without defence."""
+    chains = posterior.to_arviz(num_samples=num_draws, resample=False, pool=False, groups=())
+    return float(chains["sample_stats"]["log_weight"].mean("draw").max())
+
+
 def digits():
     """The 1,797 digits of scikit-learn, binary: (1797, 64)."""
     return jnp.array(load_digits().data > 7, jnp.float32)

@@ -123,7 +123,9 @@ def main(args):
         agreement = posterior.starts.agreement
         estimates = dict(zip(agreement["quantity"].values, agreement["pooled"].values))
         errors[name] = max(abs(estimates[f"included[{i}]"] - exact) for i, exact in enumerate(exact_inclusion))
-        gap, ess = log_evidence - posterior.bounds[1], posterior.ess / args.num_proposals
+        own = posterior.to_arviz(num_samples=args.num_proposals, resample=False, pool=False, groups=())  # by start
+        gap = log_evidence - float(own["sample_stats"]["log_weight"].mean("draw").max())
+        ess = posterior.ess / args.num_proposals
         print(f"{name:>16} {num_starts:7} {seconds:8.1f} {gap:19.2f} nats {ess:6.1%} {errors[name]:6.3f}", flush=True)
 
     posterior = found["VIMCOStar"]

@@ -27,7 +27,7 @@ def test_variable_selection(tmp_path):
 
 @pytest.mark.long
 def test_coal_mining(tmp_path):
-    variation, error = run("coal_mining", "--num-steps=700", "--num-draws=20000", f"--output={tmp_path}")
+    variation, error = run("coal_mining", "--num-steps=1000", "--num-draws=20000", f"--output={tmp_path}")
     assert variation < 0.05 and abs(error) < 0.05
 
 

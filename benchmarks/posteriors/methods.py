@@ -8,6 +8,7 @@ import numpy as np
 from numpyro.infer import SVI
 import optax
 
+from benchmarks.common import elbo
 from benchmarks.posteriors import recommended as learning_rate
 from benchmarks.posteriors.grid import elbos, grid
 from benchmarks.posteriors.markov_chains import discrete_hmc_gibbs, enumerated_nuts, mixed_hmc
@@ -83,7 +84,7 @@ def recommended_run(name, model, objective, about, quantities, seed, num_steps, 
     ess = float(np.min(found.ess))
     row = {
         "method": name, "seed": seed, "size": num_steps, **clock.columns(), **quantities.error(estimate),
-        **quantities.of_evidence(found.log_evidence, found.bounds[1]), "relative_ess": ess / proposals,
+        **quantities.of_evidence(found.log_evidence, elbo(posterior, proposals)), "relative_ess": ess / proposals,
         "ess_per_second": ess / clock.seconds, "pareto_k": float(np.max(found.pareto_k)), "verdict": found.verdict,
     }  # fmt: skip
     return row, Run(num_steps, of_fit.seconds, clock.seconds - of_fit.seconds, clock.compiling)

@@ -374,7 +374,8 @@ def _missing_correlation(facts: Facts) -> Finding | None:
 
 
 def _missed_part(facts: Facts) -> Finding | None:
-    if facts.ess >= HEAVY_ESS * facts.num_draws or _joint_weight(facts) or _missing_correlation(facts):
+    scarce = facts.ess < (HEAVY_ESS if facts.heavy else LOW_ESS) * facts.num_draws
+    if not scarce or _joint_weight(facts) or _missing_correlation(facts):
         return None
     return Finding(
         "poor-guide",
