@@ -1,5 +1,8 @@
 """What stood in the way of users of the first release: crashes, silent faults, wrong advice; with the right values."""
 
+from pathlib import Path
+import re
+
 import jax
 from jax import random
 import jax.numpy as jnp
@@ -278,3 +281,12 @@ def test_following_the_advice_on_a_correlation_helps():
     better = SVI(correlated, guide, optax.adam(0.02), VIMCOStar())
     advised = Posterior(better, better.run(random.key(0), 1000, 1.0, progress_bar=False), 1.0)
     assert advised.ess > 2 * posterior.ess
+
+
+def test_the_page_lists_the_codes_of_all_findings():
+    root = Path(__file__).parent.parent
+    source = (root / "numpyro_vimco" / "diagnostics" / "findings.py").read_text()
+    known = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
+    assert len(known) > 20
+    page = (root / "docs" / "checking_a_fit.md").read_text()
+    assert known <= set(re.findall(r"^\| `([a-z-]+)`", page, flags=re.MULTILINE))

@@ -72,7 +72,7 @@ class Diagnostics:
 
         - ``estimate`` and ``std_error`` of each start, ``pooled`` and ``pooled_std_error``;
         - ``difference`` from the pool and ``difference_std_error``, in ``unit``: 1 nat, or the posterior standard
-          deviation; ``differs``: by more than 0.1 and four standard errors;
+          deviation; ``differs``: by more than 0.1 and four standard errors, and not by the order of two labels alone;
         - by start: ``log_evidence`` and ``log_evidence_std_error`` in nats, ``ess``, and ``earlier_bound`` with
           ``earlier_bound_std_error`` in nats, where it proves a loss, else NaN.
     """
