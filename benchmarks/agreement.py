@@ -82,7 +82,7 @@ def measure(name, seed, rate, alpha, tempering, kappa, structure="autoregressive
     start = time.perf_counter()
     four = fit(svi, random.key(seed), num_steps, *args, num_starts=4, tempering=tempering, progress_bar=False)
     for approx, starts in (first_start(four), (four._approx, four.starts)):
-        found = diagnose(approx, starts, True, random.key(seed), draws, False)
+        found = diagnose(approx, starts, True, True, random.key(seed), draws, False)
         table = found.agreement
         estimates = dict(zip(table["quantity"].values, table["pooled"].values))
         error = max(
