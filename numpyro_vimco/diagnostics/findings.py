@@ -348,9 +348,12 @@ def _missing_correlation(facts: Facts) -> Finding | None:
     is_joint = facts.joint_plate is not None and (facts.few or facts.heavy or facts.disagree)
     if is_joint or values.shape[1] < 2 or weighed.log_weight is None or weighed.guide_share is None:
         return None
-    weight = np.exp(weighed.log_weight - weighed.log_weight.max())
-    posterior = _correlation(values, weight / weight.sum())
-    guide = _correlation(values, weighed.guide_share / weighed.guide_share.sum())
+    finite = np.isfinite(values).all(1)  # others are at the edge of a support
+    values, share = values[finite], weighed.guide_share[finite]
+    weight = np.exp(weighed.log_weight - weighed.log_weight.max())[finite]
+    if not weight.any() or not share.any():
+        return None
+    posterior, guide = _correlation(values, weight / weight.sum()), _correlation(values, share / share.sum())
     difference = np.abs(np.triu(posterior - guide, 1))
     # Four standard errors of a correlation of as many draws.
     if difference.max() < max(CORRELATED, 4 / weighed.summary.ess[0] ** 0.5):

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 import math
 from typing import Any, Protocol
 
@@ -392,8 +393,10 @@ class ContinuousSite(Site):
             self, "scale", start["scale"], constraint=constraints.positive, event_dim=event_dim
         )
         if self.components is not None:
+            # Each start of a fit begins elsewhere, as with one component (`init_to_median`).
             vector = constraints.real_vector
-            params["logits"] = earlier.param(self, "logits", start["logits"], constraint=vector, event_dim=event_dim)
+            begin = partial(jitter, start["logits"], vector)
+            params["logits"] = earlier.param(self, "logits", begin, constraint=vector, event_dim=event_dim)
         return params
 
     def _in_units(
@@ -404,6 +407,8 @@ class ContinuousSite(Site):
         log_scale = f"{stem}_log_scale_{own}" if own else None
         is_renewed = not own or self.components is None
         constraint = RealInUnits(centre, unit, f"{stem}_scale" if is_renewed else None, log_scale)
+        if self.components is not None and not own:
+            start = partial(jitter, start, constraint)
         return earlier.param(self, name, start, constraint=constraint, event_dim=event_dim)
 
     def _own_shifts(self, earlier: Earlier) -> tuple[Array | float, Array | float, Array | float]:
