@@ -174,6 +174,6 @@ def test_no_wrong_good_and_36_of_40_right():
     printed = "\n".join([*map(str, outcomes), table(outcomes)])
     print(printed)
     assert not [o.name for o in outcomes if o.verdict == "good" and not o.right], printed
-    # These are right, or nearly, with heavy weights, and called "bad" by some keys: ESS 1% and 14 to 20%, k of 0.7 or more.
+    # These are right with heavy weights (ESS of 1%, and of 14 to 20%, k of 0.7 or more), and called "bad" by some keys.
     assert {o.name for o in outcomes if o.verdict == "bad" and o.right} <= {"wide_counts", "odd_number"}, printed
     assert sum(o.right for o in outcomes) >= 36, printed
