@@ -3,7 +3,7 @@
 # make test-long  the others: examples, pages, posteriors with a known truth
 # make test-all   all tests on Python 3.11 and 3.13, which are the oldest and the newest, as far as they are found; those
 #                 of `make test` also with the oldest NumPyro, JAX and ArviZ that pyproject.toml admits
-# make slow       measures all tests, and writes tests/slow.txt, the list of those that are long as they take over 4 s
+# make slow       measures all tests, and writes tests/slow.txt, the list of those that are long as they take over 2 s
 # make docs       these pages as a site in docs/_build, warnings as errors
 # make outputs    what pages and examples print, and their pictures, written into docs/ anew
 # make benchmark  the tables of benchmarks/
@@ -33,7 +33,7 @@ test-long: $(INSTALLED)
 slow: $(INSTALLED)
 	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 -m 'long or not long' --durations 0 > .durations.txt || true
 	sed -nE 's/^([0-9.]+)s (call|setup) +(.*)/\1 \3/p' .durations.txt | sort -k 2 | \
-	  awk '{t = $$1; $$1 = ""; s[$$0] += t} END {for (k in s) if (s[k] > 4) print substr(k, 2)}' | sort > tests/slow.txt
+	  awk '{t = $$1; $$1 = ""; s[$$0] += t} END {for (k in s) if (s[k] > 2) print substr(k, 2)}' | sort > tests/slow.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

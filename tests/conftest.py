@@ -23,7 +23,7 @@ with install_import_hook("numpyro_vimco.objectives.control_variates", "beartype.
     import numpyro_vimco  # noqa: F401
 
 
-# Tests that take more than 4 s, compilation counted: `make slow` measures them, and writes the list. They are long.
+# Tests that take more than 2 s, compilation counted: `make slow` measures them, and writes the list. They are long.
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
 
 
