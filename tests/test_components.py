@@ -1,6 +1,5 @@
 """Guides with mixture components: where the prior has several humps, or where they are asked for."""
 
-import jax
 from jax import random
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +29,7 @@ def test_a_guide_has_the_humps_of_the_prior(prior):
     tr = sites_of(AutoMixed(lambda: numpyro.sample("mu", prior)))
     shape = prior.shape()
     assert tr["mu_auto_loc"]["value"].shape == (*shape, 2)
-    # Each start begins elsewhere: off by a tenth of the scale, and each logit by 0.1; five standard deviations are added.
+    # Each start begins elsewhere, by a tenth of the scale, and of 1 for logits: five standard deviations are added.
     loc, logits = tr["mu_auto_loc"]["value"], tr["mu_auto_logits"]["value"]
     np.testing.assert_allclose(loc, np.broadcast_to([-5.0, 6.0], (*shape, 2)), atol=0.3 + 5 * 0.05)
     np.testing.assert_allclose(tr["mu_auto_scale"]["value"], 0.5, rtol=0.4)
