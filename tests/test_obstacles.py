@@ -290,3 +290,23 @@ def test_the_page_lists_the_codes_of_all_findings():
     assert len(known) > 20
     page = (root / "docs" / "checking_a_fit.md").read_text()
     assert known <= set(re.findall(r"^\| `([a-z-]+)`", page, flags=re.MULTILINE))
+
+
+def test_summed_sites_in_crossed_plates_are_named():
+    pytest.importorskip("funsor")
+
+    def model(y):
+        numpyro.sample("q", dist.Normal(0, 1))
+        with numpyro.plate("row", 2, dim=-2):
+            u = numpyro.sample("u", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        with numpyro.plate("column", 3, dim=-1):
+            v = numpyro.sample("v", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        with numpyro.plate("row", 2, dim=-2), numpyro.plate("column", 3, dim=-1):
+            numpyro.sample("y", dist.Normal(u + v, 1.0), obs=y)
+
+    def guide(y):
+        numpyro.sample("q", dist.Normal(numpyro.param("loc", 0.0), 1))
+
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar())
+    with pytest.raises(ValueError, match="sites 'u', 'v' cannot be summed out together"):
+        svi.run(random.key(0), 1, jnp.ones((2, 3)), progress_bar=False)

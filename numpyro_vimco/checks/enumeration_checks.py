@@ -88,14 +88,6 @@ def crossed_error(summed: Iterable[str]) -> ValueError:
     )
 
 
-def history_error(summed: Iterable[str]) -> ValueError:
-    """Summed sites of `scan` on which a step depends that is further away than its history."""
-    return ValueError(
-        f"In `scan` something depends on {_quoted(summed)} of more steps before than its `history` says. Raise it: "
-        "`scan(step, init, xs, history=2)` for a step that depends on the two before it."
-    )
-
-
 def _quoted(names: Iterable[str]) -> str:
     return ", ".join(map(repr, sorted(names)))
 

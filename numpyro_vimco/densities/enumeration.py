@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.primitives import Messenger
 
-from numpyro_vimco.checks.enumeration_checks import crossed_error, history_error, log_prob_shape
+from numpyro_vimco.checks.enumeration_checks import crossed_error, log_prob_shape
 from numpyro_vimco.densities.zero_weights import FLOOR
 from numpyro_vimco.private.of_funsor import import_funsor, in_logs, markov_factors, names_of_dims
 from numpyro_vimco.sites import Trace, is_marked, sample_sites
@@ -118,8 +118,7 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
     :param tables: the log-density of each site of the group at all values of summed sites, by name.
     :param kept: dimension of each plate that is not summed over.
     :return: of shape (…, *plates), of size 1 where a plate is summed over.
-    :raises ValueError: naming the sites, for summed sites in crossed plates, and for a step that reaches back further
-        than `history`.
+    :raises ValueError: naming the sites, for summed sites in crossed plates.
     """
     funsor = import_funsor()
     ops, sum_product = funsor.ops, funsor.sum_product.sum_product
@@ -149,8 +148,6 @@ def log_sum(group: Group, tables: Mapping[str, Array], summed: Collection[str], 
         raise
     with in_logs():
         result = funsor.optimizer.apply_optimizer(result)
-    if left := {root(name) for name in result.inputs if name not in kept}:
-        raise history_error(left)
     left_to_right = sorted((name for name in kept if name in result.inputs), key=lambda name: kept[name])
     value = result.align(tuple(left_to_right)).data if left_to_right else jnp.asarray(result.data)
     shape = [1] * -min(kept.values(), default=0)
