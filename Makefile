@@ -32,7 +32,7 @@ test-long: $(INSTALLED)
 # With nothing compiled before, as on a machine of CI.
 slow: $(INSTALLED)
 	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 -m 'long or not long' --durations 0 > .durations.txt || true
-	sed -nE 's/^([0-9.]+)s (call|setup) +(.*)/\1 \3/p' .durations.txt | sort -k 2 | \
+	sed -nE 's/^([0-9.]+)s (call|setup) +(.*)/\1 \3/p' .durations.txt | \
 	  awk '{t = $$1; $$1 = ""; s[$$0] += t} END {for (k in s) if (s[k] > 2) print substr(k, 2)}' | sort > tests/slow.txt
 
 lint: $(INSTALLED)

@@ -130,12 +130,8 @@ def find_lost_labels(
     :param draws: some of these, of shape ``(draws, *batch, *event)``.
     :param log_weight: their log-weights, of shape ``(draws,)``, in nats.
     """
-    if not np.isfinite(log_weight).any():
-        return None
-    for size in range(2, MOST_ELEMENTS + 1):
-        changes = list(_changes(approx, size))[:MOST_CHANGES]
-        apart = [pair for change in changes for pair in _apart(change, size, estimates)]
-        if apart and (found := _largest_loss(approx, changes, size, apart, draws, softmax(log_weight))):
+    for size, changes, apart, weight in _candidates(approx, estimates, log_weight):
+        if found := _largest_loss(approx, changes, size, apart, draws, weight):
             return found
     return None
 
@@ -149,12 +145,7 @@ def find_relabelled(
     :param draws: of the pool, of shape ``(draws, *batch, *event)``.
     :param log_weight: their log-weights, of shape ``(draws,)``, in nats.
     """
-    weight = softmax(log_weight)
-    for size in range(2, MOST_ELEMENTS + 1):
-        changes = list(_changes(approx, size))[:MOST_CHANGES]
-        apart = [pair for change in changes for pair in _apart(change, size, of_start)]
-        if not apart:
-            continue
+    for size, changes, apart, weight in _candidates(approx, of_start, log_weight):
         mean_orders = [_order_of(about, of_start[about.latent].mean, 0, np) for about in apart]
         signs = np.stack(
             [order * _order_of(about, draws[about.latent], 1, np) for order, about in zip(mean_orders, apart)]
@@ -163,17 +154,40 @@ def find_relabelled(
         if not both.any():
             continue
         apart, signs = [about for about, is_in in zip(apart, both) if is_in], signs[both]
-        subsets = np.array(sorted(product([False, True], repeat=len(changes)), key=sum))[1:]
-        ratio = _ratios(approx, changes, size, apart, draws, signs, weight, np.insert(subsets, 0, False, axis=0))
-        lost, error = (values[:, 1:] for values in _lost_shares(ratio, signs, weight))
-        for i, subset in np.argwhere((ratio.mean(1)[:, 1:] > 0) & (np.abs(lost) <= SHARE + error)):
-            chosen = [change for change, is_chosen in zip(changes, subsets[subset]) if is_chosen]
+        subsets = _subsets(changes)
+        ratio = _ratios(approx, changes, size, apart, draws, signs, weight, subsets)
+        lost, error = _lost_shares(ratio, signs, weight)
+        # Without any change the order stays, and the ratio is 0.
+        for i, subset in np.argwhere((ratio.mean(1) > 0) & (np.abs(lost) <= SHARE + error)):
+            chosen, names = _chosen(changes, subsets[subset])
             latents = {name for change in chosen for name in change.axes}
-            names = list(dict.fromkeys(change.name for change in chosen))
             share = float((signs[i] > 0) @ weight)
             std_error = float(np.sqrt((1 / share - 1) * weight @ weight))
             return Relabelled(names, apart[i].pair, latents, share, std_error)
     return None
+
+
+def _candidates(
+    approx: Approximation, estimates: Mapping[str, Estimate], log_weight: np.ndarray
+) -> Iterator[tuple[int, list[Change], list[Apart], np.ndarray]]:
+    """Where elements are apart: how many there are, their changes, the pairs; and the normalized weights."""
+    if not np.isfinite(log_weight).any():
+        return
+    for size in range(2, MOST_ELEMENTS + 1):
+        changes = list(_changes(approx, size))[:MOST_CHANGES]
+        if apart := [pair for change in changes for pair in _apart(change, size, estimates)]:
+            yield size, changes, apart, softmax(log_weight)
+
+
+def _subsets(changes: list[Change]) -> np.ndarray:
+    """All subsets of changes, small ones first: booleans of shape ``(subsets, changes)``."""
+    return np.array(sorted(product([False, True], repeat=len(changes)), key=sum))
+
+
+def _chosen(changes: list[Change], subset: np.ndarray) -> tuple[list[Change], list[str]]:
+    """The changes of a subset, and their names."""
+    chosen = [change for change, is_chosen in zip(changes, subset) if is_chosen]
+    return chosen, list(dict.fromkeys(change.name for change in chosen))
 
 
 def _changes(approx: Approximation, size: int) -> Iterator[Change]:
@@ -237,14 +251,14 @@ def _largest_loss(
     """
     orders = np.stack([_order_of(about, draws[about.latent], 1, np) for about in apart])
     signs = np.where((orders @ weight > 0)[:, None], orders, -orders)  # 1 in the order that most draws have
-    subsets = np.array(sorted(product([False, True], repeat=len(changes)), key=sum))
+    subsets = _subsets(changes)
     lost, error = _lost_shares(_ratios(approx, changes, size, apart, draws, signs, weight, subsets), signs, weight)
     lost -= error
     i, subset = map(int, np.unravel_index(np.argmax(np.round(lost, 3)), lost.shape))
     if lost[i, subset] < SHARE:
         return None
-    names = [change.name for change, chosen in zip(changes, subsets[subset]) if chosen]
-    return LostLabels(list(dict.fromkeys(names)), apart[i].pair, apart[i].latent, float(np.log1p(lost[i, subset])))
+    _, names = _chosen(changes, subsets[subset])
+    return LostLabels(names, apart[i].pair, apart[i].latent, float(np.log1p(lost[i, subset])))
 
 
 def _ratios(

@@ -158,10 +158,10 @@ def _relabelled(
     off = agreement["differs"].any("quantity").values
     if not weighed.draws or approx.params_of_model:
         return {}
-    assert weighed.log_weight is not None
-    kept = weighed.log_weight[: len(next(iter(weighed.draws.values())))]
     for start, is_off, moments in zip(agreement["start"].values.tolist(), off, of_starts):
-        if is_off and (about := find_relabelled(approx, moments.estimates(), weighed.draws, kept)):
+        if is_off and (
+            about := find_relabelled(approx, moments.estimates(), weighed.draws, weighed.log_weight_of_draws)
+        ):
             found[start] = about
     return found
 
@@ -185,9 +185,7 @@ def _explained(agreement: "xr.Dataset", relabelled: Mapping[int, Relabelled]) ->
 def _lost_labels(approx: Approximation, weighed: Weighed) -> LostLabels | None:
     if not weighed.draws:
         return None
-    assert weighed.log_weight is not None
-    kept = weighed.log_weight[: len(next(iter(weighed.draws.values())))]
-    return find_lost_labels(approx, weighed.moments.estimates(), weighed.draws, kept)
+    return find_lost_labels(approx, weighed.moments.estimates(), weighed.draws, weighed.log_weight_of_draws)
 
 
 def _verdict(facts: Facts) -> str:

@@ -69,7 +69,7 @@ class Approximation:
         :raises ValueError: for parameters that do not fit model and guide, or data that are drawn in part or NaN.
         """
         kwargs = {**svi.static_kwargs, **kwargs}
-        params = _start(starts, 0)
+        params = taken(starts, 0)
         guide = seed(with_known_draws(svi.guide), random.key(0))
         _check_params("guide", trace(guide).get_trace(*args, **kwargs), params)
         guide_trace = trace(substitute(guide, data=params)).get_trace(*args, **kwargs)
@@ -96,7 +96,7 @@ class Approximation:
 
     def only(self, start: int) -> "Approximation":
         """One start."""
-        return self.at(jax.tree.map(lambda leaf: leaf[None], _start(self.starts, start)), 1)
+        return self.at(taken(self.starts, np.array([start])), 1)
 
     def kept(self, name: Any, make: Callable[[], Any]) -> Any:
         """What was made under a name before, or is made now. It must not depend on parameters.
@@ -120,7 +120,7 @@ class Approximation:
                 "`Posterior(svi, posterior, ...)` with arguments of the model for which the plate is whole. An "
                 "automatic guide subsamples as at its first call, unless it is given `create_plates`."
             )
-        if not any(is_latent_site(site) for site in self.model_trace.values()):
+        if not self._has_latents:
             raise ValueError(
                 "The model has no latent site, so that there is no posterior to describe. Pass model arguments with "
                 "which what is to be inferred is not observed."
@@ -128,12 +128,16 @@ class Approximation:
 
     def has_posterior(self) -> bool:
         """Whether there are latents, and all data."""
-        return not self.subsampled and any(is_latent_site(site) for site in self.model_trace.values())
+        return not self.subsampled and self._has_latents
+
+    @property
+    def _has_latents(self) -> bool:
+        return any(is_latent_site(site) for site in self.model_trace.values())
 
     @cached_property
     def params(self) -> dict[str, Any]:
         """Parameters of the start ``best``."""
-        return _start(self.starts, self.best)
+        return taken(self.starts, self.best)
 
     @cached_property
     def params_of_model(self) -> frozenset[str]:
@@ -200,8 +204,13 @@ def signature_misfit(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> st
     return None
 
 
-def _start(starts: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Parameters of one start. By NumPy, as JAX would compile a program for each shape."""
+def one_start(starts: Any, start: Any) -> Any:
+    """What is of one start, in a pytree with a leading axis for starts; inside of a program."""
+    return jax.tree.map(lambda leaf: leaf[start], starts)
+
+
+def taken(starts: Mapping[str, Any], index: int | np.ndarray) -> dict[str, Any]:
+    """Parameters of one start, or of some. By NumPy, as JAX would compile a program for each shape."""
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[index]), dict(starts))
 
 

@@ -34,7 +34,7 @@ import numpy as np
 
 from numpyro_vimco.densities.levels import Levels, level_of
 from numpyro_vimco.densities.plates import Structure
-from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.approximation import Approximation, one_start
 from numpyro_vimco.draws.defence import SHARE, Defence, find_defence
 from numpyro_vimco.draws.proposals import (
     Params,
@@ -88,7 +88,7 @@ class Mixture:
         def values_of(tr: Trace, level: str | None) -> Values:
             return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) == level}
 
-        params = jax.tree.map(lambda leaf: leaf[start], starts)
+        params = one_start(starts, start)
         guide_trace = self.defence.draw(params, shared_key)
         shared = values_of(guide_trace, None)
         latents = {s["name"]: s["value"] for s in sample_sites(guide_trace) if level_of(s, plates) is None}
@@ -177,7 +177,8 @@ def _check_densities(approx: Approximation) -> None:
 
     :raises NotImplementedError: for a Delta site whose value depends on parameters.
     """
-    deltas = program_of(approx, {}).deltas_at_parameters(approx.params, random.key(0))
+    program = program_of(approx, {})
+    deltas = approx.kept("deltas", lambda: program.deltas_at_parameters(approx.params, random.key(0)))
     for name, parents in deltas.items():
         if parents:
             raise NotImplementedError(
@@ -206,7 +207,7 @@ def _pooled(approx: Approximation, defence: Defence) -> Sampler:
         chosen = choose(draws, choice_key, structure, event_dims)
         if plates:
             # The guide once more, for the sites that are functions of these.
-            params = jax.tree.map(lambda leaf: leaf[start], starts)
+            params = one_start(starts, start)
             guide_trace = mixture.defence.trace_guide(params, rest_key, chosen.values)
         latents = [s for s in sample_sites(guide_trace) if is_latent_site(s) and s["name"] in approx.model_trace]
         chosen = chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=alone - log_q)

@@ -54,6 +54,12 @@ class Weighed:
     undefended: tuple[str, ...]
     draws: Mapping[str, np.ndarray]
 
+    @property
+    def log_weight_of_draws(self) -> np.ndarray:
+        """The log-weights of ``draws``, where there are any."""
+        assert self.log_weight is not None
+        return self.log_weight[: len(next(iter(self.draws.values())))]
+
 
 def weigh_pool(approx: Approximation, rng_key: Array, num_draws: int, progress: str | None = None) -> Weighed:
     """Draw from the guide, or from the mixture of those of all starts, and keep only what the weights say.

@@ -16,7 +16,7 @@ from numpyro.handlers import seed, substitute, trace
 
 import numpyro_vimco
 from numpyro_vimco.control_flow import Given
-from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.approximation import Approximation, one_start
 from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.draws.observed import imputed_name, observed_sites, whole
 from numpyro_vimco.draws.proposals import plate_names, squeezed, structure_of
@@ -164,7 +164,7 @@ def _follow(approx: Approximation, predict: bool, likelihoods: Mapping[str, Coll
 
     def follow(starts: Any, rng_key: Array, start: Array, latents: dict[str, Array]) -> dict[str, dict[str, Array]]:
         model_key, predictive_key = split(rng_key)
-        params = jax.tree.map(lambda leaf: leaf[start], starts)
+        params = one_start(starts, start)
         model = Given(substitute(seed(approx.svi.model, model_key), data=params), latents)
         model_trace = trace(model).get_trace(*approx.args, **approx.kwargs)
         observed = observed_sites(model_trace)

@@ -29,7 +29,7 @@ from numpyro.handlers import substitute, trace
 from numpyro_vimco.control_flow import is_in_scan
 from numpyro_vimco.densities.plates import Structure
 from numpyro_vimco.dependence import dependence
-from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.approximation import Approximation, one_start
 from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.draws.observed import imputed_name
 from numpyro_vimco.draws.proposals import (
@@ -207,7 +207,7 @@ def _local_evidence(plate: str, approx: Approximation, at_once: int):
 
     def evidence(starts: Any, rng_key: Array, start: Array, outside: dict[str, Array]) -> Array:
         program = program_of(approx, {plate: at_once}, outside)
-        params = jax.tree.map(lambda leaf: leaf[start], starts)
+        params = one_start(starts, start)
 
         def round_(rng_key):
             levels, structure = program.evaluate(params, rng_key)

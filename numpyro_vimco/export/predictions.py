@@ -6,7 +6,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -14,7 +13,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_vimco.control_flow import Given, in_turn, is_in_scan
-from numpyro_vimco.draws.approximation import drawn_sites, signature_misfit
+from numpyro_vimco.draws.approximation import drawn_sites, one_start, signature_misfit
 from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.export.posterior_draws import PosteriorDraws
 from numpyro_vimco.randomness import split
@@ -67,7 +66,7 @@ def predict(
         )
 
     def one(starts: Any, key: Array, start: Array, given: dict, longer: dict) -> dict[str, Array]:
-        params = jax.tree.map(lambda leaf: leaf[start], starts)
+        params = one_start(starts, start)
         model: Callable = substitute(seed(approx.svi.model, key), data=params)
         # Times that a `scan` had in the fit; NumPyro draws the others.
         model = Given(substitute(model, data=longer), given)

@@ -24,7 +24,7 @@ from numpyro_vimco.control_flow import in_turn
 from numpyro_vimco.densities.densities import SiteDensities
 from numpyro_vimco.densities.enumeration import Axes, Group, axes_of, root
 from numpyro_vimco.densities.zero_weights import FLOOR
-from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.approximation import Approximation, one_start
 from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.draws.proposals import program_of
 from numpyro_vimco.randomness import split, split_by_name
@@ -48,7 +48,7 @@ def draw_summed(
 
     def draw(starts: Any, rng_key: Array, start: Array, values: Values) -> Values:
         program_key, draw_key = split(rng_key)
-        params = jax.tree.map(lambda leaf: leaf[start], starts)
+        params = one_start(starts, start)
         return draw_at(program.at(params, program_key, values), draw_key)
 
     chunked = approx.kept("summed", lambda: Chunked(draw, approx.chunk_size()))

@@ -28,7 +28,7 @@ from numpyro.optim import Adam
 from numpyro_vimco.compilation import compiled
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.draws import weights
-from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.approximation import Approximation, one_start
 from numpyro_vimco.draws.defence import blocks_of
 from numpyro_vimco.draws.pooling import propose_pooled
 from numpyro_vimco.draws.proposals import WeightedDraw, take
@@ -76,7 +76,7 @@ def recovered(
         return starts
     old = starts.svi_states
     assert old is not None
-    best = jax.tree.map(lambda leaf: leaf[starts.best], old)
+    best = one_start(old, starts.best)
     params = jax.jit(lambda state: svi.optim.get_params(state))(best.optim_state)
     woken = _wake(approx, params, _resampled(approx, keys["resampling"], draws), units)
     many = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_starts), woken)

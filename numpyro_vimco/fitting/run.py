@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 import warnings
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.draws.approximation import Approximation
+from numpyro_vimco.draws.approximation import Approximation, taken
 from numpyro_vimco.draws.proposals import check_independent, each_start, fixed, program_of
 from numpyro_vimco.draws.weights import log_mean, variance_of_log_mean
 from numpyro_vimco.families.units import units_of
@@ -34,6 +34,20 @@ from numpyro_vimco.sites import sample_sites
 EVIDENCE_DRAWS = 4096
 
 Tempering: TypeAlias = float | Sequence[float] | Callable
+
+
+class Keys(NamedTuple):
+    """Keys of the initial states, of evidences, of recovery, and of what the posterior draws."""
+
+    init: Array
+    evidence: Array
+    recovery: Array
+    posterior: Array
+
+
+def keys_of(rng_key: Array) -> Keys:
+    """What the key of a fit is split into."""
+    return Keys(*split(rng_key, 4))
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,7 @@ def begin(
     """
     num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
     tempering_steps = _tempering_steps(plan.tempering, num_starts, num_steps)
-    init_key, _, _, _ = split(rng_key, 4)  # the last one is for the posterior
-    states = initial_states(svi, init_key, num_starts, args, {"init_params": init_params, **kwargs})
+    states = initial_states(svi, keys_of(rng_key).init, num_starts, args, {"init_params": init_params, **kwargs})
     first = jnp.ones(())
     if tempering_steps.max() > 0:
         all_kwargs = {**svi.static_kwargs, **kwargs}
@@ -101,7 +114,7 @@ def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, 
             "of the step, which a state does not hold. Pass the function again."
         )
     if svi.constrain_fn is None:
-        svi.init(split(rng_key, 4)[0], *args, **kwargs)
+        svi.init(keys_of(rng_key).init, *args, **kwargs)
     return _checked(svi, rng_key, args, kwargs, plan, state)
 
 
@@ -109,7 +122,7 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
     num_starts = len(state.failed)
     params = jax.vmap(svi.get_params)(state.svi)
     kept = np.flatnonzero(~np.asarray(state.failed))
-    approx = Approximation.of(svi, _of_starts(params, kept), len(kept), args, kwargs)
+    approx = Approximation.of(svi, taken(params, kept), len(kept), args, kwargs)
     if isinstance(svi.loss, ImportanceWeightedELBO):
         # In the steps the inverse temperature is traced, and values cannot be compared.
         if approx.subsampled:
@@ -136,9 +149,9 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
         plan.vectorize_starts,
         plan.start_sharding,
     )
-    none, unknown = np.zeros((num_starts, 0), np.float32), np.full(num_starts, np.nan)
+    none = np.zeros((num_starts, 0), np.float32)
     alike = int(state.step) == 0 and _are_alike(params, num_starts)
-    starts = Starts(params, none, none, state.svi, np.asarray(state.failed), unknown, unknown, alike=alike)
+    starts = Starts.without_evidence(params, none, none, state.svi, np.asarray(state.failed), alike)
     return Fit(approx, starts, state, steps, plan, rng_key)
 
 
@@ -166,30 +179,23 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
             "least what was seen. Or give such data a small probability in the model.",
             stacklevel=3,
         )
-    unknown = np.full(len(failed), np.nan)
     temperatures = np.concatenate([fit.starts.inverse_temperature, temperatures], axis=1)
     params = jax.vmap(svi.get_params)(state.svi)
-    alike = fit.starts.alike
-    starts = Starts(params, losses, temperatures, state.svi, failed, unknown, unknown, alike=alike)
-    _, evidence_key, recovery_key, _ = split(fit.rng_key, 4)
-    approx = _at(approx, starts)
+    starts = Starts.without_evidence(params, losses, temperatures, state.svi, failed, fit.starts.alike)
+    keys = keys_of(fit.rng_key)
+    approx = with_starts(approx, starts)
     if approx.has_posterior():
         if fit.plan.recover and losses.shape[1] >= LEAST_STEPS:
-            starts = _recovered(approx, recovery_key, starts, state, fit.steps, losses.shape[1], progress_bar)
-        starts = with_log_evidence(_at(approx, starts), evidence_key, starts, progress_bar)
-        approx = _at(approx, starts)
+            starts = _recovered(approx, keys.recovery, starts, state, fit.steps, losses.shape[1], progress_bar)
+        starts = with_log_evidence(with_starts(approx, starts), keys.evidence, starts, progress_bar)
+        approx = with_starts(approx, starts)
     return replace(fit, approx=approx, starts=starts, state=state)
 
 
-def _at(approx: Approximation, starts: Starts) -> Approximation:
-    """The starts that did not fail."""
+def with_starts(approx: Approximation, starts: Starts) -> Approximation:
+    """An approximation with the starts that did not fail, and the best of them."""
     kept = starts.kept
-    return approx.at(_of_starts(starts.params, kept), len(kept), int(np.searchsorted(kept, starts.best)))
-
-
-def _of_starts(params: dict[str, Any], kept: np.ndarray) -> dict[str, Any]:
-    """By NumPy, as JAX would compile a program for each shape."""
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[kept]), params)
+    return approx.at(taken(starts.params, kept), len(kept), int(np.searchsorted(kept, starts.best)))
 
 
 def _tempering_steps(tempering: Tempering, num_starts: int, num_steps: int) -> Array:

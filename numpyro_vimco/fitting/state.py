@@ -65,6 +65,20 @@ class Starts:
     alike: bool = False
     _agreement: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
+    @classmethod
+    def without_evidence(
+        cls,
+        params: dict[str, Any],
+        losses: np.ndarray,
+        inverse_temperature: np.ndarray,
+        svi_states: SVIState | None,
+        failed: np.ndarray,
+        alike: bool = False,
+    ) -> "Starts":
+        """Starts whose evidence is not known, or not yet."""
+        unknown = np.full(len(failed), np.nan)
+        return cls(params, losses, inverse_temperature, svi_states, failed, unknown, unknown, alike=alike)
+
     def __len__(self) -> int:
         return len(self.failed)
 

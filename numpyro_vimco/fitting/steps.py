@@ -20,6 +20,7 @@ from numpyro.infer.svi import SVIState
 import tqdm
 
 from numpyro_vimco.compilation import compiled
+from numpyro_vimco.draws.approximation import one_start
 from numpyro_vimco.families.units import RealInUnits
 from numpyro_vimco.fitting.breakdowns import ruled_out, sites_with_nan_gradients
 from numpyro_vimco.fitting.renewing import in_renewed_units
@@ -169,7 +170,7 @@ class Steps:
 
     def _looked_at(self, look: Callable, state: FitState, start: int) -> Any:
         """What is found at the parameters of a start; None if that raises, as the message is more important."""
-        svi_state = jax.tree.map(lambda leaf: leaf[start], state.svi)
+        svi_state = one_start(state.svi, start)
         kwargs = {**self.svi.static_kwargs, **self.kwargs}
         del kwargs["forward_mode_differentiation"]
         try:
@@ -182,11 +183,13 @@ class Steps:
 
         :raises ValueError: with the data that rule out all draws.
         """
-        losses = np.concatenate([record.loss for _, record in done])
-        if len(losses) < HOPELESS or np.isfinite(losses).any() or np.isnan(losses).any():
+        if not all(np.isposinf(record.loss).all() for _, record in done):  # of most fits the first says so
+            return
+        number = sum(len(record.loss) for _, record in done)
+        if number < HOPELESS:
             return
         raise ValueError(
-            f"In the first {len(losses)} steps the losses of all starts were infinite: the guide draws what the data "
+            f"In the first {number} steps the losses of all starts were infinite: the guide draws what the data "
             f"rule out, and learns nothing from that. {self._looked_at(ruled_out, state, 0) or ''} Let it begin where "
             'the data are possible: `AutoMixed(model, init_loc_fn=init_to_value(values={"count": seen + 1}))` for a '
             "count of at least what was seen. Or give such data a small probability in the model."

@@ -42,6 +42,21 @@ Found = list[tuple[Callable[[], ValueError], Array]]
 Check = tuple[Errors, Callable[[Params], list[Array] | None]]
 
 
+class _Latent(NamedTuple):
+    """The plates of a site that the guide draws.
+
+    :ivar level: the named plate that it is in, or None.
+    :ivar frames: all plates that it is in.
+    """
+
+    level: str | None
+    frames: list
+    event_dim: int
+
+
+Latents = dict[str, _Latent]
+
+
 def value_checks(program: Program, kinds: Kinds) -> Callable[[Params], None]:
     """A function of parameters that raises where a program's log-weights would be wrong. It compiles once.
 
@@ -93,25 +108,27 @@ def _elements_check(program: Program, kinds: Kinds) -> Check:
 
 
 def _dependent(
-    program: Program, level: str | None, sites: Callable, latents: "Latents", structure: Structure, both
+    program: Program, level: str | None, sites: Callable, latents: Latents, structure: Structure, both: list[Values]
 ) -> Found:
     """For each plate of a level and each site, whether its elements depend on each other."""
     members = {name: latent for name, latent in latents.items() if level in (None, latent.level)}
     frames = {frame for latent in members.values() for frame in latent.frames}
     found: Found = []
+
+    def sums(values: Values) -> dict[str, Sum]:
+        return _sums(sites(values), level, program)
+
+    def dim_of(site: str, dim: int) -> int:
+        return dim
+
     for plate in sorted(frame for frame in frames if frame.dim in structure.kept(level)):
         axes = {name: plate.dim - latent.event_dim for name, latent in members.items()}
-
-        def sums(values: Values) -> dict[str, Sum]:
-            return _sums(sites(values), level, program)
-
-        dims: Callable[[str], int] = partial(lambda dim, _: dim, plate.dim)
-        dependent = are_dependent(sums, both[0], both[1], axes, dims, plate.size)
+        dependent = are_dependent(sums, both[0], both[1], axes, partial(dim_of, dim=plate.dim), plate.size)
         found += [(partial(elements_error, plate.name, name), value) for name, value in dependent.items()]
     return found
 
 
-def _masked_that_count(program: Program, sites: Callable, latents: "Latents", both) -> Found:
+def _masked_that_count(program: Program, sites: Callable, latents: Latents, both: list[Values]) -> Found:
     """For each masked latent and each site, whether its density depends on what is masked."""
     first, second = both
     masks = {name: mask[0] for name, mask in sites(first).masks.items() if mask is not None and name in latents}
@@ -170,21 +187,6 @@ def _masked_sums_check(program: Program) -> Check:
         return found
 
     return errors, any_draw(check, 1, 1)
-
-
-class _Latent(NamedTuple):
-    """The plates of a site that the guide draws.
-
-    :ivar level: the named plate that it is in, or None.
-    :ivar frames: all plates that it is in.
-    """
-
-    level: str | None
-    frames: list
-    event_dim: int
-
-
-Latents = dict[str, _Latent]
 
 
 def _draw(program: Program, params: Params, rng_key: Array, source: Array) -> tuple[SiteDensities, Values]:

@@ -20,7 +20,7 @@ from numpyro_vimco.diagnostics import verdict
 from numpyro_vimco.diagnostics.findings import Finding
 from numpyro_vimco.diagnostics.gradient_noise import GradientStatistics, gradient_statistics
 from numpyro_vimco.diagnostics.verdict import Diagnostics
-from numpyro_vimco.draws.approximation import Approximation, misfit
+from numpyro_vimco.draws.approximation import Approximation, misfit, taken
 from numpyro_vimco.export import inference_data, predictions
 from numpyro_vimco.export.posterior_draws import PosteriorDraws, draw_posterior
 from numpyro_vimco.fitting import run
@@ -158,6 +158,11 @@ class Posterior:
         guide, for parameters that are NaN, and for data that are drawn in part or NaN.
     """
 
+    #: The state to go on from: of all starts, a pytree of arrays, or that of ``svi.run``.
+    state: Any
+    #: All starts, side by side (:class:`~numpyro_vimco.fitting.state.Starts`).
+    starts: Starts
+
     def __init__(self, svi: SVI, result: "Result | Posterior", *args, **kwargs):
         if problem := misfit(svi, args, {**svi.static_kwargs, **kwargs}):
             raise ValueError(
@@ -166,29 +171,28 @@ class Posterior:
             )
         starts, state, rng_key = _starts_of(svi, result)
         kept = starts.kept
-        params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[kept]), starts.params)
-        approx = Approximation.of(svi, params, len(kept), args, kwargs)
+        approx = Approximation.of(svi, taken(starts.params, kept), len(kept), args, kwargs)
         if isinstance(state, FitState):
             unknown = np.full(len(starts), np.nan)
             starts = replace(starts, log_evidence=unknown, log_evidence_std_error=unknown)
             if approx.has_posterior():
                 starts = run.with_log_evidence(approx, split_by_name(rng_key, KEYS)["evidence"], starts, True)
-            approx = approx.at(params, len(kept), int(np.searchsorted(kept, starts.best)))
+            approx = run.with_starts(approx, starts)
         self._set(approx, starts, state, rng_key, None, True)
 
     @classmethod
     def _of(cls, fitted: Fit, progress_bar: bool) -> "Posterior":
         posterior = cls.__new__(cls)
-        posterior._set(fitted.approx, fitted.starts, fitted.state, split(fitted.rng_key, 4)[3], fitted, progress_bar)
+        posterior._set(
+            fitted.approx, fitted.starts, fitted.state, run.keys_of(fitted.rng_key).posterior, fitted, progress_bar
+        )
         return posterior
 
     def _set(
         self, approx: Approximation, starts: Starts, state: Any, rng_key: Array, fitted: Fit | None, progress_bar: bool
     ) -> None:
-        #: The state to go on from: of all starts, a pytree of arrays, or that of ``svi.run``.
         self.state = state
-        #: All starts, side by side (:class:`~numpyro_vimco.fitting.state.Starts`).
-        self.starts: Starts = replace(starts, _agreement=lambda: self.diagnostics.agreement)
+        self.starts = replace(starts, _agreement=lambda: self.diagnostics.agreement)
         self._approx, self._rng_key, self._fit = approx, rng_key, fitted
         self._is_several = isinstance(state, FitState)
         self._progress_bar = progress_bar
@@ -528,7 +532,7 @@ class Posterior:
     def _table(self) -> tuple[dict[str, str], list[Finding]]:
         try:
             return tables.rows(self.diagnostics), self.findings
-        except ValueError as error:  # there is no verdict, and the reason is what can be said
+        except (ValueError, NotImplementedError) as error:  # there is no verdict, and the reason is what can be said
             return {"verdict": "none"}, [Finding("no-verdict", str(error))]
 
     # Small help.
@@ -556,10 +560,9 @@ def _starts_of(svi: SVI, result: "Result | Posterior") -> tuple[Starts, Any, Arr
         )
     if isinstance(result, FitState):
         failed, nothing = np.asarray(result.failed), np.zeros((len(result.failed), 0), np.float32)
-        unknown = np.full(len(failed), np.nan)
         params = jax.vmap(svi.get_params)(result.svi)
-        keys = result.svi.rng_key
-        return Starts(params, nothing, nothing, result.svi, failed, unknown, unknown), result, split(keys[0], 3)[2]
+        starts = Starts.without_evidence(params, nothing, nothing, result.svi, failed)
+        return starts, result, split(result.svi.rng_key[0], 3)[2]
     losses, state, rng_key = np.zeros(0, np.float32), None, jax.random.key(0)
     if isinstance(result, SVIRunResult):
         params, state, losses = result.params, result.state, np.asarray(result.losses)
@@ -575,7 +578,5 @@ def _starts_of(svi: SVI, result: "Result | Posterior") -> tuple[Starts, Any, Arr
     if state is not None:
         rng_key = split(state.rng_key, 3)[2]  # the first two are those of the next step
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], params)
-    unknown = np.full(1, np.nan)
     of_one = np.ones((1, len(losses)), np.float32)
-    starts = Starts(one, losses[None], of_one, None, np.zeros(1, bool), unknown, unknown)
-    return starts, state, rng_key
+    return Starts.without_evidence(one, losses[None], of_one, None, np.zeros(1, bool)), state, rng_key
