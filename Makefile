@@ -33,7 +33,8 @@ test-long: $(INSTALLED)
 slow: $(INSTALLED)
 	JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest -n 2 -m 'long or not long' --durations 0 > .durations.txt || true
 	sed -nE 's/^([0-9.]+)s (call|setup) +(.*)/\1 \3/p' .durations.txt | \
-	  awk '{t = $$1; $$1 = ""; s[$$0] += t} END {for (k in s) if (s[k] > 2) print substr(k, 2)}' | sort > tests/slow.txt
+	  awk '{t = $$1; $$1 = ""; s[$$0] += t} END {for (k in s) if (s[k] > 2) print substr(k, 2)}' | \
+	  grep -vE '^tests/test_(docs|errors|package)\.py' | sort > tests/slow.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
