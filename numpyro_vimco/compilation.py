@@ -4,41 +4,134 @@
 """Functions that are compiled for many draws, the steps of a fit, and checks of values."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from functools import cache, partial
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
+from jaxtyping import Array
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
 
-from numpyro_vimco.private.of_jax import eval_jaxpr, with_constvars
+from numpyro_vimco.private.of_jax import eval_jaxpr, trace_state_clean, with_constvars
+
+# Levels of XLA's optimisation on CPUs: for what runs once, and for what runs many times.
+ONCE, MANY = 0, 1
+NEWER_LOOPS = "xla_cpu_use_fusion_emitters"
+THREAD = ThreadPoolExecutor(1)  # it begins with its first task
 
 
-def compiled(fn: Callable) -> Callable:
-    """``fn``, compiled for each shape of its inputs at the first call: on CPUs with less optimisation, which is sooner.
+def at_once(fn: Callable, *inputs: Any) -> Any:
+    """``fn(*inputs)`` as one program, with the least optimisation: for what is computed once.
+
+    Computed by itself, each operation would be a program. The result may hold anything beside arrays, as a trace does.
+    Where JAX traces what is around, ``fn`` is called as it is.
+    """
+    if not trace_state_clean():
+        return fn(*inputs)
+    found: list[tuple[Any, list]] = []
+
+    def arrays(*inputs: Any) -> list:
+        result, traced = fn(*inputs), dict[int, Any]()
+        map_arrays(lambda x: traced.setdefault(id(x), x) if isinstance(x, Tracer) else x, result)
+        found.append((result, list(traced)))
+        return list(traced.values())
+
+    closed = jax.make_jaxpr(arrays)(*inputs)
+    result, ids = found[0]
+    values = dict(zip(ids, _program(closed, None, ONCE, True)(*inputs) if ids else []))
+    return map_arrays(lambda x: values[id(x)] if isinstance(x, Tracer) else x, result)
+
+
+class Compiled:
+    """A function that is compiled for each shape of its inputs at the first call: on CPUs with less optimisation.
 
     Arrays that it holds, data above all, are arguments of the program: as constants they would be part of it, and those
     that are spread over devices would be gathered.
+
+    :param level: of optimisation.
+    :param older_loops: whether XLA compiles loops in its older way, where it knows both. That takes half of the time.
+        Draws are then as fast or faster; steps of a fit may be slower by half.
     """
-    programs: dict[Any, Callable] = {}
 
-    def call(*inputs: Any) -> Any:
-        leaves, structure = jax.tree.flatten(inputs)
-        shapes = structure, *((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
-        if shapes not in programs:
-            programs[shapes] = _compile(fn, *inputs)
-        return programs[shapes](*inputs)
+    def __init__(self, fn: Callable, level: int = MANY, older_loops: bool = True):
+        self._fn, self._level, self._older_loops = fn, level, older_loops
+        self._programs: dict[Any, Callable] = {}
 
-    return call
+    def __call__(self, *inputs: Any) -> Any:
+        key = _shapes(inputs)
+        if key not in self._programs:
+            self._programs[key] = self._program(inputs)
+        return self._programs[key](*inputs)
+
+    def ahead(self, *inputs: Any) -> None:
+        """Compile for such inputs in a thread, while Python goes on.
+
+        :param inputs: these, or ``jax.ShapeDtypeStruct`` of them.
+        """
+        key = _shapes(inputs)
+        if key not in self._programs:
+            program = self._program(inputs)
+            compiling = THREAD.submit(program.func.lower(*program.args, *inputs).compile)
+            self._programs[key] = lambda *inputs: compiling.result()(*program.args, *inputs)
+
+    def _program(self, inputs: tuple) -> Callable:
+        closed, outputs = jax.make_jaxpr(self._fn, return_shape=True)(*inputs)
+        if any(isinstance(const, Tracer) for const in closed.consts):
+            return self._fn
+        return _program(closed, jax.tree.structure(outputs), self._level, self._older_loops)
 
 
-def _compile(fn: Callable, *inputs: Any) -> Callable:
-    closed, outputs = jax.make_jaxpr(fn, return_shape=True)(*inputs)
-    jaxpr, structure = with_constvars(closed.jaxpr), jax.tree.structure(outputs)
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+def _shapes(inputs: tuple) -> Any:
+    leaves, structure = jax.tree.flatten(inputs)
+    return structure, *((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+
+
+def _program(closed: Any, structure: Any, level: int, older_loops: bool) -> partial:
+    """What a jaxpr computes, compiled at its first call; a list without a structure."""
+    jaxpr = with_constvars(closed.jaxpr)
     variables = len(jaxpr.constvars)
 
     def run(held: list, *inputs: Any) -> Any:
         flat = eval_jaxpr(jaxpr, held[:variables], *held[variables:], *jax.tree.leaves(inputs))
-        return jax.tree.unflatten(structure, flat)
+        return flat if structure is None else jax.tree.unflatten(structure, flat)
 
-    program = jax.jit(run, compiler_options=options, keep_unused=True)
-    return lambda *inputs: program(closed.consts, *inputs)
+    options: dict[str, Any] | None = None
+    if jax.default_backend() == "cpu":
+        options = {"xla_backend_optimization_level": level}
+        if older_loops and _knows(NEWER_LOOPS):
+            options[NEWER_LOOPS] = False
+    return partial(jax.jit(run, compiler_options=options, keep_unused=True), closed.consts)
+
+
+@cache
+def _knows(option: str) -> bool:
+    """Whether XLA knows an option that can be False; versions differ."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: False}).lower().compile()
+    except RuntimeError:  # of XLA, "No such compile option"
+        return False
+    return True
+
+
+def map_arrays(change: Callable[[Array], Any], part: Any) -> Any:
+    """A copy of a distribution, of a trace, or of what they hold, with each array of JAX changed.
+
+    Attributes are copied one by one, as not all distributions of users declare theirs to JAX.
+    """
+
+    def changed(x: Any) -> Any:
+        if isinstance(x, jax.Array):
+            return change(x)
+        if not isinstance(x, parts):
+            return x
+        result = copy(x)
+        for name, value in vars(x).items():
+            vars(result)[name] = map_arrays(change, value)
+        return result
+
+    parts = dist.Distribution | dist.transforms.Transform | constraints.Constraint
+    return jax.tree.map(changed, part, is_leaf=lambda x: isinstance(x, parts))

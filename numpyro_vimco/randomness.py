@@ -9,21 +9,64 @@ that no other module derives keys.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 from numpyro.primitives import Messenger
 
-__all__ = ["ParticleKeys", "SeedLevels", "SeedPlates", "particle_keys", "split", "split_by_name"]
+from numpyro_vimco.compilation import ONCE, Compiled
+from numpyro_vimco.private.of_jax import trace_state_clean
 
-split = jax.random.split
+__all__ = [
+    "ParticleKeys",
+    "SeedLevels",
+    "SeedPlates",
+    "generator",
+    "particle_keys",
+    "split",
+    "split_by_name",
+    "split_into",
+]
+
+
+def split(rng_key: Array, num: int | tuple[int, ...] = 2) -> Array:
+    """An array of keys, as of ``jax.random.split``."""
+    return _splitting(num)(rng_key) if _is_alone(rng_key) else jax.random.split(rng_key, num)
+
+
+def split_into(rng_key: Array, number: int) -> list[Array]:
+    """The same keys, one by one. Outside of a program, one program makes up to 8, if the first are those of fewer."""
+    if _is_alone(rng_key) and number <= 8 and jax.config.jax_threefry_partitionable:
+        return list(_eight(rng_key)[:number])
+    return list(split(rng_key, number))
+
+
+def _is_alone(rng_key: Array) -> bool:
+    return trace_state_clean() and not isinstance(rng_key, jax.core.Tracer)
+
+
+@cache
+def _splitting(num: int | tuple[int, ...]) -> Callable[[Array], Array]:
+    return Compiled(lambda rng_key: jax.random.split(rng_key, num), level=ONCE)
+
+
+_eight = Compiled(lambda rng_key: tuple(jax.random.split(rng_key, 8)), level=ONCE)
 
 
 def split_by_name(rng_key: Array, names: Iterable[str]) -> dict[str, Array]:
     """A key for each name."""
     names = list(names)
-    return dict(zip(names, split(rng_key, len(names)))) if names else {}
+    return dict(zip(names, split_into(rng_key, len(names)))) if names else {}
+
+
+def generator(rng_key: Array) -> np.random.Generator:
+    """A generator of NumPy that has the randomness of a key."""
+    data = jax.random.key_data(rng_key) if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else rng_key
+    return np.random.default_rng(np.asarray(data))
 
 
 class ParticleKeys(NamedTuple):

@@ -22,6 +22,7 @@ import numpy as np
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
+from numpyro_vimco.compilation import map_arrays
 from numpyro_vimco.private.of_numpyro import own_mask
 
 Trace = dict[str, dict]
@@ -195,23 +196,12 @@ def element_names(name: str, shape: tuple[int, ...]) -> list[str]:
     return [name + (f"[{','.join(map(str, index))}]" if index else "") for index in np.ndindex(*shape)]
 
 
-def with_fixed_parameters(fn: Any) -> Any:
+def with_fixed_parameters(fn: dist.Distribution) -> dist.Distribution:
     """A distribution whose parameters have no gradient, so that its sampler is not differentiated.
 
     It would be for nothing where the gradient of the draw is stopped, and JAX 0.10.1 fails at samplers with loops.
-    Attributes are copied one by one, as not all distributions of users declare theirs to JAX.
-
-    :param fn: a distribution, or what one has as an attribute.
     """
-    if isinstance(fn, jax.Array):
-        return jax.lax.stop_gradient(fn)
-    if not isinstance(fn, dist.Distribution | dist.transforms.Transform):
-        return fn
-    result = copy(fn)
-    for name, part in vars(fn).items():
-        is_single = lambda x: not isinstance(x, dict | list | tuple)  # noqa: E731
-        vars(result)[name] = jax.tree.map(with_fixed_parameters, part, is_leaf=is_single)
-    return result
+    return map_arrays(jax.lax.stop_gradient, fn)
 
 
 def mask_of(fn: dist.Distribution) -> tuple[Array, int] | None:

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
-from numpyro_vimco.compilation import compiled
+from numpyro_vimco.compilation import Compiled
 from numpyro_vimco.draws.chunks import Chunked
 
 
@@ -101,13 +101,13 @@ def times(factor):
 
 def test_results_are_those_of_the_function_at_hand():
     for factor in (2.0, 3.0):
-        np.testing.assert_allclose(compiled(times(factor))(X), factor * np.sin(X) + DATA, rtol=1e-6)
+        np.testing.assert_allclose(Compiled(times(factor))(X), factor * np.sin(X) + DATA, rtol=1e-6)
     for data in (DATA, 2 * DATA):
-        np.testing.assert_allclose(compiled(lambda x, data=data: x + data)(X), X + data, rtol=1e-6)
+        np.testing.assert_allclose(Compiled(lambda x, data=data: x + data)(X), X + data, rtol=1e-6)
     # Constants inside of a nested `jit` are not arguments of the program.
     for data in (DATA, 2 * DATA):
         nested = jax.jit(lambda x, data=data: x * data)
-        np.testing.assert_allclose(compiled(nested)(X), X * data, rtol=1e-6)
+        np.testing.assert_allclose(Compiled(nested)(X), X * data, rtol=1e-6)
 
 
 def test_other_shapes_types_and_structures_are_other_programs():
@@ -117,7 +117,7 @@ def test_other_shapes_types_and_structures_are_other_programs():
         traced.append(None)
         return jax.tree.map(lambda x: 2 * x, tree)
 
-    run = compiled(double)
+    run = Compiled(double)
     for tree in (X, X[:2], X.astype(int), {"a": X}, {"b": X}):
         for _ in range(2):
             jax.tree.map(np.testing.assert_array_equal, run(tree), jax.tree.map(lambda x: 2 * x, tree))
@@ -140,7 +140,7 @@ def test_functions_of_python_are_not_shared():
 def test_programs_do_not_keep_data():
     data = jnp.arange(1000.0) + 7
     kept = weakref.ref(data)
-    compiled(lambda x, data=data: x.sum() + data)(X)
+    Compiled(lambda x, data=data: x.sum() + data)(X)
     del data
     gc.collect()
     assert kept() is None

@@ -23,7 +23,7 @@ import numpy as np
 from numpyro.distributions import constraints
 from numpyro.infer import init_to_uniform
 
-from numpyro_vimco.compilation import compiled
+from numpyro_vimco.compilation import ONCE, Compiled
 from numpyro_vimco.private.of_jax import eval_jaxpr
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import support_of
@@ -122,7 +122,7 @@ def any_draw(check: Callable[[Any, Array, Array], Any], num_sources: int, size: 
             closed, shapes = jax.make_jaxpr(run, return_shape=True)(*args)
             if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
                 return None
-            computed.append((compiled(partial(eval_jaxpr, closed.jaxpr, closed.consts)), shapes))
+            computed.append((Compiled(partial(eval_jaxpr, closed.jaxpr, closed.consts), ONCE), shapes))
         evaluate, shapes = computed[0]
         return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(*jax.tree.leaves(args)))
 

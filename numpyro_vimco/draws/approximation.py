@@ -19,6 +19,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 
 from numpyro_vimco.checks.supports_and_plates import check_plates
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.densities.enumeration import summed_sites
 from numpyro_vimco.dependence import dependence
@@ -70,16 +71,22 @@ class Approximation:
         """
         kwargs = {**svi.static_kwargs, **kwargs}
         params = taken(starts, 0)
-        guide = seed(with_known_draws(svi.guide), random.key(0))
-        _check_params("guide", trace(guide).get_trace(*args, **kwargs), params)
-        guide_trace = trace(substitute(guide, data=params)).get_trace(*args, **kwargs)
-        latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
-        model = Given(seed(svi.model, random.key(1)), latents)
-        model_trace = trace(model).get_trace(*args, **kwargs)
-        _check_params("model", model_trace, params)
-        if any(site["type"] == "param" for site in model_trace.values()):
-            model = Given(substitute(seed(svi.model, random.key(1)), data=params), latents)
+
+        def traces() -> tuple[Trace, Trace]:
+            guide = seed(with_known_draws(svi.guide), random.key(0))
+            _check_params("guide", trace(guide).get_trace(*args, **kwargs), params)
+            guide_trace = trace(substitute(guide, data=params)).get_trace(*args, **kwargs)
+            latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
+            model = Given(seed(svi.model, random.key(1)), latents)
             model_trace = trace(model).get_trace(*args, **kwargs)
+            _check_params("model", model_trace, params)
+            if any(site["type"] == "param" for site in model_trace.values()):
+                model = Given(substitute(seed(svi.model, random.key(1)), data=params), latents)
+                model_trace = trace(model).get_trace(*args, **kwargs)
+            return guide_trace, model_trace
+
+        guide_trace, model_trace = at_once(traces)
+        latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
         subsampled = _subsampled(guide_trace) or _subsampled(model_trace)
         if not subsampled:
             check_plates(model_trace, guide_trace)
@@ -87,8 +94,8 @@ class Approximation:
         observed = find_observed(model_trace, *_moving(svi, params, latents, args, kwargs))
         check_data(model_trace, observed)
         sampled = frozenset(latents)
-        traces = guide_trace, model_trace
-        return cls(svi, args, kwargs, dict(starts), num_starts, 0, *traces, sampled, observed, subsampled, {})
+        found = guide_trace, model_trace, sampled, observed, subsampled
+        return cls(svi, args, kwargs, dict(starts), num_starts, 0, *found, {})
 
     def at(self, starts: Mapping[str, Any], num_starts: int, best: int = 0) -> "Approximation":
         """The same model and guide with the parameters of other starts; what was found out and compiled stays."""
@@ -184,10 +191,21 @@ class Approximation:
         :param local_particles: number of local particles of each particle.
         :param largest: size of an array that there is beside the model's.
         """
+        return int(np.clip(CHUNK_ELEMENTS // (max(largest, self.size) * local_particles), 1, 2**14))
+
+    @cached_property
+    def size(self) -> int:
+        """The number of elements of the largest array of a particle.
+
+        Tables of probabilities count as well: a draw of one of 30,000 values takes as many random numbers.
+        """
         sites = sample_sites(self.model_trace) + sample_sites(self.guide_trace)
-        # Tables of probabilities count as well: a draw of one of 30,000 values takes as many random numbers.
-        sizes = (np.size(leaf) for site in sites for leaf in jax.tree.leaves((site["value"], site["fn"])))
-        return int(np.clip(CHUNK_ELEMENTS // (max(largest, *sizes) * local_particles), 1, 2**14))
+        return max(np.size(leaf) for site in sites for leaf in jax.tree.leaves((site["value"], site["fn"])))
+
+    @property
+    def num_particles(self) -> int:
+        """The number of particles of a step, local ones counted."""
+        return self.svi.loss.num_particles * int(np.prod([1, *self.plate_particles.values()]))
 
 
 def misfit(svi: SVI, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
@@ -211,7 +229,7 @@ def one_start(starts: Any, start: Any) -> Any:
 
 def taken(starts: Mapping[str, Any], index: int | np.ndarray) -> dict[str, Any]:
     """Parameters of one start, or of some. By NumPy, as JAX would compile a program for each shape."""
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[index]), dict(starts))
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[index]), dict(starts))
 
 
 def _moving(svi: SVI, params, latents, args, kwargs) -> tuple[set[str], set[str]]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from numpyro_vimco.compilation import compiled
+from numpyro_vimco.compilation import Compiled
 
 # A progress bar appears where more than this is to be waited for, in seconds.
 PATIENCE = 3
@@ -31,7 +31,18 @@ class Chunked:
 
     def __init__(self, fn: Callable, chunk_size: int):
         self.chunk_size = chunk_size
-        self._run = compiled(lambda held, inputs: jax.vmap(partial(fn, held))(*inputs))
+        self._run = Compiled(lambda held, inputs: jax.vmap(partial(fn, held))(*inputs))
+
+    def ahead(self, held: Any, *inputs: Any) -> None:
+        """Compile in a thread, for many elements.
+
+        :param inputs: of one element.
+        """
+
+        def many(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.chunk_size, *x.shape), x.dtype)
+
+        self._run.ahead(held, jax.tree.map(many, inputs))
 
     def blocks(
         self, held: Any, *inputs: Any, progress: str | None = None, then: Callable = lambda outputs: outputs

@@ -41,6 +41,7 @@ from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.autoguide import AutoContinuous
 
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.densities.densities import SiteDensities
 from numpyro_vimco.densities.levels import Levels
@@ -290,7 +291,7 @@ def find_defence(approx: Approximation, structure: Structure) -> Defence:
 
 def _guide_trace(approx: Approximation) -> Trace:
     guide = substitute(Given(seed(approx.svi.guide, random.key(0)), {}), data=approx.params)
-    return trace(guide).get_trace(*approx.args, **approx.kwargs)
+    return at_once(lambda: trace(guide).get_trace(*approx.args, **approx.kwargs))
 
 
 def blocks_of(approx: Approximation) -> dict[str, Block]:

@@ -177,6 +177,8 @@ def _check_densities(approx: Approximation) -> None:
 
     :raises NotImplementedError: for a Delta site whose value depends on parameters.
     """
+    if not any(map(is_delta, approx.guide_trace.values())):
+        return
     program = program_of(approx, {})
     deltas = approx.kept("deltas", lambda: program.deltas_at_parameters(approx.params, random.key(0)))
     for name, parents in deltas.items():

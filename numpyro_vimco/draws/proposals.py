@@ -28,7 +28,7 @@ from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.objectives.elements import value_checks
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import sample_sites
+from numpyro_vimco.sites import is_delta, sample_sites
 
 Params = dict[str, Any]
 
@@ -67,6 +67,10 @@ class Sampler:
     def __init__(self, draw: Callable, size: int, at_once: int, structure: Structure, undefended: tuple[str, ...] = ()):
         self.draw, self.size, self.structure, self.undefended = draw, size, structure, undefended
         self._chunked = Chunked(draw, at_once)
+
+    def ahead(self, starts: Params) -> None:
+        """Compile in a thread, for parameters of these shapes."""
+        self._chunked.ahead(starts, jax.random.key(0))
 
     def all(self, starts: Params, rng_key: Array, num_keys: int, progress: str | None) -> WeightedDraw:
         """The draws of so many keys, as NumPy arrays of shape ``(keys, size, ...)``.
@@ -239,6 +243,8 @@ def check_has_density(approx: Approximation) -> None:
 
 def fixed(approx: Approximation) -> list[str]:
     """Names of continuous latents that the guide fixes, so that there is no evidence."""
+    if not any(map(is_delta, approx.guide_trace.values())):
+        return []
     program = program_of(approx, {})
     return approx.kept("fixed", lambda: list(program.without_density(approx.params, random.key(0))))
 

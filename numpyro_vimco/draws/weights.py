@@ -11,12 +11,11 @@ each element and sums of the others.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jax import random
 from jaxtyping import Array
 import numpy as np
 from scipy.special import logsumexp
 
-from numpyro_vimco.randomness import split
+from numpyro_vimco.randomness import generator
 
 # Weights whose logarithms differ by less than this are tied: discrete latents give a few distinct weights.
 TIE = 1e-3
@@ -309,11 +308,10 @@ def resample(rng_key: Array, log_weight: np.ndarray, num_samples: int) -> np.nda
     :return: integers of shape ``(num_samples, elements)``.
     """
     num_draws, num_elements = log_weight.shape
-    offset_key, order_key = split(rng_key)
-    offsets = np.asarray(random.uniform(offset_key, (num_elements, 1)), float)
-    order_keys = split(order_key, -(-num_elements // ELEMENTS))
+    random = generator(rng_key)
+    offsets = random.uniform(size=(num_elements, 1))
     indices = np.empty((num_samples, num_elements), np.int32)
-    for begin, key in zip(range(0, num_elements, ELEMENTS), order_keys):
+    for begin in range(0, num_elements, ELEMENTS):
         part = slice(begin, begin + ELEMENTS)
         weights = np.ascontiguousarray(log_weight[:, part].T).astype(float)
         cumulative = np.exp(weights - weights.max(1, keepdims=True)).cumsum(1)
@@ -323,7 +321,5 @@ def resample(rng_key: Array, log_weight: np.ndarray, num_samples: int) -> np.nda
         times = np.diff(below, axis=1, prepend=0)
         every = np.broadcast_to(np.arange(num_draws), times.shape)
         chosen = np.repeat(every.ravel(), times.ravel()).reshape(-1, num_samples)
-        # By sorting: `random.permutation` of each element takes six times as long.
-        order = np.argsort(np.asarray(random.bits(key, chosen.shape)), axis=1)
-        indices[:, part] = np.take_along_axis(chosen, order, 1).T
+        indices[:, part] = random.permuted(chosen, axis=1).T
     return indices

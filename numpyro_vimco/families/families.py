@@ -20,6 +20,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.util import not_jax_tracer
 
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.families.components import Components, components_of_prior, spread_components
 from numpyro_vimco.families.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, IntervalCategorical
 from numpyro_vimco.families.units import PositiveInUnits, concrete
@@ -152,21 +153,25 @@ class Count:
 
         :raises ValueError: for counts that are too large for single precision.
         """
-        draws = (site["fn"].sample(rng_key, (200,)) - low).astype(float)
-        lower, median, upper = jnp.quantile(draws, jnp.array([0.16, 0.5, 0.84]), axis=0)
-        # Half of the central 68% is about a standard deviation.
-        scale = jnp.maximum((upper - lower) / 2 * math.sqrt(3) / math.pi, 0.5)
-        reach = jnp.max(median + 20 * scale)
-        if not_jax_tracer(reach) and reach.dtype == jnp.float32 and (reach > 2.0**31 or jnp.max(scale) > 2.0**20):
+
+        def begin() -> tuple[Array, Array, Array, Components | None]:
+            draws = (site["fn"].sample(rng_key, (200,)) - low).astype(float)
+            lower, median, upper = jnp.quantile(draws, jnp.array([0.16, 0.5, 0.84]), axis=0)
+            # Half of the central 68% is about a standard deviation.
+            scale = jnp.maximum((upper - lower) / 2 * math.sqrt(3) / math.pi, 0.5)
+            loc = jnp.maximum(median, 0.5)
+            if number is None:
+                components = components_of_prior(site, lambda draws: (draws - low).astype(float))
+            else:
+                components = spread_components(loc, scale, number) if number > 1 else None
+            return loc, scale, jnp.max(median + 20 * scale), components
+
+        loc, scale, reach, components = at_once(begin)
+        if not_jax_tracer(reach) and reach.dtype == jnp.float32 and (reach > 2.0**31 or np.max(scale) > 2.0**20):
             raise ValueError(
                 f"The counts of site '{site['name']}' reach about {reach:.1e} under their prior, which is too far for "
                 "single precision. Call `numpyro.enable_x64()` before anything else, or count in larger units."
             )
-        loc = jnp.maximum(median, 0.5)
-        if number is None:
-            components = components_of_prior(site, lambda draws: (draws - low).astype(float))
-        else:
-            components = spread_components(loc, scale, number) if number > 1 else None
         return cls(low, loc, scale) if components is None else CountMixture(low, loc, scale, components)
 
     def start(self, site, given):

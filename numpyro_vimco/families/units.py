@@ -135,7 +135,7 @@ def prior_draws(model: Callable, args: tuple, kwargs: dict, names: Iterable[str]
 
     size = sum(np.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(draw, jax.random.key(0))))
     number = int(np.clip(PRIOR_SIZE // max(size, 1), 20, PRIOR_DRAWS))
-    return jax.jit(jax.vmap(draw))(split(jax.random.key(0), number))
+    return jax.vmap(draw)(split(jax.random.key(0), number))
 
 
 class FromPrior(Messenger):

@@ -25,7 +25,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.svi import SVIState
 from numpyro.optim import Adam
 
-from numpyro_vimco.compilation import compiled
+from numpyro_vimco.compilation import Compiled
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.draws import weights
 from numpyro_vimco.draws.approximation import Approximation, one_start
@@ -118,7 +118,7 @@ def _wake(approx: Approximation, params: Params, latents: Params, units: dict[st
     svi, blocks = approx.svi, blocks_of(approx)
     values = {}
     for name, block in blocks.items():
-        values[name] = jax.vmap(block.pack)(latents) if block.pack else latents[name]
+        values[name] = jax.vmap(block.pack)(latents) if block.pack else jnp.asarray(latents[name])
     masks = {name: mask_of(site["fn"]) for name, site in approx.latents().items()}
 
     def log_density(params: Params, values: Params) -> Array:
@@ -139,7 +139,7 @@ def _wake(approx: Approximation, params: Params, latents: Params, units: dict[st
             jax.lax.fori_loop(0, WAKE_STEPS, lambda _, state: optim.eval_and_stable_update(loss, state)[1], state)
         )
 
-    return compiled(steps)(params)
+    return Compiled(steps)(params)
 
 
 def _halves(first: SVIState, second: SVIState) -> SVIState:

@@ -16,7 +16,9 @@ import numpy as np
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.draws.approximation import Approximation, taken
+from numpyro_vimco.draws.pooling import in_pool, pooled
 from numpyro_vimco.draws.proposals import check_independent, each_start, fixed, program_of
 from numpyro_vimco.draws.weights import log_mean, variance_of_log_mean
 from numpyro_vimco.families.units import units_of
@@ -26,12 +28,17 @@ from numpyro_vimco.fitting.state import FitState, Starts
 from numpyro_vimco.fitting.steps import Steps
 from numpyro_vimco.fitting.tempering import first_inverse_temperature, geometric
 from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
-from numpyro_vimco.randomness import split
+from numpyro_vimco.randomness import split_into
 from numpyro_vimco.sites import sample_sites
 
 # Draws of each start's guide that its log evidence is estimated from: as many as small models have in a chunk, so that
 # the diagnostics take the same program.
 EVIDENCE_DRAWS = 4096
+
+# Steps of less work than this are compiled by the older way of XLA, where it knows both: number of steps times elements
+# of the largest arrays. On four posteriors compilation and 2,000 steps, of 0.6 to 3 · 10⁸, took 70% to 97% of the time
+# of the newer way; one step from half of its time to 1.6 times (`benchmarks/first_call.py`).
+QUICK = 2**29
 
 Tempering: TypeAlias = float | Sequence[float] | Callable
 
@@ -47,12 +54,15 @@ class Keys(NamedTuple):
 
 def keys_of(rng_key: Array) -> Keys:
     """What the key of a fit is split into."""
-    return Keys(*split(rng_key, 4))
+    return Keys(*split_into(rng_key, 4))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a fit goes: the arguments of :func:`~numpyro_vimco.fit` that hold for all of its steps."""
+    """How a fit goes: the arguments of :func:`~numpyro_vimco.fit`.
+
+    :ivar num_steps: of which ``tempering`` is a share.
+    """
 
     tempering: Tempering
     recover: bool
@@ -60,6 +70,7 @@ class Plan:
     forward_mode_differentiation: bool
     vectorize_starts: bool
     start_sharding: Sharding | None
+    num_steps: int
 
 
 @dataclass(frozen=True)
@@ -79,22 +90,20 @@ class Fit:
     rng_key: Array
 
 
-def begin(
-    svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, num_starts: int, num_steps: int, init_params: Any
-) -> Fit:
+def begin(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, num_starts: int, init_params: Any) -> Fit:
     """A fit before its first step.
 
-    :param num_steps: of which ``plan.tempering`` is a share.
     :raises ValueError: as :func:`~numpyro_vimco.fit`.
     """
     num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
-    tempering_steps = _tempering_steps(plan.tempering, num_starts, num_steps)
+    tempering_steps = _tempering_steps(plan.tempering, num_starts, plan.num_steps)
     states = initial_states(svi, keys_of(rng_key).init, num_starts, args, {"init_params": init_params, **kwargs})
-    first = jnp.ones(())
+    first = jnp.asarray(np.float32(1))
     if tempering_steps.max() > 0:
         all_kwargs = {**svi.static_kwargs, **kwargs}
         first = first_inverse_temperature(svi.model, args, all_kwargs, getattr(svi.loss, "joint_plates", ()))
-    state = FitState(states, jnp.array(0), tempering_steps, first, jnp.zeros(num_starts, bool))
+    none_failed = jnp.asarray(np.zeros(num_starts, bool))
+    state = FitState(states, jnp.array(0), jnp.asarray(tempering_steps), first, none_failed)
     return _checked(svi, rng_key, args, kwargs, plan, state)
 
 
@@ -120,7 +129,7 @@ def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, 
 
 def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, state: FitState) -> Fit:
     num_starts = len(state.failed)
-    params = jax.vmap(svi.get_params)(state.svi)
+    params = at_once(jax.vmap(svi.get_params), state.svi)
     kept = np.flatnonzero(~np.asarray(state.failed))
     approx = Approximation.of(svi, taken(params, kept), len(kept), args, kwargs)
     if isinstance(svi.loss, ImportanceWeightedELBO):
@@ -148,6 +157,7 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
         plan.stable_update,
         plan.vectorize_starts,
         plan.start_sharding,
+        older_loops=plan.num_steps * num_starts * approx.num_particles * approx.size < QUICK,
     )
     none = np.zeros((num_starts, 0), np.float32)
     alike = int(state.step) == 0 and _are_alike(params, num_starts)
@@ -167,6 +177,8 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
     approx, svi = fit.approx, fit.approx.svi
     if callable(fit.plan.tempering):
         _check_temperatures(fit.steps.inverse_temperature, int(fit.state.step) + np.arange(num_steps))
+    if approx.has_posterior() and fit.plan.start_sharding is None:
+        _compile_ahead(approx)
     state, losses, temperatures = fit.steps.run(fit.state, num_steps, progress_bar)
     failed = np.asarray(state.failed)
     losses = np.concatenate([fit.starts.losses, losses], axis=1)
@@ -180,7 +192,7 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
             stacklevel=3,
         )
     temperatures = np.concatenate([fit.starts.inverse_temperature, temperatures], axis=1)
-    params = jax.vmap(svi.get_params)(state.svi)
+    params = at_once(jax.vmap(svi.get_params), state.svi)
     starts = Starts.without_evidence(params, losses, temperatures, state.svi, failed, fit.starts.alike)
     keys = keys_of(fit.rng_key)
     approx = with_starts(approx, starts)
@@ -192,16 +204,26 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
     return replace(fit, approx=approx, starts=starts, state=state)
 
 
+def _compile_ahead(approx: Approximation) -> None:
+    """Compile in a thread what draws and weighs, while steps are compiled and taken."""
+    for of in (each_start, pooled):
+        try:
+            chosen = in_pool(approx) if of is pooled else approx
+            of(chosen).ahead(chosen.starts)
+        except (ValueError, NotImplementedError):
+            pass  # said where it is called
+
+
 def with_starts(approx: Approximation, starts: Starts) -> Approximation:
     """An approximation with the starts that did not fail, and the best of them."""
     kept = starts.kept
     return approx.at(taken(starts.params, kept), len(kept), int(np.searchsorted(kept, starts.best)))
 
 
-def _tempering_steps(tempering: Tempering, num_starts: int, num_steps: int) -> Array:
+def _tempering_steps(tempering: Tempering, num_starts: int, num_steps: int) -> np.ndarray:
     """Over how many steps the inverse temperature of each start rises; -1 for a function."""
     if callable(tempering):
-        return jnp.full(num_starts, -1)
+        return np.full(num_starts, -1)
     try:
         shares = np.broadcast_to(np.asarray(tempering, float), (num_starts,))
     except (TypeError, ValueError):
@@ -211,7 +233,7 @@ def _tempering_steps(tempering: Tempering, num_starts: int, num_steps: int) -> A
             f"`tempering` is {tempering!r}, but must be a share of the steps, in [0, 1], or {num_starts} of them, one "
             "for each start, or a function from the step to the inverse temperature, as optax's schedules are."
         )
-    return jnp.array([round(share * num_steps) for share in shares.tolist()])
+    return np.array([round(share * num_steps) for share in shares.tolist()])
 
 
 def _inverse_temperature(tempering: Tempering, num_starts: int) -> Callable:

@@ -11,14 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from numpyro.handlers import trace
+from numpyro.handlers import seed, trace
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
+from numpyro_vimco.compilation import at_once, map_arrays
 from numpyro_vimco.control_flow import Given
-from numpyro_vimco.guides.automatic import Call, automatic_guides, recorded_calls, with_known_draws
+from numpyro_vimco.guides.automatic import (
+    AutoNormalFromPrior,
+    Call,
+    automatic_guides,
+    recorded_calls,
+    set_up,
+    with_known_draws,
+)
 from numpyro_vimco.guides.structural import StructuralGuide
-from numpyro_vimco.randomness import split
+from numpyro_vimco.randomness import split, split_into
 
 
 def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwargs: dict) -> SVIState:
@@ -34,29 +42,63 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
     """
     init = copy(svi)
     init.guide = Given(with_known_draws(svi.guide), {})  # what is drawn plays no part in where parameters begin
-    first, *others = split(rng_key, num_starts)
+    keys = split(rng_key, num_starts)
     calls = [Call.now(guide) for guide in automatic_guides(svi.guide)]
     with recorded_calls(calls), _undone(calls, lambda call: call.was_called):
         for call in calls:
             call.guide.prototype_trace = None
-        of_model: dict[str, Any] = {}
-        init.model = Given(_traced_into(of_model, svi.model), {})
-        states = [init.init(first, *args, **kwargs)]
-        if not any(site["type"] in ("param", "mutable") for site in of_model.values()):
-            init.model = _nothing  # nothing of the model's own has to begin anywhere
-        # With the parts that guides were given at their first call.
-        guides = {id(part): part for call in calls for part in automatic_guides(call.guide)}
-        after_first = [Call.now(guide) for guide in guides.values()]
-        with _undone(after_first, lambda _: True):
-            for key in others:
-                for guide in guides.values():
-                    if not isinstance(guide, StructuralGuide):  # the parts of these are in the list too
-                        guide.prototype_trace = None
-                states.append(init.init(key, *args, **kwargs))
+        states = None
+        if not calls or isinstance(svi.guide, StructuralGuide):
+            states = _in_one_program(init, svi.guide, keys, args, kwargs)
+        known = automatic_guides(svi.guide)
+        if states is None or not all(any(call.guide is guide for guide in known) for call in calls):
+            states = _one_by_one(init, calls, keys, args, kwargs)
     svi.constrain_fn = init.constrain_fn
+    return states
+
+
+def _in_one_program(init: SVI, guide: Callable, keys: Array, args: tuple, kwargs: dict) -> SVIState | None:
+    """The states of all starts; None where it is not known what NumPyro's functions and guides keep of tracers."""
+    if isinstance(guide, StructuralGuide):
+        guide_key = split_into(keys[0], 3)[2]  # as in `SVI.init`
+        with seed(rng_seed=guide_key):
+            set_up(guide, *args, **{**init.static_kwargs, **{k: v for k, v in kwargs.items() if k != "init_params"}})
+    parts = [part for part in automatic_guides(guide) if not isinstance(part, StructuralGuide)]
+    if not all(isinstance(part, AutoNormalFromPrior) for part in parts):
+        return None
+
+    def begin(rng_key: Array) -> SVIState:
+        for part in parts:
+            part.prototype_trace = None
+        return init.init(rng_key, *args, **kwargs)
+
+    after_first = [Call.now(part) for part in automatic_guides(guide)]
+    with _undone(after_first, lambda _: True):
+        states = at_once(jax.vmap(begin), keys)
+    traced: list[Any] = []
+    map_arrays(lambda x: traced.append(x) if isinstance(x, jax.core.Tracer) else x, init.constrain_fn.args)
+    return None if traced else states
+
+
+def _one_by_one(init: SVI, calls: list[Call], keys: Array, args: tuple, kwargs: dict) -> SVIState:
+    """The states of all starts, where the first calls of guides are seen as they come."""
+    model, of_model = init.model, dict[str, Any]()
+    init.model = Given(_traced_into(of_model, model), {})
+    states = [init.init(keys[0], *args, **kwargs)]
+    if not any(site["type"] in ("param", "mutable") for site in of_model.values()):
+        init.model = _nothing  # nothing of the model's own has to begin anywhere
+    # With the parts that guides were given at their first call.
+    guides = {id(part): part for call in calls for part in automatic_guides(call.guide)}
+    after_first = [Call.now(guide) for guide in guides.values()]
+    with _undone(after_first, lambda _: True):
+        for key in keys[1:]:
+            for guide in guides.values():
+                if not isinstance(guide, StructuralGuide):  # the parts of these are in the list too
+                    guide.prototype_trace = None
+            states.append(init.init(key, *args, **kwargs))
     # The optimiser begins under `vmap`, and not once for each start: states of `numpyro.optim.Minimize` do not stack.
-    params = [svi.optim.get_params(state.optim_state) for state in states]
-    optim_state = jax.vmap(svi.optim.init)(_stack(params))
+    params = [init.optim.get_params(state.optim_state) for state in states]
+    optim_state = jax.vmap(init.optim.init)(_stack(params))
     return SVIState(optim_state, _stack([s.mutable_state for s in states]), _stack([s.rng_key for s in states]))
 
 

@@ -19,13 +19,14 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 import tqdm
 
-from numpyro_vimco.compilation import compiled
+from numpyro_vimco.compilation import Compiled
 from numpyro_vimco.draws.approximation import one_start
 from numpyro_vimco.families.units import RealInUnits
 from numpyro_vimco.fitting.breakdowns import ruled_out, sites_with_nan_gradients
 from numpyro_vimco.fitting.renewing import in_renewed_units
 from numpyro_vimco.fitting.state import FitState
 from numpyro_vimco.fitting.tempering import TemperedModel
+from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
 
 # Losses are looked at after at most so many steps, and about after so many seconds.
 CHUNK_STEPS, CHUNK_SECONDS = 100, 0.5
@@ -60,6 +61,7 @@ class Steps:
     :ivar args: arguments of model and guide.
     :ivar kwargs: keyword arguments of ``svi.update``.
     :ivar units: of the guide's locations.
+    :ivar older_loops: as of :class:`.Compiled`.
     :ivar inverse_temperature: from a step, ``tempering_steps`` and ``first_inverse_temperature`` to that of each start.
     """
 
@@ -71,6 +73,7 @@ class Steps:
     stable_update: bool
     vectorize_starts: bool
     start_sharding: Sharding | None
+    older_loops: bool = False
 
     def run(self, state: FitState, num_steps: int, progress_bar: bool) -> tuple[FitState, np.ndarray, np.ndarray]:
         """Take ``num_steps`` steps; fewer if interrupted.
@@ -117,7 +120,7 @@ class Steps:
     @cached_property
     def _program(self) -> Callable:
         """The number of steps is an argument, so that runs of any length use one program, and agree bit for bit."""
-        return compiled(self._chunk)
+        return Compiled(self._chunk, older_loops=self.older_loops)
 
     def _chunk(self, state: FitState, length: Int[Array, ""]) -> tuple[FitState, Record]:
         starts, names = len(state.failed), self._names(state)
@@ -149,6 +152,8 @@ class Steps:
         """One step of one start: its state, its loss, and whether the loss and each parameter are NaN."""
         svi = in_renewed_units(self.svi, self.units, svi_state.optim_state)
         svi.model = TemperedModel(self.svi.model, inverse_temperature)
+        if isinstance(svi.loss, ImportanceWeightedELBO):
+            svi.loss = svi.loss.without_value_checks()  # a fit has made them
         update = svi.stable_update if self.stable_update else svi.update
         svi_state, loss = update(svi_state, *self.args, **self.kwargs)
         params = svi.optim.get_params(svi_state.optim_state)

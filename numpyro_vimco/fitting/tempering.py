@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from numpyro.handlers import block, seed, trace
 from numpyro.primitives import Messenger
 
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.densities.plates import common_plates
 from numpyro_vimco.densities.tempered import Tempered
 from numpyro_vimco.families.units import FromPrior, location_and_scale
@@ -79,4 +80,4 @@ def first_inverse_temperature(
         spread = jnp.max(location_and_scale(draws)[1])
         return jnp.clip(SPREAD / spread, LOWEST, FIRST)
 
-    return jax.jit(first)(jax.random.key(0))
+    return at_once(first, jax.random.key(0))

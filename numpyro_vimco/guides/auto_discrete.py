@@ -14,6 +14,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute
 from numpyro.infer import init_to_median
 
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.families.families import Family, bounds_error, family_of, has_common_bounds
 from numpyro_vimco.guides.options import check_couplings, check_num_components, check_structure
 from numpyro_vimco.guides.plan import discrete_sites
@@ -114,12 +115,13 @@ class AutoDiscrete(StructuralGuide):
     def _setup_prototype(self, *args, **kwargs) -> None:
         # The structure is the same at each call, so that it depends on no key of the call.
         keys = split_by_name(jax.random.key(0), ["model", "priors"])
-        given = {}
+        given = set()
 
         def init(site):
             value = self.init_loc_fn(site)
             if value is not None and is_latent_site(site) and is_discrete(site):
-                value = given[site["name"]] = jnp.broadcast_to(jnp.asarray(value), site["fn"].shape())
+                value = jnp.broadcast_to(jnp.asarray(value), site["fn"].shape())
+                given.add(site["name"])
             return value
 
         model = substitute(seed(self.model, keys["model"]), substitute_fn=init)
@@ -132,10 +134,16 @@ class AutoDiscrete(StructuralGuide):
             )
         prior_keys = split_by_name(keys["priors"], [site["name"] for site in sites])
         for site in sites:
-            name, event_dim = site["name"], site["fn"].event_dim
-            self.families[name] = family = family_of(site, prior_keys[name], self.num_components.get(name))
-            start = family.start(site, given.get(name))
-            self._start[name] = {k: self._full_size(site, v, event_dim + family.event_dim) for k, v in start.items()}
+            name = site["name"]
+            self.families[name] = family_of(site, prior_keys[name], self.num_components.get(name))
+
+        def start(site: dict) -> dict[str, Array]:
+            family = self.families[site["name"]]
+            found = family.start(site, site["value"] if site["name"] in given else None)
+            event_dim = site["fn"].event_dim + family.event_dim
+            return {k: self._full_size(site, v, event_dim) for k, v in found.items()}
+
+        self._start = at_once(lambda: {site["name"]: start(site) for site in sites})
         self._check_bounds(*args, **kwargs)
         self.sites = discrete_sites(self.prototype_trace, self.families, self._start)
         if self.structure == "autoregressive":

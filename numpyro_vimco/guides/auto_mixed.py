@@ -26,10 +26,12 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.families.components import Components, components_of_prior, spread_components
 from numpyro_vimco.families.units import concrete, location_and_scale, prior_draws
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
+from numpyro_vimco.guides.automatic import AutoNormalFromPrior, is_normal, set_up
 from numpyro_vimco.guides.options import (
     check_couplings,
     check_init_scale,
@@ -40,7 +42,7 @@ from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites
 from numpyro_vimco.guides.point_masses import check_no_point_mass
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.guides.structured import ContinuousSite, Sampler, Samples, Site
-from numpyro_vimco.private.of_numpyro import set_up, unconstrained_event_dim
+from numpyro_vimco.private.of_numpyro import setup_prototype, unconstrained_event_dim
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, is_latent_site, log_prob_at_value, sample_sites
 
@@ -229,7 +231,8 @@ class AutoMixed(StructuralGuide):
             if any_discrete:
                 model = mask(block(Given(model, discrete), hide_fn=_is_beside_continuous), mask=False)
             scale = {"init_scale": self.init_scale} if self.continuous is AutoNormal else {}
-            guide = self.continuous(model, **scale, **self._arguments)
+            make = AutoNormalFromPrior if any_discrete and self.continuous is AutoNormal else self.continuous
+            guide = make(model, **scale, **self._arguments)
             is_alone = not any_discrete and self.structure != "autoregressive"
             self._parts.append(guide if is_alone else _checked(guide, self.structure))
         for part in self._parts:
@@ -242,7 +245,7 @@ class AutoMixed(StructuralGuide):
                 set_up(part, *args, **kwargs)
             if len(self._parts) == 2:
                 part.create_plates = self._shared_plates
-        in_parts = self.discrete is not AutoDiscrete or (continuous and type(self._parts[-1]) is not AutoNormal)
+        in_parts = self.discrete is not AutoDiscrete or (continuous and not is_normal(self._parts[-1]))
         if not in_parts:
             self._structure_sites(discrete, continuous, *args, **kwargs)
 
@@ -261,7 +264,7 @@ class AutoMixed(StructuralGuide):
             # In each start of a fit a continuous part is without a prototype: where it begins depends on the key.
             for part in self._parts:
                 if part.prototype_trace is None:
-                    set_up(part, *args, **kwargs)
+                    setup_prototype(part, *args, **kwargs)
                     self._sites = begun_anew(self._sites, part) if self._sites else []
             yield
 
@@ -287,29 +290,36 @@ class AutoMixed(StructuralGuide):
 
     def _units(self, names: Iterable[str], *args, **kwargs) -> dict[str, tuple[Any, Any]]:
         """Location and scale of the prior of continuous sites, in unconstrained space and for full plates."""
-        units = {}
-        for name, draws in prior_draws(self.model, args, kwargs, names).items():
-            site = self.prototype_trace[name]
-            location, scale = location_and_scale(jax.vmap(biject_to(site["fn"].support).inv)(draws))
-            event_dim = unconstrained_event_dim(self._parts[-1], name)
-            location, scale = (self._full_size(site, x, event_dim) for x in (location, scale))
-            units[name] = concrete(location), concrete(scale)
-        return units
+
+        def units() -> dict[str, list[Array]]:
+            found = {}
+            for name, draws in prior_draws(self.model, args, kwargs, names).items():
+                site = self.prototype_trace[name]
+                both = location_and_scale(jax.vmap(biject_to(site["fn"].support).inv)(draws))
+                event_dim = unconstrained_event_dim(self._parts[-1], name)
+                found[name] = [self._full_size(site, x, event_dim) for x in both]
+            return found
+
+        return {name: (concrete(location), concrete(scale)) for name, (location, scale) in at_once(units).items()}
 
     def _components(self, names: Iterable[str], units: Mapping[str, tuple[Array, Array]]) -> dict[str, Components]:
         """Where mixture components begin, of continuous sites with a prior of several humps, or where asked for."""
-        found = {}
-        for name in names:
-            site = self.prototype_trace[name]
-            number = self.num_components.get(name)
-            if number is None:
-                components = components_of_prior(site, biject_to(site["fn"].support).inv)
-            else:
-                components = spread_components(*units[name], number) if number > 1 else None
-            if components is not None:
-                event_dim = unconstrained_event_dim(self._parts[-1], name) + 1
-                found[name] = Components(*(self._full_size(site, x, event_dim) for x in components))
-        return found
+
+        def components() -> dict[str, Components]:
+            found = {}
+            for name in names:
+                site = self.prototype_trace[name]
+                number = self.num_components.get(name)
+                if number is None:
+                    begin = components_of_prior(site, biject_to(site["fn"].support).inv)
+                else:
+                    begin = spread_components(*units[name], number) if number > 1 else None
+                if begin is not None:
+                    event_dim = unconstrained_event_dim(self._parts[-1], name) + 1
+                    found[name] = Components(*(self._full_size(site, x, event_dim) for x in begin))
+            return found
+
+        return at_once(components)
 
     def _sampler(self) -> Sampler:
         return Sampler(tuple(self._sites), self.prefix, self.coupling_speed, self.rank)
@@ -396,7 +406,7 @@ def _checked(guide: AutoGuide, structure: str) -> AutoGuide:
             f"`continuous` is {name}, which needs the model's density as a function of the continuous latents alone. "
             "Use AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, a flow, or AutoDelta."
         )
-    if structure != "mean_field" and type(guide) is not AutoNormal:
+    if structure != "mean_field" and not is_normal(guide):
         raise ValueError(
             f"With structure='{structure}' `continuous` must be AutoNormal, but it is {name}. Leave `continuous` out, "
             "or use structure='mean_field'."

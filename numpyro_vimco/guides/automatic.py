@@ -1,10 +1,10 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The automatic guides that a guide is made of, and what they know of its latents."""
+"""The automatic guides that a guide is made of, their first calls, and what they know of its latents."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +12,20 @@ import inspect
 from types import FunctionType, MethodType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from numpyro.handlers import substitute
-from numpyro.infer.autoguide import AutoGuide
+import numpyro
+from numpyro.distributions import biject_to
+from numpyro.handlers import block, seed, substitute, trace
+from numpyro.infer.autoguide import AutoGuide, AutoNormal
+from numpyro.infer.util import transform_fn
+from numpyro.primitives import Messenger
 
+from numpyro_vimco.compilation import at_once
+from numpyro_vimco.private.of_jax import trace_state_clean
+from numpyro_vimco.private.of_numpyro import setup_prototype, without_tracers
+from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_latent_site
 
 
@@ -121,3 +130,60 @@ def with_known_draws(guide: Callable) -> Callable:
         return None
 
     return substitute(guide, substitute_fn=known)
+
+
+def set_up(guide: AutoGuide, *args, **kwargs) -> None:
+    """Set up a guide, as its first call does before it samples.
+
+    What a guide keeps outlives a transformation of JAX, and must not hold its tracers. So values are computed at once
+    as far as the arguments allow, and a key that is traced is replaced.
+    """
+    if guide.prototype_trace is None:
+        traced = not trace_state_clean()
+        with _ConcreteKeys(traced), jax.ensure_compile_time_eval() if traced else nullcontext():
+            setup_prototype(guide, *args, **kwargs)
+            if traced:
+                without_tracers(guide)
+
+
+class _ConcreteKeys(Messenger):
+    """Replace keys that no handler gives, and, where JAX traces what is around, those that it traces."""
+
+    key = None
+
+    def __init__(self, traced: bool):
+        super().__init__()
+        self.traced = traced
+
+    def postprocess_message(self, msg: dict) -> None:
+        is_traced = self.traced and isinstance(msg["value"], jax.core.Tracer)
+        if msg["type"] == "prng_key" and (msg["value"] is None or is_traced):
+            self.key, msg["value"] = split(jax.random.key(0) if self.key is None else self.key)
+
+
+class _FromPrior(AutoGuide):
+    def _setup_prototype(self, *args, **kwargs) -> None:
+        model = substitute(seed(self.model, numpyro.prng_key()), substitute_fn=self.init_loc_fn)
+        with block():
+            self.prototype_trace = at_once(lambda: trace(model).get_trace(*args, **kwargs))
+        latents = {name: site for name, site in self.prototype_trace.items() if is_latent_site(site)}
+        transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
+        self._init_locs = at_once(lambda: {name: transforms[name].inv(site["value"]) for name, site in latents.items()})
+        self._postprocess_fn = partial(transform_fn, transforms)
+        for name, site in self.prototype_trace.items():
+            if name in latents:
+                self._prototype_frames.update({frame.name: frame for frame in site["cond_indep_stack"]})
+            elif site["type"] == "plate":
+                self._prototype_frame_full_sizes[name] = site["args"][0]
+
+
+class AutoNormalFromPrior(AutoNormal, _FromPrior):
+    """An ``AutoNormal`` that begins where ``init_loc_fn`` says, whatever the density is there.
+
+    The other computes the density, at which it begins elsewhere where that is 0, in dozens of programs.
+    """
+
+
+def is_normal(guide: AutoGuide) -> bool:
+    """Whether a guide is an ``AutoNormal``, and no class that a user made of it."""
+    return type(guide) in (AutoNormal, AutoNormalFromPrior)

@@ -12,13 +12,15 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
+from numpyro_vimco.compilation import ONCE, Compiled, at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.families.couplings import Graph, draws_anywhere, local_plates, log_densities
 from numpyro_vimco.families.supports import check_draws, check_has_support
+from numpyro_vimco.guides.automatic import set_up
 from numpyro_vimco.guides.plan import autoregressive, gated
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
-from numpyro_vimco.private.of_numpyro import PrototypeGuide, set_up
+from numpyro_vimco.private.of_numpyro import PrototypeGuide
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_latent_site, is_marked
 
@@ -36,8 +38,12 @@ class WithoutMarked(Messenger):
         self.hidden: set[str] = set()
 
     def __enter__(self):
-        self._key = jax.random.key(0)
+        self._key: Array | None = jax.random.key(0)
         return super().__enter__()
+
+    def __exit__(self, *args) -> None:
+        self._key = None  # it may be traced
+        super().__exit__(*args)
 
     def process_message(self, msg: dict) -> None:
         if is_latent_site(msg):
@@ -89,7 +95,7 @@ class StructuralGuide(PrototypeGuide):
 
     def _trace_structure(self, model: Callable, *args, **kwargs) -> None:
         with block():
-            self.prototype_trace = trace(model).get_trace(*args, **kwargs)
+            self.prototype_trace = at_once(lambda: trace(model).get_trace(*args, **kwargs))
         sites = self.prototype_trace.values()
         for site in filter(is_latent_site, sites):
             check_draws(site)
@@ -110,12 +116,12 @@ class StructuralGuide(PrototypeGuide):
         values = {site["name"]: site["value"] for site in self.prototype_trace.values() if is_latent_site(site)}
         elsewhere = substitute(seed(self.model, jax.random.key(1)), substitute_fn=init_to_uniform)
         with block():
-            other_trace = trace(elsewhere).get_trace(*args, **kwargs)
+            other_trace = at_once(lambda: trace(elsewhere).get_trace(*args, **kwargs))
         other = {name: other_trace[name]["value"] for name in values}
         evaluate = log_densities(self.model, args, kwargs)
         graph = Graph.of(evaluate, values)
         local = local_plates(graph, self.prototype_trace, evaluate, draws_anywhere(self.model, args, kwargs, values))
-        return gated(autoregressive(sites, graph, local), evaluate, values, other)
+        return gated(autoregressive(sites, graph, local), Compiled(evaluate, ONCE), values, other)
 
     def _check_marginals(self, sites: Iterable[Site]) -> None:
         """Raise unless all sites are independent.

@@ -4,6 +4,7 @@
 """Importance-weighted objectives for :class:`numpyro.infer.SVI`."""
 
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from functools import partial
 from numbers import Real
 from types import MappingProxyType
@@ -114,6 +115,8 @@ class ImportanceWeightedELBO(ELBO):
     particle_sharding: Sharding | None
     plate_particles: Mapping[str, int] = MappingProxyType({})
 
+    checks_values = True
+
     def __init__(
         self,
         alpha: float = 0.0,
@@ -175,7 +178,7 @@ class ImportanceWeightedELBO(ELBO):
         plate_key, rng_key = split(rng_key)
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
-        if not _has_tracers((args, kwargs)):
+        if self.checks_values and not _has_tracers((args, kwargs)):
             # In a fit parameters are traced: the check is then at those that the program itself begins with.
             with jax.ensure_compile_time_eval():
                 untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
@@ -191,6 +194,12 @@ class ImportanceWeightedELBO(ELBO):
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs) -> dict:
         """:meth:`loss` in the form that SVI asks for where there is mutable state, which :meth:`loss` refuses."""
         return {"loss": self.loss(rng_key, param_map, model, guide, *args, **kwargs), "mutable_state": None}
+
+    def without_value_checks(self) -> "ImportanceWeightedELBO":
+        """A copy whose :meth:`loss` does not look at values; :meth:`check` did."""
+        other = copy(self)
+        other.checks_values = False
+        return other
 
     def check(self, param_map: dict[str, Any], model: Callable, guide: Callable, *args, **kwargs) -> None:
         """

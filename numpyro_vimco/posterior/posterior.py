@@ -130,9 +130,11 @@ def fit(
             f"What `fit` was given for the model and the guide does not fit {problem}. Arguments of the model follow "
             "the number of steps as they are, `fit(svi, rng_key, 2000, x)`; the number of starts is `num_starts`."
         )
-    plan = Plan(tempering, recover, stable_update, forward_mode_differentiation, vectorize_starts, start_sharding)
+    plan = Plan(
+        tempering, recover, stable_update, forward_mode_differentiation, vectorize_starts, start_sharding, num_steps
+    )
     if init_state is None:
-        begun = run.begin(svi, rng_key, args, kwargs, plan, num_starts, num_steps, init_params)
+        begun = run.begin(svi, rng_key, args, kwargs, plan, num_starts, init_params)
     else:
         begun = run.go_on_from(svi, rng_key, args, kwargs, plan, init_state)
     return Posterior._of(run.run(begun, num_steps, progress_bar), progress_bar)

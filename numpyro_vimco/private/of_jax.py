@@ -1,16 +1,21 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Of JAX: jaxprs, taken apart. Seen in 0.9, the oldest that is admitted, to 0.12."""
+"""Of JAX: jaxprs, taken apart, and whether it traces now. Seen in 0.9, the oldest that is admitted, to 0.12."""
 
 from typing import Any
 
+from jax._src.core import trace_state_clean
 from jax.core import eval_jaxpr
 from jax.interpreters import partial_eval
 from jax.interpreters.partial_eval import dce_jaxpr
 
-PARTS = ("jax.core.eval_jaxpr", "jax.interpreters.partial_eval.dce_jaxpr")
-__all__ = ["dce_jaxpr", "eval_jaxpr", "with_constvars"]
+PARTS = (
+    "jax._src.core.trace_state_clean",
+    "jax.core.eval_jaxpr",
+    "jax.interpreters.partial_eval.dce_jaxpr",
+)
+__all__ = ["dce_jaxpr", "eval_jaxpr", "trace_state_clean", "with_constvars"]
 
 
 def with_constvars(jaxpr: Any) -> Any:

@@ -21,9 +21,7 @@ from numpyro.distributions.mixtures import _MixtureBase
 from numpyro.distributions.util import periodic_repeat
 from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
 from numpyro.optim import _NumPyroOptim
-from numpyro.primitives import CondIndepStackFrame, Messenger
-
-from numpyro_vimco.randomness import split
+from numpyro.primitives import CondIndepStackFrame
 
 PARTS = (
     "numpyro.infer.autoguide.AutoGuide._setup_prototype",
@@ -71,28 +69,16 @@ class PrototypeGuide(AutoGuide):
         return self._create_plates(*args, **kwargs)
 
 
-def set_up(guide: AutoGuide, *args, **kwargs) -> None:
-    """Set up a guide, as its first call does before it samples.
-
-    What a guide keeps outlives a transformation of JAX, and must not hold its tracers. So values are computed at once
-    as far as the arguments allow, and a key that is traced is replaced.
-    """
-    if guide.prototype_trace is None:
-        # NumPyro's initialization functions promote ranks where its objectives do not.
-        with jax.ensure_compile_time_eval(), jax.numpy_rank_promotion("allow"), _ConcreteKeys():
-            guide._setup_prototype(*args, **kwargs)
-            # Under `jax.vmap` a `custom_jvp` returns a tracer even for values that are not traced; its copy is none.
-            guide._init_locs = jax.tree.map(jnp.copy, getattr(guide, "_init_locs", {}))
+def setup_prototype(guide: AutoGuide, *args, **kwargs) -> None:
+    """What the first call of a guide does before it samples."""
+    # NumPyro's initialization functions promote ranks where its objectives do not.
+    with jax.numpy_rank_promotion("allow"):
+        guide._setup_prototype(*args, **kwargs)
 
 
-class _ConcreteKeys(Messenger):
-    """Replace keys that JAX traces, and those that no handler gives."""
-
-    key = None
-
-    def postprocess_message(self, msg: dict) -> None:
-        if msg["type"] == "prng_key" and (msg["value"] is None or isinstance(msg["value"], jax.core.Tracer)):
-            self.key, msg["value"] = split(jax.random.key(0) if self.key is None else self.key)
+def without_tracers(guide: AutoGuide) -> None:
+    """Make locations concrete: under `jax.vmap` a `custom_jvp` returns a tracer even for values that are not traced."""
+    guide._init_locs = jax.tree.map(jnp.copy, getattr(guide, "_init_locs", {}))
 
 
 def init_locs(guide: AutoNormal) -> dict[str, Array]:
