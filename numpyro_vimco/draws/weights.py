@@ -276,8 +276,10 @@ def unseen_factor(pareto_k: np.ndarray) -> np.ndarray:
     a Pareto tail of shape k, weights above v have the mean :math:`v / (1 - k)`, so that this is also the sum of the
     weights above v that S draws are expected to have. With probability 1 / e they have none, and their sum is too low
     by that much. The error by the delta method is of the order of the heaviest weights that were seen, of v. So the
-    factor is :math:`1 / (1 - \max(k, 0))`, and infinite from k = 1 on. (Derived here, an order of magnitude. ``benchmarks/evidence_coverage.py --simulated`` prints how often intervals
-    then hold the mean: 95% of them or more up to a k of 0.7, nine of ten at 0.9.)
+    factor is :math:`1 / (1 - \max(k, 0))`, and infinite from k = 1 on.
+
+    Derived here, an order of magnitude. ``benchmarks/evidence_coverage.py --simulated`` prints how often intervals then
+    hold the mean: 95% of them or more up to a k of 0.7, nine of ten at 0.9.
 
     :param pareto_k: shape of the tail, of any shape.
     """
