@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 from helpers import ScoreNormal, arviz_psislw, codes, said
 from numpyro_vimco import VIMCO, AutoDiscrete, AutoMixed, Posterior, VIMCOStar, fit, plots
 from numpyro_vimco.draws import chunks, defence
-from numpyro_vimco.draws.weights import WeightStream, pareto_smooth
+from numpyro_vimco.draws.weights import WeightStream, pareto_smooth, unseen_factor
 
 matplotlib.use("agg")
 X = jnp.array([0.5, 1.0, -1.0])
@@ -280,6 +280,34 @@ def test_standard_error_adds_up_over_elements():
     expected = np.sqrt(16 * ((a - b) / (a + b)) ** 2 / 10_000)
     # Known to about 1% from 10,000 draws; the largest of the elements alone would be a quarter of it.
     assert abs(found.log_evidence_std_error / expected - 1) < 0.1
+
+
+def test_intervals_of_the_log_evidence_hold_it_where_weights_have_a_heavy_tail():
+    rng, delta, given = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        stream = WeightStream(10_000, 1)
+        stream.add(0.7 * rng.standard_exponential((10_000, 1)))  # Pareto weights, k = 0.7: the mean is 1 / 0.3
+        found = stream.summary()
+        off = abs(found.log_evidence.item() + np.log(0.3))
+        delta += off < 1.96 * found.variance.item() ** 0.5
+        given += off < 1.96 * found.std_error
+    # 97% and 76% of 2,000 others. Less than 180 of 200 at 97%, and 180 or more at 76%: once in a million times each.
+    assert given >= 180 > delta
+
+
+def test_factor_for_unseen_weights_is_one_without_a_tail_and_infinite_without_a_mean():
+    k = np.array([-np.inf, -0.2, 0.0, 0.5, 0.75, 1.0, 3.0, np.inf])
+    np.testing.assert_allclose(unseen_factor(k), [1, 1, 1, 2, 4, np.inf, np.inf, np.inf])
+
+
+def test_log_evidence_without_a_mean_weight_is_so_much_or_more(hardly_defended):
+    # Weights of a Normal guide with a tenth of the posterior's scale have no finite moment that 10,000 draws can show.
+    found = diagnosed(at(loc=X / 2, scale=jnp.array(0.07)))
+    assert found.pareto_k > 1 and found.log_evidence_std_error == np.inf and found.verdict != "good"
+    assert " or more, by an unknown number of nats" in str(found)
+    (finding,) = (each for each in found.findings if each.code == "uncertain-evidence")
+    assert "higher by any amount" in finding.sentence and finding.remedy is None
+    plots.plot_bound_by_particles(found)
 
 
 def test_stream_of_weights_is_what_all_weights_say():

@@ -200,8 +200,15 @@ def _undefended(facts: Facts) -> Finding | None:
 def _uncertain_evidence(facts: Facts) -> Finding | None:
     if facts.std_error <= MOST_ERROR:
         return None
+    if not np.isfinite(facts.std_error):
+        return Finding(
+            "uncertain-evidence",
+            "The log evidence may be higher by any amount: the weights have so heavy a tail (k of 1 or more) that "
+            "their mean cannot be told from the draws.",
+            {"std_error": facts.std_error},
+        )
     more = facts.num_draws * int(np.ceil((facts.std_error / MOST_ERROR) ** 2))
-    remedy = f"posterior.diagnose({more})" if np.isfinite(facts.std_error) and more <= 10**6 else None
+    remedy = f"posterior.diagnose({more})" if more <= 10**6 else None
     return Finding(
         "uncertain-evidence",
         f"The log evidence has a standard error of {facts.std_error:.2f} nats: take more draws.",

@@ -39,7 +39,9 @@ class Diagnostics:
     arrays of the shape of these plates, and the evidence is a sum over elements. Else they are numbers.
 
     :ivar log_evidence: estimate of log p(x) in nats: the logarithm of the mean weight.
-    :ivar log_evidence_std_error: its standard error in nats, by the delta method.
+    :ivar log_evidence_std_error: its standard error in nats: that of the delta method, divided by 1 - k for the tail
+        that was not seen (``weights.unseen_factor``). Infinite where k is 1 or more: the log evidence may then be
+        higher by any amount. It knows nothing of a part of the posterior that no draw comes near.
     :ivar bounds: the importance-weighted bound (α = 0) of the defended draws in nats, by number of particles N, each a
         mean over the draws in groups of N. At N = 1 defensive draws make it low.
     :ivar ess: effective sample size, 1 / Σ W², of the normalized weights as they are.
@@ -73,8 +75,8 @@ class Diagnostics:
         - ``estimate`` and ``std_error`` of each start, ``pooled`` and ``pooled_std_error``;
         - ``difference`` from the pool and ``difference_std_error``, in ``unit``: 1 nat, or the posterior standard
           deviation; ``differs``: by more than 0.1 and four standard errors, and not by the order of two labels alone;
-        - by start: ``log_evidence`` and ``log_evidence_std_error`` in nats, ``ess``, and ``earlier_bound`` with
-          ``earlier_bound_std_error`` in nats, where it proves a loss, else NaN.
+        - by start: ``log_evidence`` and ``log_evidence_std_error`` in nats (by the delta method, without regard to k),
+          ``ess``, and ``earlier_bound`` with ``earlier_bound_std_error`` in nats, where it proves a loss, else NaN.
     """
 
     log_evidence: float
@@ -110,12 +112,14 @@ def diagnose(
     pool_key, start_key = split(rng_key)
     weighed = weigh_pool(approx, pool_key, num_draws, "diagnostics" if progress_bar else None)
     summary = weighed.summary
-    log_evidence, std_error = float(summary.log_evidence.sum()), float(np.sqrt(summary.variance.sum()))
+    log_evidence, std_error = float(summary.log_evidence.sum()), summary.std_error
     agreement, past, relabelled = None, {}, {}
     if several:
         of_starts = moments_of_starts(approx, start_key, num_draws, "starts" if progress_bar else None)
         indices = starts.kept.tolist()
-        past = earlier_bounds(approx, starts, log_evidence, std_error) if with_losses else {}
+        # What these draws did not see is lost, whatever their tail says of it.
+        of_seen = float(np.sqrt(summary.variance.sum()))
+        past = earlier_bounds(approx, starts, log_evidence, of_seen) if with_losses else {}
         agreement = compare(approx, indices, weighed.moments, of_starts).assign(
             earlier_bound=("start", [past[i].bound if i in past else np.nan for i in indices]),
             earlier_bound_std_error=("start", [past[i].std_error if i in past else np.nan for i in indices]),

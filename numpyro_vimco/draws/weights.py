@@ -35,7 +35,7 @@ class WeightSummary:
     """A summary of the weights of each element, in arrays of shape ``(elements,)``, and of all.
 
     :ivar log_evidence: logarithm of the mean weight, in nats.
-    :ivar variance: variance of ``log_evidence``, by the delta method.
+    :ivar variance: variance of ``log_evidence``, by the delta method: of the weights that were seen.
     :ivar ess: effective sample size, 1 / Σ W² of the normalized weights as they are: smoothing would hide a heavy one.
     :ivar pareto_k: shape of the tail.
     :ivar bounds: by number of particles N, the mean over groups of N draws of log (1/N) Σ w in nats, summed over
@@ -50,6 +50,11 @@ class WeightSummary:
     pareto_k: np.ndarray
     bounds: dict[int, float]
     heaviest: np.ndarray
+
+    @property
+    def std_error(self) -> float:
+        """Standard error of the sum of ``log_evidence`` over elements, in nats; infinite where a k is 1 or more."""
+        return float(np.sqrt((self.variance * unseen_factor(self.pareto_k) ** 2).sum()))
 
 
 class WeightStream:
@@ -261,6 +266,24 @@ def variance_of_log_mean(total: np.ndarray, square: np.ndarray, num_draws: int) 
     :param square: Σ w², relative to its square.
     """
     return np.maximum(square / total**2 - 1 / num_draws, 0) * num_draws / (num_draws - 1)
+
+
+def unseen_factor(pareto_k: np.ndarray) -> np.ndarray:
+    r"""The factor by which a heavy tail makes a standard error of :func:`log_mean` larger than the delta method says.
+
+    The delta method knows the weights that were seen. Let v be the weight that one of S draws is expected to exceed. In
+    a Pareto tail of shape k, weights above v have the mean :math:`v / (1 - k)`, so that this is also the sum of the
+    weights above v that S draws are expected to have. With probability 1 / e they have none, and their sum is too low
+    by that much. The error by the delta method is of the order of the heaviest weights that were seen, of v. So the
+    factor is :math:`1 / (1 - \max(k, 0))`, and infinite from k = 1 on.
+
+    Derived here, an order of magnitude. ``benchmarks/evidence_coverage.py --simulated`` prints how often intervals then
+    hold the mean: 95% of them or more up to a k of 0.7, nine of ten at 0.9.
+
+    :param pareto_k: shape of the tail, of any shape.
+    """
+    with np.errstate(divide="ignore"):
+        return 1 / (1 - np.clip(pareto_k, 0, 1))
 
 
 def pareto_smooth(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -78,10 +78,13 @@ def plot_bound_by_particles(posterior: "Posterior", *, ax: "Axes | None" = None)
     """
     ax, found = _axes(ax), posterior.diagnostics
     evidence, error = found.log_evidence, 2 * found.log_evidence_std_error
+    known = np.isfinite(error)
+    label = "log evidence ± 2 standard errors" if known else "log evidence or more"
     numbers = list(found.bounds)
     ax.plot(numbers, list(found.bounds.values()), "o-", color="C0", lw=1.8, label="bound")
-    ax.axhline(evidence, color="black", ls="--", lw=1.2, label="log evidence ± 2 standard errors")
-    ax.axhspan(evidence - error, evidence + error, color="black", alpha=0.15, lw=0)
+    ax.axhline(evidence, color="black", ls="--", lw=1.2, label=label)
+    if known:
+        ax.axhspan(evidence - error, evidence + error, color="black", alpha=0.15, lw=0)
     ax.set(xscale="log", xlabel="number of particles N", ylabel="bound (nats)")
     ax.set_xticks(numbers, [str(n) for n in numbers], minor=False)
     ax.minorticks_off()

@@ -285,7 +285,7 @@ class Posterior:
 
     @property
     def log_evidence_std_error(self) -> float:
-        """Its standard error, in nats."""
+        """Its standard error, in nats; infinite where the tail of the weights has a k of 1 or more."""
         return self.diagnostics.log_evidence_std_error
 
     @property

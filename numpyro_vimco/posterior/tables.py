@@ -22,11 +22,12 @@ def rows(diagnostics: Diagnostics) -> dict[str, str]:
     size, k = np.size(diagnostics.pareto_k), np.max(diagnostics.pareto_k)
     worst = f" (worst of {size} elements)" if np.ndim(diagnostics.pareto_k) else ""
     no_tail = " (no tail of weights that could do harm)" if np.isneginf(k) else ""
-    evidence = diagnostics.log_evidence
+    evidence, std_error = diagnostics.log_evidence, diagnostics.log_evidence_std_error
+    error = f"± {std_error:.3f}" if np.isfinite(std_error) else "or more, by an unknown number of"
     bounds = [f"{b:.3f}\xa0(N\xa0=\xa0{n})" for n, b in diagnostics.bounds.items() if n > 1 and evidence - b < NEAR]
     return {
         "verdict": diagnostics.verdict,
-        "log evidence": f"{evidence:.3f} ± {diagnostics.log_evidence_std_error:.3f} nats",
+        "log evidence": f"{evidence:.3f} {error} nats",
         "bounds": ", ".join(bounds) or f"more than {NEAR} nats below",
         "ESS": f"{np.min(diagnostics.ess):,.1f} of {diagnostics.num_draws:,} draws{worst}",
         "Pareto k": f"{k:.2f}{worst}{no_tail}",
