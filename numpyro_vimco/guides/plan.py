@@ -114,21 +114,27 @@ def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list
     return result
 
 
-def gated(sites: Iterable[Site], evaluate: Callable[[Samples], Samples], values: Samples, other: Samples) -> list[Site]:
+def gated(
+    sites: Iterable[Site],
+    evaluate: Callable[[Samples], Samples],
+    values: Samples,
+    make_other: Callable[[], Samples],
+) -> list[Site]:
     """Find for which values of a discrete site a continuous one in the same plates has no effect on other densities.
 
     There its posterior is its prior, and it is coupled to no other site.
 
     :param evaluate: from latents to the log-density of each site of the model.
     :param values: of all latents.
-    :param other: other values of all latents.
+    :param make_other: makes other values of all latents.
     """
     sites = list(sites)
     discrete = [site for site in sites if isinstance(site, DiscreteSite)]
     continuous = [site for site in sites if isinstance(site, ContinuousSite)]
     pairs = [(site, by) for site in continuous for by in discrete if by.name in site.own and _is_alike(by, site)]
-    if len(pairs) > MAX_PAIRS:
+    if not pairs or len(pairs) > MAX_PAIRS:
         return sites
+    other = make_other()
     tables: dict[str, dict[str, np.ndarray]] = {}
     for site, by in pairs:
         has_effect = []

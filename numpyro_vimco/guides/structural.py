@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import jax
 from jaxtyping import Array
@@ -114,14 +115,17 @@ class StructuralGuide(PrototypeGuide):
     def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
         """Sites in the order in which an autoregressive guide draws them, each with the sites it is coupled to."""
         values = {site["name"]: site["value"] for site in self.prototype_trace.values() if is_latent_site(site)}
-        elsewhere = substitute(seed(self.model, jax.random.key(1)), substitute_fn=init_to_uniform)
-        with block():
-            other_trace = at_once(lambda: trace(elsewhere).get_trace(*args, **kwargs))
-        other = {name: other_trace[name]["value"] for name in values}
+
+        def others() -> Samples:
+            elsewhere = substitute(seed(self.model, jax.random.key(1)), substitute_fn=init_to_uniform)
+            with block():
+                tr = trace(elsewhere).get_trace(*args, **kwargs)
+            return {name: tr[name]["value"] for name in values}
+
         evaluate = log_densities(self.model, args, kwargs)
         graph = Graph.of(evaluate, values)
         local = local_plates(graph, self.prototype_trace, evaluate, draws_anywhere(self.model, args, kwargs, values))
-        return gated(autoregressive(sites, graph, local), Compiled(evaluate, ONCE), values, other)
+        return gated(autoregressive(sites, graph, local), Compiled(evaluate, ONCE), values, partial(at_once, others))
 
     def _check_marginals(self, sites: Iterable[Site]) -> None:
         """Raise unless all sites are independent.
