@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
+from numpyro.distributions import constraints
 from numpyro.handlers import seed, substitute
 from numpyro.infer import init_to_median
 
@@ -151,13 +152,15 @@ class AutoDiscrete(StructuralGuide):
     def _check_bounds(self, *args, **kwargs) -> None:
         """Raise for bounds that are not known for every element at every call."""
         latents = {name: site["value"] for name, site in self.prototype_trace.items() if is_latent_site(site)}
-        for name in self._moving_supports(self.families, latents, *args, **kwargs):
+        if moving := self._moving_supports(self.families, latents, *args, **kwargs):
             raise ValueError(
-                f"The bounds of the discrete site '{name}' depend on other latents, so that no automatic guide can "
-                "know its support. Write a guide by hand that draws these latents first, and the site from a "
-                f"distribution within the same bounds: numpyro.sample('{name}', dist.Binomial(bound, "
-                f"logits=numpyro.param('{name}_logits', 0.1))). "
-                f"AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
+                f"The bounds of the discrete site '{moving[0]}' depend on other latents, so that no automatic guide "
+                "can know its support. Write one by hand that draws these latents first, and then the site within the "
+                "same bounds:\n\n"
+                f"    others = AutoMixed(numpyro.handlers.block(model, hide={moving}))\n\n"
+                "    def guide(*args, **kwargs):\n"
+                "        latents = others(*args, **kwargs)\n"
+                f"{''.join(_within_bounds(self.prototype_trace[name]) for name in moving)}"
             )
         for name, family in self.families.items():
             site = self.prototype_trace[name]
@@ -204,3 +207,35 @@ class AutoDiscrete(StructuralGuide):
                 ndim = jnp.ndim(self.prototype_trace[name]["value"])
                 result[name] = family.quantile(q.reshape(-1, *(1,) * ndim), **self._params(name, params))
         return result
+
+
+def _within_bounds(site: dict) -> str:
+    """Lines of a guide by hand that draw a site within bounds that other latents decide, by the kind of its support."""
+    name, shape, support, event_dim = site["name"], jnp.shape(site["value"]), site["fn"].support, site["fn"].event_dim
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    low, high = ("low", "high") if not shape else ("low[..., None]", "high[..., None]")
+    if not isinstance(support, constraints.integer_interval):
+        bounds, proposal = "low", "DiscretizedLogistic(low + loc, 1.0, low)"
+        lines = [
+            "from numpyro_vimco.distributions import DiscretizedLogistic",
+            f"loc = numpyro.param('{name}_loc', jnp.ones({shape}), constraint=dist.constraints.positive)",
+        ]
+    elif isinstance(support.lower_bound, int) and support.lower_bound == 0:
+        bounds, proposal = "high", "dist.Binomial(high, logits=logits)"
+        lines = [f"logits = numpyro.param('{name}_logits', jnp.full({shape}, 0.1))"]
+    else:
+        bounds, proposal = "low, high", "IntervalCategorical(logits, values[0], values[-1])"
+        lines = [
+            "from numpyro_vimco.distributions import IntervalCategorical",
+            "values = jnp.arange(least, largest + 1)  # all that it can ever have",
+            f"logits = numpyro.param('{name}_logits', jnp.zeros((*{shape}, len(values))))",
+            f"logits = jnp.where((values < {low}) | (values > {high}), -1e9, logits)",
+        ]
+    event = f".to_event({event_dim})" if event_dim else ""
+    lines = [
+        f"{bounds} = ...  # from the latents",
+        *lines,
+        f"numpyro.sample('{name}', {proposal}{event})  # in its plates",
+    ]
+    return "".join(f"        {line}\n" for line in lines)
