@@ -9,9 +9,10 @@ from jax import random
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.handlers import block, seed
-from numpyro.infer import SVI, init_to_uniform
+from numpyro.infer import SVI, init_to_uniform, init_to_value
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import optax
 import pytest
@@ -174,6 +175,74 @@ def test_couplings_are_solved_without_solve_triangular():
     inverse = np.linalg.inv(np.eye(40) - np.asarray(matrix, float))
     u = inverse @ np.asarray(right, float)
     np.testing.assert_allclose(gradient, np.tril(np.outer(2 * inverse.T @ u, u), -1), rtol=1e-4, atol=1e-5)
+
+
+def counts_in_time(y, reverse=False):
+    growth = numpyro.sample("growth", dist.LogNormal(0.0, 0.1))
+
+    def step(n, y):
+        n = numpyro.sample("count", dist.Poisson(n * growth + 1))
+        effort = numpyro.sample("effort", dist.Normal(jnp.zeros(2), 1).to_event(1))
+        numpyro.sample("y", dist.Binomial(n, jax.nn.sigmoid(effort.sum())), obs=y)
+        return n, None
+
+    scan(step, jnp.array(20), y, reverse=reverse)
+
+
+def about_sites(guide, *args):
+    seed(guide, 0)(*args)
+    return {
+        site.name: (site.coupled, getattr(site, "own", ()), site.depends, jax.tree.map(jnp.shape, site.start))
+        for site in guide._sites
+    }
+
+
+SEEN = jnp.array([11, 14, 9, 16, 30, 21, 35])
+
+
+@pytest.mark.parametrize(
+    "count, effort, reverse", [(90, 0.5, False), (2 * SEEN + 1, jnp.arange(14.0).reshape(7, 2), True)]
+)
+def test_a_guide_begins_at_given_values_inside_of_scan(count, effort, reverse):
+    guide = AutoMixed(counts_in_time, init_loc_fn=init_to_value(values={"count": count, "effort": effort}))
+    assert about_sites(guide, SEEN, reverse) == about_sites(AutoMixed(counts_in_time), SEEN, reverse)
+    start = {site.name: site.start["loc"] for site in guide._sites}
+    np.testing.assert_allclose(start["count"], np.broadcast_to(count, 7))
+    np.testing.assert_allclose(start["effort"], np.broadcast_to(effort, (7, 2)))
+
+
+def test_one_value_is_for_all_elements_and_leaves_their_couplings():
+    def model():
+        with numpyro.plate("row", 3):
+            z = numpyro.sample("z", dist.Poisson(3.0))
+            a = numpyro.sample("a", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal((z + a).sum(), 1), obs=2.0)
+
+    guide = AutoMixed(model, init_loc_fn=init_to_value(values={"z": 2, "a": 0.5}))
+    assert about_sites(guide) == about_sites(AutoMixed(model))
+    for site, value in zip(guide._sites, (2, 0.5)):
+        np.testing.assert_allclose(site.start["loc"], jnp.full(3, value))
+    with pytest.raises(ValueError, match=r"'z' a value of shape \(4,\), but its shape is \(3,\)"):
+        seed(AutoMixed(model, init_loc_fn=init_to_value(values={"z": jnp.ones(4)})), 0)()
+
+
+def test_a_fit_that_begins_at_given_counts_of_scan_has_finite_losses():
+    seen = jnp.full(30, 60)
+
+    def model(y):
+        def step(n, y):
+            n = numpyro.sample("count", dist.Poisson(n + 1))
+            numpyro.sample("y", dist.Binomial(n, 0.5), obs=y)
+            return n, None
+
+        scan(step, jnp.array(20), y)
+
+    def first_loss(**kwargs):
+        svi = SVI(model, AutoMixed(model, **kwargs), optax.adam(0.01), VIMCOStar(num_particles=16))
+        return svi.run(random.key(0), 1, seen, progress_bar=False).losses[0]
+
+    assert np.isinf(first_loss())
+    assert np.isfinite(first_loss(init_loc_fn=init_to_value(values={"count": 2 * seen})))
 
 
 def levels(time, first, second):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 from numpyro.distributions import constraints
-from numpyro.handlers import seed, substitute
 from numpyro.infer import init_to_median
 
 from numpyro_vimco.families.families import Family, bounds_error, family_of, has_common_bounds
@@ -69,10 +68,11 @@ class AutoDiscrete(StructuralGuide):
     :param dict num_components: number of mixture components by site, ``{"count": 2}``, of counts; 2 or more. Defaults
         to that of the prior. Finite supports need none.
     :param callable init_loc_fn: a NumPyro initialization function. Where it has a value for a discrete site
-        (``init_to_value(values={"z": 2})``), the guide begins there: with 90% of the probability if the support is
-        finite, as its location if not (mixture components stay where they are). Defaults to
-        :func:`numpyro.infer.init_to_median`, which has no values for discrete sites, so that the guide begins at the
-        prior given the medians of the other latents.
+        (``init_to_value(values={"z": 2})``: one for all elements, or one for each; inside of ``scan`` the first
+        dimension is time), the guide begins there: with 90% of the probability if the support is finite, as its
+        location if not (mixture components stay where they are). Defaults to :func:`numpyro.infer.init_to_median`,
+        which has no values for discrete sites, so that the guide begins at the prior given the medians of the other
+        latents.
     :param callable create_plates: as in NumPyro: returns the plates, for data subsampling.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
         at the first call, if there is no discrete latent, or if bounds of a support depend on other latents, differ
@@ -115,16 +115,7 @@ class AutoDiscrete(StructuralGuide):
     def _setup_prototype(self, *args, **kwargs) -> None:
         # The structure is the same at each call, so that it depends on no key of the call.
         keys = split_by_name(jax.random.key(0), ["model", "priors"])
-        given = {}
-
-        def init(site):
-            value = self.init_loc_fn(site)
-            if value is not None and is_latent_site(site) and is_discrete(site):
-                value = given[site["name"]] = jnp.broadcast_to(jnp.asarray(value), site["fn"].shape())
-            return value
-
-        model = substitute(seed(self.model, keys["model"]), substitute_fn=init)
-        self._trace_structure(model, *args, **kwargs)
+        given = self._trace_structure(keys["model"], *args, **kwargs)
         sites = [site for site in self.prototype_trace.values() if is_latent_site(site) and is_discrete(site)]
         if not sites:
             raise ValueError(

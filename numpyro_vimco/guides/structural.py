@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import init_to_uniform
@@ -20,7 +21,7 @@ from numpyro_vimco.guides.plan import autoregressive, gated
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.private.of_numpyro import PrototypeGuide, set_up
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import is_latent_site, is_marked
+from numpyro_vimco.sites import is_discrete, is_latent_site, is_marked
 
 
 class WithoutMarked(Messenger):
@@ -87,9 +88,37 @@ class StructuralGuide(PrototypeGuide):
         self.prototype_trace = self._prototype_arguments = None
         self._was_traced = True
 
-    def _trace_structure(self, model: Callable, *args, **kwargs) -> None:
+    def _trace_structure(self, rng_key: Array, *args, **kwargs) -> Samples:
+        """Find the sites and plates, with latents where ``init_loc_fn`` has values for them; these, of discrete sites.
+
+        :raises ValueError: for a value of another shape than its site, or inside of `scan` than its series.
+        """
+        begun: set[str] = set()
+        series: Samples = {}
+
+        def init(site: dict) -> Array | None:
+            value = self.init_loc_fn(site)
+            if value is None or not is_latent_site(site):
+                return value
+            begun.add(site["name"])
+            value = jnp.asarray(value)
+            try:
+                return jnp.broadcast_to(value, site["fn"].shape(site["kwargs"]["sample_shape"]))
+            except ValueError:
+                series[site["name"]] = value
+                return None
+
+        model = substitute(seed(self.model, rng_key), substitute_fn=init)
         with block():
-            self.prototype_trace = trace(model).get_trace(*args, **kwargs)
+            tr = trace(model).get_trace(*args, **kwargs)
+            for name, value in series.items():
+                if jnp.shape(value) != jnp.shape(tr[name]["value"]):
+                    raise ValueError(
+                        f"`init_loc_fn` gives site '{name}' a value of shape {jnp.shape(value)}, but its shape is "
+                        f"{jnp.shape(tr[name]['value'])}. Pass one value for each element, or one for all; inside of "
+                        "`scan` the first dimension is time."
+                    )
+            self.prototype_trace = trace(Given(model, series)).get_trace(*args, **kwargs) if series else tr
         sites = self.prototype_trace.values()
         for site in filter(is_latent_site, sites):
             check_draws(site)
@@ -104,6 +133,11 @@ class StructuralGuide(PrototypeGuide):
                 )
         self._set_frames({frame.name: frame for frame in frames}, full_sizes)
         self._prototype_arguments = args, kwargs
+        return {
+            site["name"]: site["value"]
+            for site in sites
+            if site["type"] == "sample" and site["name"] in begun and is_discrete(site)
+        }
 
     def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
         """Sites in the order in which an autoregressive guide draws them, each with the sites it is coupled to."""
