@@ -350,6 +350,47 @@ def test_groups_of_an_improper_prior_are_left_out_with_a_warning():
     assert abs(posterior.log_evidence) < 0.05
 
 
+def test_a_factor_is_in_no_log_likelihood_and_the_advice_gives_it_one():
+    page = (Path(__file__).parent.parent / "docs" / "checking_a_fit.md").read_text()
+    namespace = {"dist": dist, "jnp": jnp}
+    exec(re.search(r"^class LogDensity.*?(?=^def )", page, flags=re.DOTALL | re.MULTILINE).group(), namespace)
+    y = jnp.array([0.3, -0.5, 1.1, 2.0])
+
+    def model(y, kind):
+        a = numpyro.sample("a", dist.Normal(0, 3))
+        fn = dist.Normal(a, 1)
+        numpyro.factor("constant", 1.0)
+        with numpyro.plate("row", len(y)):
+            if kind == "factor":
+                numpyro.factor("y", fn.log_prob(y))
+            else:
+                numpyro.sample("y", fn if kind == "site" else namespace["LogDensity"](fn.log_prob(y)), obs=y)
+
+    def tree(kind):
+        svi = SVI(model, AutoNormal(model), optax.adam(0.02), VIMCOStar())
+        params = {"a_auto_loc": jnp.array(0.7), "a_auto_scale": jnp.array(0.5)}
+        return Posterior(svi, params, y, kind).to_arviz(num_samples=100, groups="log_likelihood")
+
+    with pytest.warns(UserWarning, match="log-likelihood is without 'y', .* If it is the density of data"):
+        assert not hasattr(tree("factor"), "log_likelihood")
+    values, expected = (tree(kind)["log_likelihood"]["y"].values for kind in ("class", "site"))
+    assert values.shape == (1, 100, 4)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+def test_a_factor_of_elements_that_are_left_out_with_their_latents_is_not_missing():
+    def model():
+        with numpyro.plate("row", 3):
+            z = numpyro.sample("z", dist.Bernoulli(0.5))
+            numpyro.factor("tilt", 0.5 * z)
+            numpyro.sample("y", dist.Normal(z, 1), obs=jnp.arange(3.0))
+
+    svi = SVI(model, AutoMixed(model), optax.adam(0.02), VIMCOStar())
+    result = svi.run(random.key(0), 1, progress_bar=False)
+    tree = Posterior(svi, result).to_arviz(num_samples=10, groups="log_likelihood")
+    assert list(tree["log_likelihood"].data_vars) == ["row_element"]
+
+
 def test_an_observed_function_of_latents_is_no_data():
     def model(y):
         a = numpyro.sample("a", dist.Normal(0, 1))
