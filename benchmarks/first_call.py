@@ -68,9 +68,7 @@ def run(method, name):
 
         phases.end("import")
         kernel = DiscreteHMCGibbs(NUTS(about.model), modified=True)
-        mcmc = MCMC(
-            kernel, num_warmup=1000, num_samples=1000, num_chains=2, chain_method=jax.vmap, progress_bar=False
-        )
+        mcmc = MCMC(kernel, num_warmup=1000, num_samples=1000, num_chains=2, chain_method=jax.vmap, progress_bar=False)
         mcmc.run(jax.random.key(0), *about.args)
         phases.end("steps")
         az.from_numpyro(mcmc)

@@ -73,8 +73,10 @@ class Compiled:
         :param inputs: these, or ``jax.ShapeDtypeStruct`` of them.
         """
         key = _shapes(inputs)
-        if key not in self._programs:
-            program = self._program(inputs)
+        if key in self._programs:
+            return
+        self._programs[key] = program = self._program(inputs)
+        if isinstance(program, partial):
             compiling = THREAD.submit(program.func.lower(*program.args, *inputs).compile)
             self._programs[key] = lambda *inputs: compiling.result()(*program.args, *inputs)
 

@@ -24,9 +24,10 @@ import jax
 from jax import random
 from jaxtyping import Array
 import numpy as np
-from numpyro.handlers import substitute, trace
+import numpyro.distributions as dist
+from numpyro.handlers import seed, substitute, trace
 
-from numpyro_vimco.control_flow import is_in_scan
+from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.densities.plates import Structure
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.approximation import Approximation, one_start
@@ -41,7 +42,7 @@ from numpyro_vimco.draws.proposals import (
 )
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.randomness import SeedLevels, split
-from numpyro_vimco.sites import is_latent_site, sample_sites
+from numpyro_vimco.sites import is_latent_site, log_prob_at_value, sample_sites, unwrapped
 
 # Local particles for each draw of the posterior. Their noise makes the value of az.loo too small by about c² / 512 nats
 # for each element, with c the coefficient of variation of its local weights.
@@ -71,7 +72,7 @@ def find_elements(approx: Approximation, structure: Structure) -> tuple[list[Ele
     """The elements of plates with latents of their own, and the names of the observed sites in these plates.
 
     :param structure: of the fit's program: which plates are common to all sites.
-    :warns UserWarning: naming a plate whose latents cannot be averaged out; its elements are left out.
+    :warns UserWarning: naming a plate whose latents cannot be averaged out, or a factor; these are left out.
     """
     found: list[Elements] = []
     inside: set[str] = set()
@@ -105,7 +106,29 @@ def find_elements(approx: Approximation, structure: Structure) -> tuple[list[Ele
             "them into a plate: each then is an element.",
             stacklevel=3,
         )
+    plates = {plate for elements in found for plate in ([elements.plate] if elements.plate else elements.dims)}
+    if factors := [name for name in _factors(approx) if not plates.intersection(_stack(approx.model_trace[name]))]:
+        warnings.warn(
+            f"The log-likelihood is without {', '.join(map(repr, factors))}, and so is `az.loo`: a factor has no data "
+            "to leave out. If it is the density of data, write these as an observed site, "
+            f"numpyro.sample('{factors[0]}', dist.Normal(…), obs=data); for a log-density of your own, with the class "
+            "LogDensity of 'Leaving out, and comparing models' in the documentation. If it is a part of the prior, "
+            "nothing is missing.",
+            stacklevel=3,
+        )
     return found, inside | alone
+
+
+def _factors(approx: Approximation) -> list[str]:
+    """Names of the factors that depend on latents."""
+    latents = {name: site["value"] for name, site in approx.model_trace.items() if is_latent_site(site)}
+
+    def look(latents):
+        model = Given(substitute(seed(approx.svi.model, random.key(1)), data=approx.params), latents)
+        sites = sample_sites(trace(model).get_trace(*approx.args, **approx.kwargs))
+        return {site["name"]: log_prob_at_value(site) for site in sites if isinstance(unwrapped(site["fn"]), dist.Unit)}
+
+    return [name for name, sources in dependence(look, latents).items() if sources]
 
 
 def _with_summed_latents_of_their_own(approx: Approximation) -> set[str]:

@@ -280,7 +280,7 @@ def bounds_error(site: dict, why: str) -> ValueError:
     """A discrete site with bounds that an automatic guide cannot use."""
     return ValueError(
         f"The bounds of the discrete site '{site['name']}' {why}. Write a guide by hand for this site, with "
-        f"numpyro_vimco.distributions.IntervalCategorical(logits, low, high), say; "
+        "IntervalCategorical(logits, low, high) of numpyro_vimco.distributions, say; "
         f"AutoMixed(numpyro.handlers.block(model, hide=['{site['name']}'])) can guide the others."
     )
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.handlers import seed, substitute
+from numpyro.distributions import constraints
 from numpyro.infer import init_to_median
 
 from numpyro_vimco.compilation import at_once
@@ -69,10 +69,11 @@ class AutoDiscrete(StructuralGuide):
     :param dict num_components: number of mixture components by site, ``{"count": 2}``, of counts; 2 or more. Defaults
         to that of the prior. Finite supports need none.
     :param callable init_loc_fn: a NumPyro initialization function. Where it has a value for a discrete site
-        (``init_to_value(values={"z": 2})``), the guide begins there: with 90% of the probability if the support is
-        finite, as its location if not (mixture components stay where they are). Defaults to
-        :func:`numpyro.infer.init_to_median`, which has no values for discrete sites, so that the guide begins at the
-        prior given the medians of the other latents.
+        (``init_to_value(values={"z": 2})``: one for all elements, or one for each; inside of ``scan`` the first
+        dimension is time), the guide begins there: with 90% of the probability if the support is finite, as its
+        location if not (mixture components stay where they are). Defaults to :func:`numpyro.infer.init_to_median`,
+        which has no values for discrete sites, so that the guide begins at the prior given the medians of the other
+        latents.
     :param callable create_plates: as in NumPyro: returns the plates, for data subsampling.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
         at the first call, if there is no discrete latent, or if bounds of a support depend on other latents, differ
@@ -108,6 +109,7 @@ class AutoDiscrete(StructuralGuide):
         self.structure = check_structure(structure, ["mean_field", "autoregressive"])
         self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
         self.num_components = check_num_components(num_components)
+        self.part_of: StructuralGuide | None = None  # a guide of the same model that knows its structure
         self.families: dict[str, Family] = {}
         self._start: dict[str, dict[str, Array]] = {}
         self.sites: list[Site] = []
@@ -115,17 +117,10 @@ class AutoDiscrete(StructuralGuide):
     def _setup_prototype(self, *args, **kwargs) -> None:
         # The structure is the same at each call, so that it depends on no key of the call.
         keys = split_by_name(jax.random.key(0), ["model", "priors"])
-        given = set()
-
-        def init(site):
-            value = self.init_loc_fn(site)
-            if value is not None and is_latent_site(site) and is_discrete(site):
-                value = jnp.broadcast_to(jnp.asarray(value), site["fn"].shape())
-                given.add(site["name"])
-            return value
-
-        model = substitute(seed(self.model, keys["model"]), substitute_fn=init)
-        self._trace_structure(model, *args, **kwargs)
+        if self.part_of is None:
+            self._trace_structure(keys["model"], *args, **kwargs)
+        else:
+            self.take_structure(self.part_of)
         sites = [site for site in self.prototype_trace.values() if is_latent_site(site) and is_discrete(site)]
         if not sites:
             raise ValueError(
@@ -139,7 +134,7 @@ class AutoDiscrete(StructuralGuide):
 
         def start(site: dict) -> dict[str, Array]:
             family = self.families[site["name"]]
-            found = family.start(site, site["value"] if site["name"] in given else None)
+            found = family.start(site, site["value"] if site["name"] in self.begun else None)
             event_dim = site["fn"].event_dim + family.event_dim
             return {k: self._full_size(site, v, event_dim) for k, v in found.items()}
 
@@ -159,13 +154,15 @@ class AutoDiscrete(StructuralGuide):
     def _check_bounds(self, *args, **kwargs) -> None:
         """Raise for bounds that are not known for every element at every call."""
         latents = {name: site["value"] for name, site in self.prototype_trace.items() if is_latent_site(site)}
-        for name in self._moving_supports(self.families, latents, *args, **kwargs):
+        if moving := self._moving_supports(self.families, latents, *args, **kwargs):
             raise ValueError(
-                f"The bounds of the discrete site '{name}' depend on other latents, so that no automatic guide can "
-                "know its support. Write a guide by hand that draws these latents first, and the site from a "
-                f"distribution within the same bounds: numpyro.sample('{name}', dist.Binomial(bound, "
-                f"logits=numpyro.param('{name}_logits', 0.1))). "
-                f"AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
+                f"The bounds of the discrete site '{moving[0]}' depend on other latents, so that no automatic guide "
+                "can know its support. Write one by hand that draws these latents first, and then the site within the "
+                "same bounds:\n\n"
+                f"    others = AutoMixed(numpyro.handlers.block(model, hide={moving}))\n\n"
+                "    def guide(*args, **kwargs):\n"
+                "        latents = others(*args, **kwargs)\n"
+                f"{''.join(_within_bounds(self.prototype_trace[name]) for name in moving)}"
             )
         for name, family in self.families.items():
             site = self.prototype_trace[name]
@@ -212,3 +209,35 @@ class AutoDiscrete(StructuralGuide):
                 ndim = jnp.ndim(self.prototype_trace[name]["value"])
                 result[name] = family.quantile(q.reshape(-1, *(1,) * ndim), **self._params(name, params))
         return result
+
+
+def _within_bounds(site: dict) -> str:
+    """Lines of a guide by hand that draw a site within bounds that other latents decide, by the kind of its support."""
+    name, shape, support, event_dim = site["name"], jnp.shape(site["value"]), site["fn"].support, site["fn"].event_dim
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    low, high = ("low", "high") if not shape else ("low[..., None]", "high[..., None]")
+    if not isinstance(support, constraints.integer_interval):
+        bounds, proposal = "low", "DiscretizedLogistic(low + loc, 1.0, low)"
+        lines = [
+            "from numpyro_vimco.distributions import DiscretizedLogistic",
+            f"loc = numpyro.param('{name}_loc', jnp.ones({shape}), constraint=dist.constraints.positive)",
+        ]
+    elif isinstance(support.lower_bound, int) and support.lower_bound == 0:
+        bounds, proposal = "high", "dist.Binomial(high, logits=logits)"
+        lines = [f"logits = numpyro.param('{name}_logits', jnp.full({shape}, 0.1))"]
+    else:
+        bounds, proposal = "low, high", "IntervalCategorical(logits, values[0], values[-1])"
+        lines = [
+            "from numpyro_vimco.distributions import IntervalCategorical",
+            "values = jnp.arange(least, largest + 1)  # all that it can ever have",
+            f"logits = numpyro.param('{name}_logits', jnp.zeros((*{shape}, len(values))))",
+            f"logits = jnp.where((values < {low}) | (values > {high}), -1e9, logits)",
+        ]
+    event = f".to_event({event_dim})" if event_dim else ""
+    lines = [
+        f"{bounds} = ...  # from the latents",
+        *lines,
+        f"numpyro.sample('{name}', {proposal}{event})  # in its plates",
+    ]
+    return "".join(f"        {line}\n" for line in lines)

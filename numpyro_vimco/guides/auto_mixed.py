@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
 from numpyro.distributions import biject_to
-from numpyro.handlers import block, mask, seed, substitute, trace
-from numpyro.infer import init_to_median
+from numpyro.handlers import block, mask, seed, trace
+from numpyro.infer import init_to_median, init_to_value
 from numpyro.infer.autoguide import (
     AutoDAIS,
     AutoGuide,
@@ -204,8 +204,7 @@ class AutoMixed(StructuralGuide):
 
     def _setup_prototype(self, *args, **kwargs) -> None:
         # The structure is the same at each call, so that it depends on no key of the call.
-        model = substitute(seed(self.model, jax.random.key(0)), substitute_fn=self.init_loc_fn)
-        self._trace_structure(model, *args, **kwargs)
+        self._trace_structure(jax.random.key(0), *args, **kwargs)
         latents = [site for site in self.prototype_trace.values() if is_latent_site(site)]
         discrete = {site["name"]: site["value"] for site in latents if is_discrete(site)}
         continuous = {site["name"]: site["value"] for site in latents if not is_discrete(site)}
@@ -218,11 +217,18 @@ class AutoMixed(StructuralGuide):
         for name in self.num_components.keys() - names.keys():
             raise ValueError(f"`num_components` names '{name}', but the latents are {', '.join(map(repr, names))}.")
         self._check_continuous(continuous, {**discrete, **continuous}, *args, **kwargs)
+        arguments, init = self._arguments, self.init_loc_fn
+        if isinstance(init, partial) and init.func is init_to_value:
+            # One value for each element: a guide of NumPyro has as many locations as it is given.
+            values = {name: value for name, value in names.items() if name in init.keywords["values"]}
+            arguments = {**arguments, "init_loc_fn": partial(init_to_value, values=values)}
         if discrete:
             independent: dict = {}
             if self.discrete is AutoDiscrete:
                 independent = {"structure": "mean_field", "num_components": self.num_components}
-            self._parts = [self.discrete(self.model, **independent, **self._arguments)]
+            self._parts = [self.discrete(self.model, **independent, **arguments)]
+            if isinstance(self._parts[0], AutoDiscrete):
+                self._parts[0].part_of = self
         if continuous:
             model = self.model
             # The density at a draw of discrete sites, summed ones too, says nothing, and may be zero. That of the prior
@@ -232,7 +238,7 @@ class AutoMixed(StructuralGuide):
                 model = mask(block(Given(model, discrete), hide_fn=_is_beside_continuous), mask=False)
             scale = {"init_scale": self.init_scale} if self.continuous is AutoNormal else {}
             make = AutoNormalFromPrior if any_discrete and self.continuous is AutoNormal else self.continuous
-            guide = make(model, **scale, **self._arguments)
+            guide = make(model, **scale, **arguments)
             is_alone = not any_discrete and self.structure != "autoregressive"
             self._parts.append(guide if is_alone else _checked(guide, self.structure))
         for part in self._parts:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import init_to_uniform
@@ -23,7 +24,7 @@ from numpyro_vimco.guides.plan import autoregressive, gated
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.private.of_numpyro import PrototypeGuide
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import is_latent_site, is_marked
+from numpyro_vimco.sites import Trace, is_latent_site, is_marked
 
 
 class WithoutMarked(Messenger):
@@ -39,11 +40,11 @@ class WithoutMarked(Messenger):
         self.hidden: set[str] = set()
 
     def __enter__(self):
-        self._key: Array | None = jax.random.key(0)
+        self._key = jax.random.key(0)
         return super().__enter__()
 
     def __exit__(self, *args) -> None:
-        self._key = None  # it may be traced
+        del self._key  # it may be traced
         super().__exit__(*args)
 
     def process_message(self, msg: dict) -> None:
@@ -94,9 +95,41 @@ class StructuralGuide(PrototypeGuide):
         self.prototype_trace = self._prototype_arguments = None
         self._was_traced = True
 
-    def _trace_structure(self, model: Callable, *args, **kwargs) -> None:
+    def _trace_structure(self, rng_key: Array, *args, **kwargs) -> None:
+        """Find the sites and plates, with latents where ``init_loc_fn`` has values for them.
+
+        :raises ValueError: for a value of another shape than its site, or inside of `scan` than its series.
+        """
+        begun: set[str] = set()
+        series: Samples = {}
+
+        def init(site: dict) -> Array | None:
+            value = self.init_loc_fn(site)
+            if value is None or not is_latent_site(site):
+                return value
+            begun.add(site["name"])
+            value = jnp.asarray(value)
+            try:
+                return jnp.broadcast_to(value, site["fn"].shape(site["kwargs"]["sample_shape"]))
+            except ValueError:
+                series[site["name"]] = value
+                return None
+
+        model = substitute(seed(self.model, rng_key), substitute_fn=init)
+
+        def structure() -> Trace:
+            tr = trace(model).get_trace(*args, **kwargs)
+            for name, value in series.items():
+                if jnp.shape(value) != jnp.shape(tr[name]["value"]):
+                    raise ValueError(
+                        f"`init_loc_fn` gives site '{name}' a value of shape {jnp.shape(value)}, but its shape is "
+                        f"{jnp.shape(tr[name]['value'])}. Pass one value for each element, or one for all; inside of "
+                        "`scan` the first dimension is time."
+                    )
+            return trace(Given(model, series)).get_trace(*args, **kwargs) if series else tr
+
         with block():
-            self.prototype_trace = at_once(lambda: trace(model).get_trace(*args, **kwargs))
+            self.prototype_trace = at_once(structure)
         sites = self.prototype_trace.values()
         for site in filter(is_latent_site, sites):
             check_draws(site)
@@ -110,7 +143,7 @@ class StructuralGuide(PrototypeGuide):
                     "reach. Move the plate outside of `scan`, or write a guide by hand for these sites."
                 )
         self._set_frames({frame.name: frame for frame in frames}, full_sizes)
-        self._prototype_arguments = args, kwargs
+        self._prototype_arguments, self.begun = (args, kwargs), frozenset(begun)
 
     def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
         """Sites in the order in which an autoregressive guide draws them, each with the sites it is coupled to."""

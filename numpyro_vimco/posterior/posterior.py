@@ -419,7 +419,7 @@ class Posterior:
               value for each element, under ``"site_element"``: of all data in the element, with its latents averaged
               out by 256 local particles for each draw (as many evaluations of the plate), so that an element is left
               out with its latents. Where a plate is common to all sites it is the element's evidence, the same for all
-              draws. Latents that are summed out are summed over, not given a draw.
+              draws. Latents that are summed out are summed over, not given a draw. A warning names factors.
             - ``"log_likelihood_given_latents"``: a value for each datum given all latents of the draw.
             - ``"prior"``: draws of the prior, with the group ``prior_predictive``.
 

@@ -37,18 +37,28 @@ Mixture, Optimizer = _MixtureBase, _NumPyroOptim
 
 
 class PrototypeGuide(AutoGuide):
-    """An automatic guide with a prototype of its own, and access to its plates."""
+    """An automatic guide with a prototype of its own, and access to its plates.
+
+    :ivar begun: names of the latents that begin where ``init_loc_fn`` said.
+    """
 
     prototype_trace: Any
 
     def __init__(self, model: Callable, **kwargs):
         super().__init__(model, **kwargs)
         self._prototype_arguments: Any = None
+        self.begun: frozenset[str] = frozenset()
         self._was_traced = False
 
     def _set_frames(self, frames: dict[str, CondIndepStackFrame], full_sizes: dict[str, int]) -> None:
         """Keep the plates of latents, and the full sizes of all plates."""
         self._prototype_frames, self._prototype_frame_full_sizes = frames, full_sizes
+
+    def take_structure(self, other: "PrototypeGuide") -> None:
+        """Have the prototype and the plates of another guide of the same model."""
+        self.prototype_trace, self.begun = other.prototype_trace, other.begun
+        self._prototype_arguments = other._prototype_arguments
+        self._set_frames(other._prototype_frames, other._prototype_frame_full_sizes)
 
     def _full_plate_size(self, plate: str) -> int:
         return self._prototype_frame_full_sizes[plate]
