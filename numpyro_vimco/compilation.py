@@ -77,7 +77,8 @@ class Compiled:
             return
         self._programs[key] = program = self._program(inputs)
         if isinstance(program, partial):
-            compiling = THREAD.submit(program.func.lower(*program.args, *inputs).compile)
+            jitted: Any = program.func
+            compiling = THREAD.submit(jitted.lower(*program.args, *inputs).compile)
             self._programs[key] = lambda *inputs: compiling.result()(*program.args, *inputs)
 
     def _program(self, inputs: tuple) -> Callable:

@@ -40,7 +40,8 @@ def split(rng_key: Array, num: int | tuple[int, ...] = 2) -> Array:
 
 def split_into(rng_key: Array, number: int) -> list[Array]:
     """The same keys, one by one. Outside of a program, one program makes up to 8, if the first are those of fewer."""
-    if _is_alone(rng_key) and number <= 8 and jax.config.read("jax_threefry_partitionable"):
+    is_prefix = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    if _is_alone(rng_key) and number <= 8 and is_prefix:
         return list(_eight(rng_key)[:number])
     return list(split(rng_key, number))
 
