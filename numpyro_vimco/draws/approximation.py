@@ -19,13 +19,13 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 
 from numpyro_vimco.checks.supports_and_plates import check_plates
-from numpyro_vimco.compilation import at_once
+from numpyro_vimco.compilation import at_once, map_arrays
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.densities.enumeration import summed_sites
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.observed import Observed, find_observed, given_name, observed_sites, present_elements
 from numpyro_vimco.guides.automatic import with_known_draws
-from numpyro_vimco.sites import Trace, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, base_distributions, is_latent_site, sample_sites
 
 # Elements of the largest array of a chunk of particles: 4 MiB in single precision, which a processor's cache holds.
 # Four times as fast as 64 MiB, whose memory is new to the process for each chunk.
@@ -86,6 +86,7 @@ class Approximation:
             return guide_trace, model_trace
 
         guide_trace, model_trace = at_once(traces)
+        _validate(guide_trace, model_trace)
         latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
         subsampled = _subsampled(guide_trace) or _subsampled(model_trace)
         if not subsampled:
@@ -296,6 +297,21 @@ def check_data(model_trace: Trace, observed: Mapping[str, Observed]) -> None:
                 "`numpyro.handlers.mask(mask=~jnp.isnan(data))`, or have them imputed by "
                 f"`numpyro.sample('{about.name}', …, obs=data, obs_mask=~jnp.isnan(data))`."
             )
+
+
+def _validate(*traces: Trace) -> None:
+    """NumPyro's validation of distributions, which it leaves out where JAX traces their arguments.
+
+    :raises ValueError: as NumPyro, naming the site.
+    """
+    for site in (site for tr in traces for site in sample_sites(tr)):
+        for fn in base_distributions(site["fn"]):
+            if not getattr(fn, "_validate_args", False):  # by `numpyro.enable_validation`
+                continue
+            try:
+                map_arrays(np.asarray, fn).validate_args(strict=False)  # by NumPy nothing is compiled
+            except ValueError as error:
+                raise ValueError(f"Site '{site['name']}': {error}") from None
 
 
 def _check_params(program: str, declared: Trace, params: Mapping) -> None:

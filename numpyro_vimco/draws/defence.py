@@ -118,17 +118,18 @@ class Defence:
 
     # Drawing.
 
-    def draw(self, params: Params, rng_key: Array) -> Trace:
+    def draw(self, params: Params, rng_key: Array, is_alone: Array) -> Trace:
         """A draw from the mixture with one guide, as a trace of the guide.
 
         :param params: of this guide and of the model.
+        :param is_alone: whether it is a draw of the guide itself.
         """
         names = "component", "first", "model", "elements", "again", "last"
         keys = dict(zip(names, split(rng_key, len(names))))
         first = self.trace_guide(params, keys["first"], {})
         if not self.components:
             return first
-        component = random.categorical(keys["component"], self.log_shares)
+        component = jnp.where(is_alone, 0, random.categorical(keys["component"], self.log_shares))
         chosen = self._chosen(component, keys["elements"])
         values = self._with_latents_of_model(component, params, keys["model"], chosen, first)
         given = {name: block.pack(values) if block.pack else values[name] for name, block in self.blocks.items()}
@@ -243,7 +244,7 @@ class Defence:
         return Levels(shared, local)
 
     def mixed(self, shared: dict[str, Any]) -> tuple[Array, Array]:
-        """The log-density of the guide alone with its share, and of the mixture with one guide."""
+        """The log-density of the guide alone, and of the mixture with one guide."""
         guide, prior = shared["guide"], shared["prior"]
         terms = [shared["rest"] + sum(guide.values())]
         for each in self.components:
@@ -251,7 +252,7 @@ class Defence:
             terms.append(others + sum((shared["element"] if each.element else prior)[name] for name in each.sites))
         shares = self.log_shares.reshape(-1, *(1,) * jnp.ndim(terms[0]))
         with_shares = shares + jnp.stack(jnp.broadcast_arrays(*terms))
-        return with_shares[0], logsumexp(with_shares, axis=0)
+        return terms[0], logsumexp(with_shares, axis=0)
 
 
 def _is_among(names: Collection[str], site: dict) -> bool:

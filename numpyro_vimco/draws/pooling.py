@@ -21,8 +21,7 @@ and it is large only where *no* guide proposes enough: what one start lost, anot
    and Effective Importance Sampling*, for mixtures with fixed shares
 """
 
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -35,8 +34,10 @@ import numpy as np
 from numpyro_vimco.densities.levels import Levels, level_of
 from numpyro_vimco.densities.plates import Structure
 from numpyro_vimco.draws.approximation import Approximation, one_start
+from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.draws.defence import SHARE, Defence, find_defence
 from numpyro_vimco.draws.proposals import (
+    ANY,
     Params,
     Sampler,
     WeightedDraw,
@@ -52,6 +53,8 @@ from numpyro_vimco.sites import Trace, is_delta, is_latent_site, sample_sites
 
 # So many draws at a time at most, so that calls of any length share a program.
 MOST_AT_ONCE = 1024
+# Arrays of a particle have so many elements at most where starts by themselves are drawn by the program of the pool.
+SMALL = 2**12
 
 Values = dict[str, Array]
 
@@ -75,11 +78,12 @@ class Mixture:
         of_model = max(round(SHARE * number), 1) if self.defence.local[plate] and number > 1 else 0
         return -(-(number - of_model) // self.num_starts), of_model
 
-    def draw(self, starts: Params, start: Array, rng_key: Array) -> tuple[Levels[Values], Trace]:
+    def draw(self, starts: Params, start: Array, is_alone: Array, rng_key: Array) -> tuple[Levels[Values], Trace]:
         """A draw of one defended guide, with local particles of all; sites that are Delta are left out.
 
         :param starts: parameters of all guides.
         :param start: which it is of.
+        :param is_alone: whether it is of the guide without its defence.
         :return: values, and the trace of the guide that the shared ones are from.
         """
         shared_key, local_key = split(rng_key)
@@ -89,7 +93,7 @@ class Mixture:
             return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) == level}
 
         params = one_start(starts, start)
-        guide_trace = self.defence.draw(params, shared_key)
+        guide_trace = self.defence.draw(params, shared_key, is_alone)
         shared = values_of(guide_trace, None)
         latents = {s["name"]: s["value"] for s in sample_sites(guide_trace) if level_of(s, plates) is None}
         local: dict[str, Values] = {}
@@ -114,7 +118,7 @@ class Mixture:
         """Log p and the mixture's log q, of what is shared and of all local particles.
 
         :param values: as of :meth:`draw`.
-        :return: these, the mixture's log q without its defensive components, and how plates combine densities.
+        :return: these, log q of each guide alone with a leading axis for starts, and how plates combine densities.
         """
         structures: list[Structure] = []
         number = {name: len(next(iter(local.values()))) for name, local in values.local.items()}
@@ -128,7 +132,6 @@ class Mixture:
 
         levels = jax.vmap(under, axis_size=self.num_starts)(starts)
         log_p, alone, mixture = levels.shared
-        alone = logsumexp(alone, axis=0) - np.log(self.num_starts)
         mixture = logsumexp(mixture, axis=0) - np.log(self.num_starts)
         local = {}
         for name, found in levels.local.items():
@@ -166,9 +169,7 @@ def pooled(approx: Approximation) -> Sampler:
     if approx.num_starts > 1:
         _check_densities(approx)
     elif not defence.components:  # weights that need no density at other draws than the guide's
-        sampler = copy(each_start(approx))
-        sampler.undefended = defence.undefended
-        return sampler
+        return replace(each_start(approx), undefended=defence.undefended)
     return approx.kept(("pooled", approx.num_starts), lambda: _pooled(approx, defence))
 
 
@@ -191,17 +192,36 @@ def _check_densities(approx: Approximation) -> None:
             )
 
 
+def by_start(approx: Approximation) -> Sampler:
+    """One draw of the guide of each start, as :func:`.each_start` has them, by the program of :func:`pooled`.
+
+    The density of each guide is computed at each draw, where only its own is needed. So it is taken for small models,
+    whose compilation would take longer; and where the draws are the same ones.
+    """
+    starts = np.arange(approx.num_starts, dtype=np.int32)
+    if approx.num_starts == 1 or approx.params_of_model or approx.plate_particles or approx.size > SMALL:
+        return each_start(approx)
+    try:
+        return replace(pooled(approx), starts=starts, size=len(starts))
+    except NotImplementedError:  # the density of a guide cannot be evaluated at the draws of others
+        return each_start(approx)
+
+
 def _pooled(approx: Approximation, defence: Defence) -> Sampler:
     plates, num_starts, event_dims = approx.plate_particles, approx.num_starts, approx.event_dims
     mixture = Mixture(approx, defence, num_starts)
 
-    def draw(starts: Params, rng_key: Array) -> WeightedDraw:
+    def draw(starts: Params, rng_key: Array, chosen_start: Array) -> WeightedDraw:
         (own_key,) = split(rng_key, 1)  # a level deeper than `each_start`, whose draws of the same key are others
         start_key, draw_key, choice_key, rest_key = split(own_key, 4)
-        start = random.randint(start_key, (), 0, num_starts)
-        values, guide_trace = mixture.draw(starts, start, draw_key)
+        is_alone = chosen_start != ANY
+        start = jnp.where(is_alone, chosen_start, random.randint(start_key, (), 0, num_starts))
+        values, guide_trace = mixture.draw(starts, start, is_alone, draw_key)
         levels, alone, structure = mixture.densities(starts, values)
         log_p, log_q = levels.shared
+        of_guides = logsumexp(alone, axis=0) - np.log(num_starts) + defence.log_shares[0]
+        log_share = jnp.where(is_alone, 0.0, of_guides - log_q)
+        log_q = jnp.where(is_alone, alone[start], log_q)
         draws = Levels(
             WeightedDraw(values.shared, log_p, log_q, log_ratio(log_p, log_q), start),
             {name: WeightedDraw(values.local[name], p, q, log_ratio(p, q)) for name, (p, q) in levels.local.items()},
@@ -212,12 +232,12 @@ def _pooled(approx: Approximation, defence: Defence) -> Sampler:
             params = one_start(starts, start)
             guide_trace = mixture.defence.trace_guide(params, rest_key, chosen.values)
         latents = [s for s in sample_sites(guide_trace) if is_latent_site(s) and s["name"] in approx.model_trace]
-        chosen = chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=alone - log_q)
-        return jax.tree.map(lambda x: x[None], chosen)
+        return chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=log_share)
 
     # The guides' densities are evaluated for all starts at a time.
     at_once = int(np.clip(approx.chunk_size() // num_starts, 1, MOST_AT_ONCE))
-    return Sampler(draw, 1, at_once, structure_of(approx, plates), defence.undefended)
+    chunked = Chunked(draw, max(at_once // num_starts, 1) * num_starts)
+    return Sampler(chunked, structure_of(approx, plates), 1, np.array([ANY], np.int32), defence.undefended)
 
 
 def log_ratio(log_p: Array, log_q: Array) -> Array:

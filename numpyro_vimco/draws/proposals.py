@@ -10,6 +10,7 @@ element (``docs/mathematics.md``).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,8 @@ from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import is_delta, sample_sites
 
 Params = dict[str, Any]
+# In place of a start: a draw of the mixture.
+ANY = -1
 
 
 class WeightedDraw(NamedTuple):
@@ -53,46 +56,60 @@ class WeightedDraw(NamedTuple):
     log_guide_share: Any = None
 
 
+@dataclass(frozen=True)
 class Sampler:
-    """A source of weighted draws, which is compiled once, whatever the parameters.
+    """A source of weighted draws in rounds, which is compiled once, whatever the parameters.
 
-    :param draw: from parameters of the starts, with a leading axis, and a key to so many draws: a
-        :class:`WeightedDraw` whose arrays have a leading axis for them.
-    :param size: their number.
-    :param at_once: for how many keys it is called at a time.
-    :param structure: what plates the densities have.
-    :param undefended: of pooled draws, the latents that no defensive component draws with at most their parents.
+    :ivar chunked: from parameters of the starts, with a leading axis, and a key to a round of draws, with a leading
+        axis; or from these and ``starts`` to one draw each. A :class:`WeightedDraw`.
+    :ivar structure: what plates the densities have.
+    :ivar size: number of draws of a round.
+    :ivar starts: which start's guide each draw of a round is of, or :data:`ANY`; None where one key makes a round.
+    :ivar undefended: of pooled draws, the latents that no defensive component draws with at most their parents.
     """
 
-    def __init__(self, draw: Callable, size: int, at_once: int, structure: Structure, undefended: tuple[str, ...] = ()):
-        self.draw, self.size, self.structure, self.undefended = draw, size, structure, undefended
-        self._chunked = Chunked(draw, at_once)
+    chunked: Chunked
+    structure: Structure
+    size: int
+    starts: np.ndarray | None = None
+    undefended: tuple[str, ...] = ()
 
-    def ahead(self, starts: Params) -> None:
+    def ahead(self, params: Params) -> None:
         """Compile in a thread, for parameters of these shapes."""
-        self._chunked.ahead(starts, jax.random.key(0))
+        of_one = (jax.random.key(0),) if self.starts is None else (jax.random.key(0), self.starts[0])
+        self.chunked.ahead(params, *of_one)
 
-    def all(self, starts: Params, rng_key: Array, num_keys: int, progress: str | None) -> WeightedDraw:
-        """The draws of so many keys, as NumPy arrays of shape ``(keys, size, ...)``.
+    def all(self, params: Params, rng_key: Array, rounds: int, progress: str | None) -> WeightedDraw:
+        """The draws of so many rounds, as NumPy arrays of shape ``(rounds, size, ...)``.
 
         :raises ValueError: for NaN weights, and where all are zero.
         """
-        draws = self._chunked.all(starts, split(rng_key, num_keys), progress=progress)
-        by_draw = np.isnan(draws.log_weight).reshape(num_keys * self.size, -1)
+        draws = self._in_rounds(self.chunked.all(params, *self._inputs(rng_key, rounds), progress=progress))
+        by_draw = np.isnan(draws.log_weight).reshape(rounds * self.size, -1)
         zero = bool(np.isneginf(draws.log_weight).all((0, 1)).any())
         check_weights(int(by_draw.any(1).sum()), zero, len(by_draw))
         return draws
 
     def blocks(
-        self, starts: Params, rng_key: Array, num_keys: int, then: Callable[[WeightedDraw], Any], progress: str | None
+        self, params: Params, rng_key: Array, rounds: int, then: Callable[[WeightedDraw], Any], progress: str | None
     ) -> Iterator[Any]:
         """The same, block by block.
 
         :param then: what is computed from a draw, and handed out.
         """
-        keys, then = split(rng_key, num_keys), jax.jit(jax.vmap(jax.vmap(then)))
-        for _, block in self._chunked.blocks(starts, keys, progress=progress, then=then):
-            yield block
+        then = jax.jit(jax.vmap(jax.vmap(then) if self.starts is None else then))
+        for _, block in self.chunked.blocks(params, *self._inputs(rng_key, rounds), progress=progress, then=then):
+            yield self._in_rounds(block)
+
+    def _inputs(self, rng_key: Array, rounds: int) -> tuple:
+        if self.starts is None:
+            return (split(rng_key, rounds),)
+        return split(rng_key, rounds * self.size), np.tile(self.starts, rounds)
+
+    def _in_rounds(self, draws: Any) -> Any:
+        if self.starts is None:
+            return draws
+        return jax.tree.map(lambda x: x.reshape(len(x) // self.size, self.size, *x.shape[1:]), draws)
 
 
 def merged(draws: Any, number: int | None = None) -> Any:
@@ -128,7 +145,7 @@ def each_start(approx: Approximation) -> Sampler:
             return jax.lax.map(lambda x: particle(*x), (jnp.arange(num_starts), starts, split(rng_key, num_starts)))
 
         at_once = max(approx.chunk_size() // num_starts, 1)
-        return Sampler(draw, num_starts, at_once, structure_of(approx, approx.plate_particles))
+        return Sampler(Chunked(draw, at_once), structure_of(approx, approx.plate_particles), num_starts)
 
     return approx.kept(("each start", num_starts), make)
 

@@ -14,8 +14,8 @@ from numpyro.distributions import biject_to
 
 from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.moments import Moments
-from numpyro_vimco.draws.pooling import in_pool, pooled
-from numpyro_vimco.draws.proposals import WeightedDraw, check_weights, each_start, merged, plate_names, plate_sizes
+from numpyro_vimco.draws.pooling import by_start, in_pool, pooled
+from numpyro_vimco.draws.proposals import WeightedDraw, check_weights, merged, plate_names, plate_sizes
 from numpyro_vimco.draws.weights import WeightStream, WeightSummary
 from numpyro_vimco.sites import element_names, is_discrete, is_latent_site
 
@@ -115,7 +115,7 @@ def moments_of_starts(
 
     :raises ValueError: for NaN weights.
     """
-    sampler = each_start(approx)
+    sampler = by_start(approx)
     found = [Moments(approx.event_dims) for _ in range(sampler.size)]
     nan = 0
     blocks = sampler.blocks(approx.starts, rng_key, num_draws, lambda draw: (draw.log_weight, draw.values), progress)

@@ -18,8 +18,8 @@ from numpyro.infer import SVI
 from numpyro_vimco.arguments import check_integer
 from numpyro_vimco.compilation import at_once
 from numpyro_vimco.draws.approximation import Approximation, taken
-from numpyro_vimco.draws.pooling import in_pool, pooled
-from numpyro_vimco.draws.proposals import check_independent, each_start, fixed, program_of
+from numpyro_vimco.draws.pooling import by_start, in_pool, pooled
+from numpyro_vimco.draws.proposals import check_independent, fixed, program_of
 from numpyro_vimco.draws.weights import log_mean, variance_of_log_mean
 from numpyro_vimco.families.units import units_of
 from numpyro_vimco.fitting.recovery import LEAST_STEPS, recovered
@@ -206,10 +206,9 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
 
 def _compile_ahead(approx: Approximation) -> None:
     """Compile in a thread what draws and weighs, while steps are compiled and taken."""
-    for of in (each_start, pooled):
+    for sampler_of, chosen in ((by_start, approx), (pooled, in_pool(approx))):
         try:
-            chosen = in_pool(approx) if of is pooled else approx
-            of(chosen).ahead(chosen.starts)
+            sampler_of(chosen).ahead(chosen.starts)
         except (ValueError, NotImplementedError):
             pass  # said where it is called
 
@@ -270,9 +269,7 @@ def with_log_evidence(approx: Approximation, rng_key: Array, starts: Starts, sho
         return starts  # a point estimate, as diagnostics say
     try:
         progress = "log evidence" if show_bar else None
-        blocks = each_start(approx).blocks(
-            approx.starts, rng_key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress
-        )
+        blocks = by_start(approx).blocks(approx.starts, rng_key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress)
         log_weights = np.concatenate(list(blocks), axis=0).swapaxes(0, 1).astype(float)
     except (ValueError, NotImplementedError) as error:
         warnings.warn(f"The log evidence cannot be estimated. {error}", stacklevel=4)
