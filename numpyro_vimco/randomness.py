@@ -10,7 +10,7 @@ that no other module derives keys.
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +35,14 @@ __all__ = [
 
 def split(rng_key: Array, num: int | tuple[int, ...] = 2) -> Array:
     """An array of keys, as of ``jax.random.split``."""
-    return _splitting(num)(rng_key) if _is_alone(rng_key) else jax.random.split(rng_key, num)
+    return _splitting(num, _settings())(rng_key) if _is_alone(rng_key) else jax.random.split(rng_key, num)
 
 
 def split_into(rng_key: Array, number: int) -> list[Array]:
     """The same keys, one by one. Outside of a program, one program makes up to 8, if the first are those of fewer."""
-    is_prefix = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    is_prefix, *_ = settings = _settings()
     if _is_alone(rng_key) and number <= 8 and is_prefix:
-        return list(_eight(rng_key)[:number])
+        return list(_eight(settings)(rng_key)[:number])
     return list(split(rng_key, number))
 
 
@@ -50,12 +50,20 @@ def _is_alone(rng_key: Array) -> bool:
     return trace_state_clean() and not isinstance(rng_key, jax.core.Tracer)
 
 
+def _settings() -> tuple[bool, str]:
+    """What the keys of a split depend on beside the key."""
+    config: Any = jax.config
+    return config.jax_threefry_partitionable, config.jax_default_prng_impl
+
+
 @cache
-def _splitting(num: int | tuple[int, ...]) -> Callable[[Array], Array]:
-    return Compiled(lambda rng_key: jax.random.split(rng_key, num), level=ONCE)
+def _splitting(num: int | tuple[int, ...], settings: tuple[bool, str]) -> Callable[[Array], Array]:
+    return Compiled(lambda rng_key: jax.random.split(rng_key, num), ONCE)
 
 
-_eight = Compiled(lambda rng_key: tuple(jax.random.split(rng_key, 8)), level=ONCE)
+@cache
+def _eight(settings: tuple[bool, str]) -> Callable[[Array], tuple[Array, ...]]:
+    return Compiled(lambda rng_key: tuple(jax.random.split(rng_key, 8)), ONCE)
 
 
 def split_by_name(rng_key: Array, names: Iterable[str]) -> dict[str, Array]:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from numpyro.handlers import seed, trace
 from numpyro.infer import SVI
 import optax
 import pytest
 
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
-from numpyro_vimco.compilation import Compiled
+from numpyro_vimco.compilation import Compiled, at_once, map_arrays
 from numpyro_vimco.draws.chunks import Chunked
 
 
@@ -144,3 +145,76 @@ def test_programs_do_not_keep_data():
     del data
     gc.collect()
     assert kept() is None
+
+
+def test_a_program_that_is_compiled_ahead_is_the_one_that_runs(compilations):
+    chunked = Chunked(lambda held, x: held * x + 0.25, 3)
+    chunked.ahead(jnp.array(2.0), X[0])
+    list(chunked.blocks(jnp.array(2.0), X))  # operations of the loop over chunks
+    compilations.clear()
+    np.testing.assert_allclose(chunked.all(jnp.array(5.0), X), 5 * X + 0.25, rtol=1e-6)
+    assert not compilations
+
+
+class Undeclared(dist.Distribution):
+    """As users write one: JAX does not know of its attribute."""
+
+    arg_constraints = {}
+    support = dist.constraints.real
+
+    def __init__(self, shift):
+        self.shift = shift
+        super().__init__(jnp.shape(shift))
+
+    def sample(self, key, sample_shape=()):
+        return self.shift + random.normal(key, sample_shape + self.batch_shape)
+
+    def log_prob(self, value):
+        return -((value - self.shift) ** 2) / 2
+
+
+def test_a_trace_at_once_is_the_trace(compilations):
+    def model():
+        scale = numpyro.param("scale", jnp.exp(DATA), constraint=dist.constraints.positive)
+        with numpyro.plate("data", len(DATA)):
+            z = numpyro.sample("z", Undeclared(jnp.sin(DATA)))
+            numpyro.sample("x", dist.Normal(2 * z, scale).mask(DATA > 1), obs=DATA)
+
+    expected = trace(seed(model, 0)).get_trace()
+    compilations.clear()
+    found = at_once(lambda: trace(seed(model, 0)).get_trace())
+    assert len(compilations) == 1
+    assert list(found) == list(expected)
+    tracers = []
+    map_arrays(lambda x: tracers.append(x) if isinstance(x, jax.core.Tracer) else x, found)
+    assert not tracers
+    for name, site in expected.items():
+        np.testing.assert_allclose(found[name]["value"], site["value"], rtol=1e-6)
+        if site["type"] == "sample":
+            assert found[name]["cond_indep_stack"] == site["cond_indep_stack"]
+            np.testing.assert_allclose(
+                found[name]["fn"].log_prob(site["value"]), site["fn"].log_prob(site["value"]), rtol=1e-5
+            )
+
+
+def test_what_jax_traces_around_is_not_computed_at_once():
+    grad = jax.jit(jax.grad(lambda x: at_once(lambda: {"fn": dist.Normal(x, 1.0), "value": x**2})["value"]))(3.0)
+    assert grad == 6
+
+
+def test_a_fit_compiles_few_programs(compilations):
+    """It was 188 on the benchmark, nearly all of them single operations of the set-up."""
+    jax.clear_caches()
+    compilations.clear()
+    svi = SVI(switches, AutoMixed(switches), optax.adam(0.01), VIMCOStar(0.5, 8))
+    posterior = fit(svi, random.key(0), 3, X[:4], progress_bar=False)
+    posterior.diagnose(100)
+    posterior.to_arviz(groups=(), progress_bar=False)
+    assert len(compilations) <= 60, compilations
+
+
+def switches(x):
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        w = numpyro.sample("w", dist.Normal(0, 2))
+    numpyro.sample("x", dist.Normal((z * w).sum(), 1.0), obs=x.sum())

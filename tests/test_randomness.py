@@ -15,8 +15,8 @@ import pytest
 
 from helpers import of_two_lengths
 import numpyro_vimco
-from numpyro_vimco import VIMCOStar
-from numpyro_vimco.randomness import SeedPlates
+from numpyro_vimco import VIMCOStar, randomness
+from numpyro_vimco.randomness import SeedPlates, split, split_into
 
 PACKAGE = Path(numpyro_vimco.__file__).parent
 
@@ -142,3 +142,17 @@ def test_plates_have_one_subsample_by_name_and_none_shares_another_s():
     for name in "ab":
         np.testing.assert_array_equal(guide[name], model[name])
     assert len({tuple(indices) for indices in model.values()}) == 3
+
+
+@pytest.mark.parametrize("number", [1, 3, 8, 9])
+def test_keys_one_by_one_are_those_of_an_array(number, generator):
+    inside = jax.jit(lambda key: jnp.stack(split_into(key, number)))(random.key(3))
+    expected = random.key_data(random.split(random.key(3), number))
+    for keys in (inside, jnp.stack(split_into(random.key(3), number)), split(random.key(3), number)):
+        np.testing.assert_array_equal(random.key_data(keys), expected)
+
+
+def test_generators_of_numpy_follow_the_key():
+    for make in (random.key, random.PRNGKey):
+        first, again, other = (randomness.generator(make(seed)).random() for seed in (0, 0, 1))
+        assert first == again != other

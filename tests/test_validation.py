@@ -423,3 +423,17 @@ def test_a_guide_without_latents_of_elements_proposes_for_data_of_any_length(len
     found = Posterior(svi, OF_M, y).diagnose(40_000, jax.random.key(0))
     exact = dist.MultivariateNormal(jnp.zeros(length), jnp.eye(length) + 1).log_prob(y)
     assert abs(found.log_evidence - exact) < 6 * found.log_evidence_std_error < 0.05
+
+
+def test_invalid_arguments_of_a_distribution_that_are_computed():
+    """The set-up runs in programs, where NumPyro's own validation sees nothing."""
+
+    def model(x):
+        z = latent()
+        numpyro.sample("x", dist.Normal(z, jnp.min(x) - 5.0), obs=x)
+
+    svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar())
+    with pytest.raises(
+        ValueError, match=r"Site 'x' is wrong\. NumPyro says: Normal .* invalid scale"
+    ):
+        fit(svi, jax.random.key(0), 3, X)

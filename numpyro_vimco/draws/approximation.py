@@ -19,12 +19,12 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 
 from numpyro_vimco.checks.supports_and_plates import check_plates
-from numpyro_vimco.compilation import at_once, map_arrays
+from numpyro_vimco.compilation import map_arrays
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.densities.enumeration import summed_sites
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.observed import Observed, find_observed, given_name, observed_sites, present_elements
-from numpyro_vimco.guides.automatic import with_known_draws
+from numpyro_vimco.guides.automatic import with_first_calls, with_known_draws
 from numpyro_vimco.sites import Trace, base_distributions, is_latent_site, sample_sites
 
 # Elements of the largest array of a chunk of particles: 4 MiB in single precision, which a processor's cache holds.
@@ -85,7 +85,7 @@ class Approximation:
                 model_trace = trace(model).get_trace(*args, **kwargs)
             return guide_trace, model_trace
 
-        guide_trace, model_trace = at_once(traces)
+        guide_trace, model_trace = with_first_calls(traces)
         _validate(guide_trace, model_trace)
         latents = {name: site["value"] for name, site in guide_trace.items() if is_latent_site(site)}
         subsampled = _subsampled(guide_trace) or _subsampled(model_trace)
@@ -311,7 +311,7 @@ def _validate(*traces: Trace) -> None:
             try:
                 map_arrays(np.asarray, fn).validate_args(strict=False)  # by NumPy nothing is compiled
             except ValueError as error:
-                raise ValueError(f"Site '{site['name']}': {error}") from None
+                raise ValueError(f"Site '{site['name']}' is wrong. NumPyro says: {error}") from None
 
 
 def _check_params(program: str, declared: Trace, params: Mapping) -> None:

@@ -125,14 +125,15 @@ class DiscretizedLogistic(dist.Distribution):
         """The integer below ``loc``."""
         return jnp.floor(lax.stop_gradient(self.loc)).astype(jnp.result_type(int))
 
-    def _standardized(self, value, shift):
-        """(value + shift - loc) / scale; a difference of integers loses no digits."""
-        return ((value - self._whole) + (shift - (self.loc - jnp.floor(lax.stop_gradient(self.loc))))) / self.scale
+    def _standardized(self, value):
+        """(value - ½ - loc) / scale; a difference of integers loses no digits."""
+        rest = self.loc - jnp.floor(lax.stop_gradient(self.loc))
+        return ((value - self._whole) - (0.5 + rest)) / self.scale
 
     @property
     def _log_above(self):
         """Log-probability that the logistic variable is above ``low`` - ½."""
-        return log_sigmoid(-self._standardized(self.low, -0.5))
+        return log_sigmoid(-self._standardized(self.low))
 
     def sample(self, key, sample_shape=()):
         """Draw integers of shape ``(*sample_shape, *batch)``."""
@@ -141,8 +142,8 @@ class DiscretizedLogistic(dist.Distribution):
     @validate_sample
     def log_prob(self, value):
         """Log-probability in nats."""
-        below, above = self._standardized(value, -0.5), self._standardized(value, 0.5)
-        return log_sigmoid(above) + log_sigmoid(-below) + jnp.log(-jnp.expm1(-1 / self.scale)) - self._log_above
+        below, width = self._standardized(value), 1 / self.scale
+        return log_sigmoid(below + width) + log_sigmoid(-below) + jnp.log(-jnp.expm1(-width)) - self._log_above
 
     def icdf(self, q):
         """The smallest integer whose cumulative probability is at least ``q``, from 0 to below 1.

@@ -41,6 +41,7 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
     :return: a state whose arrays have a leading axis for the starts.
     """
     init = copy(svi)
+    init.model = Given(svi.model, {})
     init.guide = Given(with_known_draws(svi.guide), {})  # what is drawn plays no part in where parameters begin
     keys = split(rng_key, num_starts)
     calls = [Call.now(guide) for guide in automatic_guides(svi.guide)]
@@ -51,7 +52,10 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
         if not calls or isinstance(svi.guide, StructuralGuide):
             states = _in_one_program(init, svi.guide, keys, args, kwargs)
         known = automatic_guides(svi.guide)
-        if states is None or not all(any(call.guide is guide for guide in known) for call in calls):
+        strangers = [call for call in calls if not any(call.guide is guide for guide in known)]
+        if states is None or strangers:
+            for call in strangers:
+                call.undo()  # it may hold tracers
             states = _one_by_one(init, calls, keys, args, kwargs)
     svi.constrain_fn = init.constrain_fn
     return states
@@ -83,7 +87,7 @@ def _in_one_program(init: SVI, guide: Callable, keys: Array, args: tuple, kwargs
 def _one_by_one(init: SVI, calls: list[Call], keys: Array, args: tuple, kwargs: dict) -> SVIState:
     """The states of all starts, where the first calls of guides are seen as they come."""
     model, of_model = init.model, dict[str, Any]()
-    init.model = Given(_traced_into(of_model, model), {})
+    init.model = _traced_into(of_model, model)
     states = [init.init(keys[0], *args, **kwargs)]
     if not any(site["type"] in ("param", "mutable") for site in of_model.values()):
         init.model = _nothing  # nothing of the model's own has to begin anywhere

@@ -18,11 +18,13 @@ from jaxtyping import Array
 import numpyro
 from numpyro.distributions import biject_to
 from numpyro.handlers import block, seed, substitute, trace
+from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from numpyro.infer.util import transform_fn
 from numpyro.primitives import Messenger
 
 from numpyro_vimco.compilation import at_once
+from numpyro_vimco.control_flow import Given
 from numpyro_vimco.private.of_jax import trace_state_clean
 from numpyro_vimco.private.of_numpyro import setup_prototype, without_tracers
 from numpyro_vimco.randomness import split
@@ -76,6 +78,17 @@ def recorded_calls(calls: list[Call]) -> Iterator[None]:
     finally:
         for cls, original in originals.items():
             cls.__call__ = original  # type: ignore[method-assign]
+
+
+def with_first_calls(fn: Callable[[], Any]) -> Any:
+    """``fn()`` as one program; or as it is, where an automatic guide is called first in it, and would keep tracers."""
+    calls: list[Call] = []
+    with recorded_calls(calls):
+        found = at_once(fn)
+    first = [call for call in calls if not call.was_called]
+    for call in first:
+        call.undo()
+    return fn() if first else found
 
 
 def automatic_guides(guide: Callable) -> list[AutoGuide]:
@@ -163,7 +176,11 @@ class _ConcreteKeys(Messenger):
 
 class _FromPrior(AutoGuide):
     def _setup_prototype(self, *args, **kwargs) -> None:
-        model = substitute(seed(self.model, numpyro.prng_key()), substitute_fn=self.init_loc_fn)
+        init = self.init_loc_fn
+        # Values inside of `scan` go by `Given`: `substitute` would take those of a reverse one from the wrong end.
+        given = init.keywords["values"] if isinstance(init, partial) and init.func is init_to_value else {}
+        model = Given(seed(self.model, numpyro.prng_key()), given)
+        model = substitute(model, substitute_fn=lambda site: None if site["name"] in given else init(site))
         with block():
             self.prototype_trace = at_once(lambda: trace(model).get_trace(*args, **kwargs))
         latents = {name: site for name, site in self.prototype_trace.items() if is_latent_site(site)}
