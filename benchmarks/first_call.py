@@ -8,7 +8,7 @@ and on two:
 - this version: `fit` with 2,000 steps, the verdict, and `to_arviz` with its defaults; without compiled programs, and
   again with JAX's persistent cache that the same call has filled;
 - an older version (33d48bf), if the path of a checkout is given: the same calls;
-- `DiscreteHMCGibbs` over NUTS, two vectorized chains, 1,000 + 1,000 steps, and `az.from_numpyro`;
+- `DiscreteHMCGibbs` over NUTS, two chains by `vmap`, 1,000 + 1,000 steps, and `az.from_numpyro`;
 - `svi.run` with `TraceGraph_ELBO` of 64 particles and the same guide, 2,000 steps.
 
 Rounds are interleaved. Imports, and the data, are not part of the sum. Processor seconds are those of all threads.
@@ -120,7 +120,10 @@ def run(method, name):
 def child(method, name, cores, checkout, cache):
     """Phases of a method in a process of its own: by name wall seconds, processor seconds, programs."""
     command = [sys.executable, __file__, "--child", method, name, str(checkout)]
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache} if cache else dict(os.environ)
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    if cache:
+        env |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     limit = partial(os.sched_setaffinity, 0, range(cores))
     output = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True, preexec_fn=limit).stdout
     found = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -132,7 +135,7 @@ def child(method, name, cores, checkout, cache):
 
 
 def compare(name, cores, older, rounds):
-    """All methods on one problem, in turn."""
+    """All methods on one problem, in turn; wall and processor seconds of each, by its name."""
     here = Path(__file__).parents[1]
     print(f"\n{name}, {cores} core{'s' * (cores > 1)}\n{'':24}{'phase':20}{'wall':>7}{'processor':>11}{'programs':>10}")
     found = defaultdict(list)
@@ -150,6 +153,13 @@ def compare(name, cores, older, rounds):
         for phase in runs[0]:
             wall, processor, programs = (statistics.median(x) for x in zip(*(run[phase] for run in runs)))
             print(f"{method:24}{phase:20}{wall:7.1f}{processor:11.1f}{programs:10.0f}", flush=True)
+    if older:
+        wall, processor = (
+            {m: statistics.median(run["all but import"][i] for run in runs) for m, runs in found.items()}
+            for i in (0, 1)
+        )
+        ratios = [x[m] / x["older"] for m in METHODS[:2] for x in (processor, wall)]
+        print("this version over the older one: processor {:.2f}, wall {:.2f}; cached {:.2f}, {:.2f}".format(*ratios))
 
 
 def main():
