@@ -433,7 +433,5 @@ def test_invalid_arguments_of_a_distribution_that_are_computed():
         numpyro.sample("x", dist.Normal(z, jnp.min(x) - 5.0), obs=x)
 
     svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar())
-    with pytest.raises(
-        ValueError, match=r"Site 'x' is wrong\. NumPyro says: Normal .* invalid scale"
-    ):
+    with pytest.raises(ValueError, match=r"Site 'x' is wrong\. NumPyro says: Normal .* invalid scale"):
         fit(svi, jax.random.key(0), 3, X)

@@ -181,7 +181,10 @@ class Defence:
         values = {name: first[name]["value"] for name in self.approx.latents()}
         of_block = self._by_component(lambda c, name: name in c.sites, component, guide=False)
         taken = frozenset().union(*(each.sites for each in self.components))
-        from_model = {name: of_block[site] for site in taken for name in self.blocks[site].latents}
+        # In the order of the guide: that of a set would be another one in each process, and so the keys.
+        from_model = {
+            name: of_block[site] for site in self.blocks if site in taken for name in self.blocks[site].latents
+        }
         site_key, some_key, all_key = split(rng_key, 3)
         keys = split_by_name(site_key, from_model)
         in_scan = {name: value for name, value in values.items() if is_in_scan(self.approx.model_trace[name])}
@@ -249,7 +252,8 @@ class Defence:
         terms = [shared["rest"] + sum(guide.values())]
         for each in self.components:
             others = shared["rest"] + sum(value for name, value in guide.items() if name not in each.sites)
-            terms.append(others + sum((shared["element"] if each.element else prior)[name] for name in each.sites))
+            of_model = shared["element"] if each.element else prior
+            terms.append(others + sum(of_model[name] for name in guide if name in each.sites))
         shares = self.log_shares.reshape(-1, *(1,) * jnp.ndim(terms[0]))
         with_shares = shares + jnp.stack(jnp.broadcast_arrays(*terms))
         return terms[0], logsumexp(with_shares, axis=0)
