@@ -2,7 +2,10 @@
 
 import ast
 from collections import defaultdict
+import os
 from pathlib import Path
+import subprocess
+import sys
 
 import jax
 from jax import random
@@ -156,3 +159,40 @@ def test_generators_of_numpy_follow_the_key():
     for make in (random.key, random.PRNGKey):
         first, again, other = (randomness.generator(make(seed)).random() for seed in (0, 0, 1))
         assert first == again != other
+
+
+OF_ANY_PROCESS = """
+import jax, numpyro, optax
+import numpyro.distributions as dist
+from numpyro.infer import SVI
+from numpyro_vimco import AutoMixed, VIMCOStar, fit
+
+def model():
+    a = numpyro.sample("a", dist.Bernoulli(0.3))
+    beta = numpyro.sample("beta", dist.Normal(a, 1.0))
+    count = numpyro.sample("count", dist.Poisson(3.0))
+    delta = numpyro.sample("delta", dist.Normal(0, 1))
+    numpyro.sample("x", dist.Normal(beta + count + delta, 1.0), obs=2.0)
+
+svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5, 4))
+posterior = fit(svi, jax.random.key(0), 3, num_starts=2, progress_bar=False)
+draws = posterior.to_arviz(groups=(), progress_bar=False)["posterior"]
+print([float(posterior.log_evidence), *(float(draws[name].mean()) for name in ("beta", "count", "delta"))])
+"""
+
+
+@pytest.mark.long
+def test_another_process_has_the_same_draws():
+    """Sets of names have another order in each process."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", OF_ANY_PROCESS],
+            env={**environment, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(3)
+    ]
+    assert runs[0].startswith("[") and runs[0] == runs[1] == runs[2]

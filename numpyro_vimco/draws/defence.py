@@ -182,9 +182,8 @@ class Defence:
         of_block = self._by_component(lambda c, name: name in c.sites, component, guide=False)
         taken = frozenset().union(*(each.sites for each in self.components))
         # In the order of the guide: that of a set would be another one in each process, and so the keys.
-        from_model = {
-            name: of_block[site] for site in self.blocks if site in taken for name in self.blocks[site].latents
-        }
+        blocks = [(site, block) for site, block in self.blocks.items() if site in taken]
+        from_model = {name: of_block[site] for site, block in blocks for name in block.latents}
         site_key, some_key, all_key = split(rng_key, 3)
         keys = split_by_name(site_key, from_model)
         in_scan = {name: value for name, value in values.items() if is_in_scan(self.approx.model_trace[name])}
