@@ -1,5 +1,6 @@
 """What stood in the way of users of the first release: crashes, silent faults, wrong advice; with the right values."""
 
+from contextlib import contextmanager
 from pathlib import Path
 import re
 import textwrap
@@ -23,6 +24,7 @@ from helpers import codes
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 from numpyro_vimco.diagnostics.findings import Facts, find_all
 from numpyro_vimco.families.autoregressive import FullCoupling
+from numpyro_vimco.fitting.breakdowns import ruled_out, sites_with_nan_gradients
 
 
 def quick_fit(model, guide, *args, num_steps=300, num_starts=4, **kwargs):
@@ -348,6 +350,36 @@ def test_groups_of_an_improper_prior_are_left_out_with_a_warning():
     assert "posterior" in tree.groups() or "/posterior" in tree.groups
     # p(y) = ∫ p(y | a) da = 1: exact, by the flat prior.
     assert abs(posterior.log_evidence) < 0.05
+
+
+@contextmanager
+def larger_constants_are_warned_of(size):
+    before = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", size)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_captured_constants_warn_bytes", before)
+
+
+def test_data_are_no_constants_of_compiled_programs():
+    # XLA computes with constants while it compiles: for seconds, where they are as large as data.
+    pytest.importorskip("funsor")
+    x, y = random.normal(random.key(0), (2, 2000))
+
+    def model(x, y):
+        slope = numpyro.sample("slope", dist.Normal(0, 1))
+        with numpyro.plate("row", len(y)):
+            z = numpyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(slope * x + z, 1), obs=y)
+
+    with larger_constants_are_warned_of(4 * len(y)):
+        posterior = quick_fit(model, AutoMixed(model), x, y, num_steps=2, num_starts=2, recover=False)
+        posterior.to_arviz(num_samples=10, groups=("posterior_predictive", "log_likelihood_given_latents"))
+        posterior.gradient_snr(num_draws=2)
+        svi, params = posterior.svi, posterior.params
+        assert ruled_out(svi, params, random.key(1), (x, y), {}).startswith("No observed site")
+        assert sites_with_nan_gradients(svi, params, random.key(1), (x, y), {}) == []
 
 
 def test_a_factor_is_in_no_log_likelihood_and_the_advice_gives_it_one():

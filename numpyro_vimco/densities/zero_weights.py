@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 import numpyro.distributions as dist
 
+from numpyro_vimco.compilation import map_arrays
 from numpyro_vimco.sites import WRAPPERS, is_real, support_of, unwrapped
 
 # Where no difference is made between a tiny density and none; NumPyro has the smallest number for log 0 at times.
@@ -82,7 +83,9 @@ def _may_be_impossible(fn: dist.Distribution) -> bool:
 def _stopped(fn: dist.Distribution, impossible: Bool[Array, "..."]) -> dist.Distribution:
     """A distribution whose parameters take no derivative at impossible elements of its batch."""
     if impossible.size == 1:
-        return jax.tree.map(partial(_stop, impossible.reshape(()), event_dim=0), fn)
+        # Not by `jax.tree.map`: the leaves of NumPyro's distributions have another order in each process, and a program
+        # that another process left in JAX's cache would not be found.
+        return map_arrays(partial(_stop, impossible.reshape(()), event_dim=0), fn)
     fn = copy(fn)
     if isinstance(fn, WRAPPERS):
         dims = fn.reinterpreted_batch_ndims if isinstance(fn, dist.Independent) else 0

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.compilation import Compiled
 from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.chunks import patient_bar
 from numpyro_vimco.randomness import split
@@ -41,9 +42,10 @@ def gradient_statistics(
     def loss(params: Any, rng_key: Array) -> Array:
         return approx.svi.loss.loss(rng_key, params, approx.svi.model, approx.svi.guide, *approx.args, **approx.kwargs)
 
-    gradients = approx.kept(
-        "gradients", lambda: jax.jit(lambda params, keys: jax.lax.map(partial(jax.grad(loss), params), keys))
-    )
+    def gradients_of(params: Any, keys: Array) -> Any:
+        return jax.lax.map(partial(jax.grad(loss), params), keys)
+
+    gradients = approx.kept("gradients", lambda: Compiled(gradients_of, older_loops=False))
     with patient_bar(num_draws, "gradients" if progress_bar else None) as bar:
         mean, std = _moments(gradients, split(rng_key, num_draws), approx.params, bar)
     return {

@@ -12,6 +12,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import Trace, is_latent_site, log_prob_at_value, sample_sites
@@ -38,7 +39,7 @@ def sites_with_nan_gradients(svi: SVI, params: Params, rng_key: Array, args: tup
             found[site["name"]] = jnp.array([jnp.isnan(leaf).any() for leaf in jax.tree.leaves(gradient)]).any()
         return found
 
-    found = jax.jit(jax.vmap(look))(split(rng_key, DRAWS))
+    found = at_once(jax.vmap(look), split(rng_key, DRAWS))
     return [name for name, is_nan in found.items() if is_nan.any()]
 
 
@@ -49,7 +50,7 @@ def ruled_out(svi: SVI, params: Params, rng_key: Array, args: tuple, kwargs: dic
         sites = sample_sites(_model_trace(svi, params, rng_key, args, kwargs))
         return {site["name"]: jnp.isneginf(log_prob_at_value(site)) for site in sites if site["is_observed"]}
 
-    shares = {name: np.mean(found, axis=0) for name, found in jax.jit(jax.vmap(look))(split(rng_key, DRAWS)).items()}
+    shares = {name: np.mean(found, axis=0) for name, found in at_once(jax.vmap(look), split(rng_key, DRAWS)).items()}
     name = max(shares, key=lambda name: shares[name].max(initial=0), default=None)
     if name is None or not shares[name].any():
         return "No observed site alone rules out a draw: look at the supports of model and guide."

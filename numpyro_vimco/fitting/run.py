@@ -98,12 +98,13 @@ def begin(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, num_s
     num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
     tempering_steps = _tempering_steps(plan.tempering, num_starts, plan.num_steps)
     states = initial_states(svi, keys_of(rng_key).init, num_starts, args, {"init_params": init_params, **kwargs})
-    first = jnp.asarray(np.float32(1))
+    first = jax.device_put(np.float32(1))
     if tempering_steps.max() > 0:
         all_kwargs = {**svi.static_kwargs, **kwargs}
         first = first_inverse_temperature(svi.model, args, all_kwargs, getattr(svi.loss, "joint_plates", ()))
-    none_failed = jnp.asarray(np.zeros(num_starts, bool))
-    state = FitState(states, jnp.array(0), jnp.asarray(tempering_steps), first, none_failed)
+    step = np.zeros((), tempering_steps.dtype)
+    counts = jax.device_put((step, tempering_steps, first, np.zeros(num_starts, bool)))
+    state = FitState(states, *counts)
     return _checked(svi, rng_key, args, kwargs, plan, state)
 
 

@@ -50,7 +50,7 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
             call.guide.prototype_trace = None
         states = None
         if not calls or isinstance(svi.guide, StructuralGuide):
-            states = _in_one_program(init, svi.guide, keys, args, kwargs)
+            states = _in_one_program(init, svi.guide, split_into(rng_key, num_starts)[0], keys, args, kwargs)
         known = automatic_guides(svi.guide)
         strangers = [call for call in calls if not any(call.guide is guide for guide in known)]
         if states is None or strangers:
@@ -61,10 +61,15 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
     return states
 
 
-def _in_one_program(init: SVI, guide: Callable, keys: Array, args: tuple, kwargs: dict) -> SVIState | None:
-    """The states of all starts; None where it is not known what NumPyro's functions and guides keep of tracers."""
+def _in_one_program(
+    init: SVI, guide: Callable, first: Array, keys: Array, args: tuple, kwargs: dict
+) -> SVIState | None:
+    """The states of all starts; None where it is not known what NumPyro's functions and guides keep of tracers.
+
+    :param first: the first of the keys.
+    """
     if isinstance(guide, StructuralGuide):
-        guide_key = split_into(keys[0], 3)[2]  # as in `SVI.init`
+        guide_key = split_into(first, 3)[2]  # as in `SVI.init`
         with seed(rng_seed=guide_key):
             set_up(guide, *args, **{**init.static_kwargs, **{k: v for k, v in kwargs.items() if k != "init_params"}})
     parts = [part for part in automatic_guides(guide) if not isinstance(part, StructuralGuide)]
