@@ -297,7 +297,9 @@ def test_intervals_of_the_log_evidence_hold_it_where_weights_have_a_heavy_tail()
 
 def test_factor_for_unseen_weights_is_one_without_a_tail_and_infinite_without_a_mean():
     k = np.array([-np.inf, -0.2, 0.0, 0.5, 0.75, 1.0, 3.0, np.inf])
-    np.testing.assert_allclose(unseen_factor(k), [1, 1, 1, 2, 4, np.inf, np.inf, np.inf])
+    np.testing.assert_allclose(unseen_factor(k, 0.2), [1, 1, 1, 2, 4, np.inf, np.inf, np.inf])
+    # Where the ESS is large the tail holds little, and right fits often have a k of 1 or more.
+    np.testing.assert_allclose(unseen_factor(k, 0.25), [1, 1, 1, 2, 4, 10, 10, 10])
 
 
 def test_log_evidence_without_a_mean_weight_is_so_much_or_more(hardly_defended):

@@ -374,10 +374,11 @@ def test_data_are_no_constants_of_compiled_programs():
             numpyro.sample("y", dist.Normal(slope * x + z, 1), obs=y)
 
     with larger_constants_are_warned_of(4 * len(y)):
-        posterior = quick_fit(model, AutoMixed(model), x, y, num_steps=2, num_starts=2, recover=False)
+        svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5, 4))
+        posterior = fit(svi, random.key(0), 2, x, y, num_starts=2, recover=False, progress_bar=False)
         posterior.to_arviz(num_samples=10, groups=("posterior_predictive", "log_likelihood_given_latents"))
         posterior.gradient_snr(num_draws=2)
-        svi, params = posterior.svi, posterior.params
+        params = posterior.params
         assert ruled_out(svi, params, random.key(1), (x, y), {}).startswith("No observed site")
         assert sites_with_nan_gradients(svi, params, random.key(1), (x, y), {}) == []
 

@@ -70,7 +70,7 @@ class Approximation:
         :raises ValueError: for parameters that do not fit model and guide, or data that are drawn in part or NaN.
         """
         kwargs = {**svi.static_kwargs, **kwargs}
-        params = jax.tree.map(np.asarray, taken(starts, 0))
+        params = taken(starts, 0)
 
         def traces() -> tuple[Trace, Trace]:
             guide = seed(with_known_draws(svi.guide), random.key(0))

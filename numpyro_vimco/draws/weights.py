@@ -42,6 +42,7 @@ class WeightSummary:
         elements.
     :ivar heaviest: of the element with the largest k, the shares of its total weight that its heaviest draws hold, from
         the largest down, of shape ``(tail,)``.
+    :ivar num_draws: number of draws.
     """
 
     log_evidence: np.ndarray
@@ -50,11 +51,12 @@ class WeightSummary:
     pareto_k: np.ndarray
     bounds: dict[int, float]
     heaviest: np.ndarray
+    num_draws: int
 
     @property
     def std_error(self) -> float:
-        """Standard error of the sum of ``log_evidence`` over elements, in nats; infinite where a k is 1 or more."""
-        return float(np.sqrt((self.variance * unseen_factor(self.pareto_k) ** 2).sum()))
+        """Standard error of the sum of ``log_evidence`` over elements, in nats; infinite where a mean cannot be told."""
+        return float(np.sqrt((self.variance * unseen_factor(self.pareto_k, self.ess / self.num_draws) ** 2).sum()))
 
 
 class WeightStream:
@@ -139,7 +141,7 @@ class WeightStream:
             i = int(np.argmax(k[part]))
             if k[part][i] > worst or not len(heaviest):
                 worst, heaviest = k[part][i], raw[i, ::-1] / total[i]
-        return WeightSummary(log_evidence, variance, ess, k, self._bounds.means(), heaviest)
+        return WeightSummary(log_evidence, variance, ess, k, self._bounds.means(), heaviest, self.num_draws)
 
 
 class _Bounds:
@@ -268,7 +270,7 @@ def variance_of_log_mean(total: np.ndarray, square: np.ndarray, num_draws: int) 
     return np.maximum(square / total**2 - 1 / num_draws, 0) * num_draws / (num_draws - 1)
 
 
-def unseen_factor(pareto_k: np.ndarray) -> np.ndarray:
+def unseen_factor(pareto_k: np.ndarray, share: np.ndarray) -> np.ndarray:
     r"""The factor by which a heavy tail makes a standard error of :func:`log_mean` larger than the delta method says.
 
     The delta method knows the weights that were seen. Let v be the weight that one of S draws is expected to exceed. In
@@ -277,13 +279,17 @@ def unseen_factor(pareto_k: np.ndarray) -> np.ndarray:
     by that much. The error by the delta method is of the order of the heaviest weights that were seen, of v. So the
     factor is :math:`1 / (1 - \max(k, 0))`, and infinite from k = 1 on.
 
+    Where the ESS is a quarter of the draws or more, as right fits have it, a k above 0.9 counts as 0.9: the tail then
+    holds little of the weight that was seen.
+
     Derived here, an order of magnitude. ``benchmarks/evidence_coverage.py --simulated`` prints how often intervals then
     hold the mean: 95% of them or more up to a k of 0.7, nine of ten at 0.9.
 
     :param pareto_k: shape of the tail, of any shape.
+    :param share: the ESS as a share of the draws, of the same shape.
     """
     with np.errstate(divide="ignore"):
-        return 1 / (1 - np.clip(pareto_k, 0, 1))
+        return 1 / (1 - np.clip(pareto_k, 0, np.where(share >= 0.25, 0.9, 1)))
 
 
 def pareto_smooth(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

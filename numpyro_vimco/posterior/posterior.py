@@ -285,7 +285,7 @@ class Posterior:
 
     @property
     def log_evidence_std_error(self) -> float:
-        """Its standard error, in nats; infinite where the tail of the weights has a k of 1 or more."""
+        """Its standard error, in nats; infinite for a k of 1 or more with an ESS below a quarter of the draws."""
         return self.diagnostics.log_evidence_std_error
 
     @property
