@@ -41,7 +41,8 @@ class Diagnostics:
     :ivar log_evidence: estimate of log p(x) in nats: the logarithm of the mean weight.
     :ivar log_evidence_std_error: its standard error in nats: that of the delta method, divided by 1 - k for the tail
         that was not seen (``weights.unseen_factor``). Infinite where k is 1 or more and the ESS less than a quarter of
-        the draws: the log evidence may then be higher by any amount. It knows nothing of a part of the posterior that no draw comes near.
+        the draws: the log evidence may then be higher by any amount. It knows nothing of a part of the posterior that
+        no draw comes near.
     :ivar bounds: the importance-weighted bound (α = 0) of the defended draws in nats, by number of particles N, each a
         mean over the draws in groups of N. At N = 1 defensive draws make it low.
     :ivar ess: effective sample size, 1 / Σ W², of the normalized weights as they are.

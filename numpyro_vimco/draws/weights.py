@@ -55,7 +55,7 @@ class WeightSummary:
 
     @property
     def std_error(self) -> float:
-        """Standard error of the sum of ``log_evidence`` over elements, in nats; infinite where a mean cannot be told."""
+        """Standard error of the sum of ``log_evidence`` over elements, in nats; infinite where none can be told."""
         return float(np.sqrt((self.variance * unseen_factor(self.pareto_k, self.ess / self.num_draws) ** 2).sum()))
 
 
