@@ -5,7 +5,6 @@
 It prints "held" last.
 """
 
-from inspect import getclosurevars
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -23,7 +22,6 @@ from numpyro.infer import SVI
 import optax
 
 from numpyro_vimco import VIMCOStar, fit
-from numpyro_vimco.compilation import _compile
 from numpyro_vimco.fitting.steps import Steps
 from numpyro_vimco.fitting.tempering import geometric
 
@@ -68,7 +66,7 @@ if __name__ == "__main__":
     svi = SVI(model, guide, optax.adam(0.05), VIMCOStar(0.5, 4))
     state = fit(svi, random.key(0), 0, x, num_starts=1, progress_bar=False).state
     steps = Steps(svi, (x,), {}, {}, geometric, False, True, None)
-    found = getclosurevars(_compile(steps._chunk, state, 1)).nonlocals
-    text = found["program"].lower(found["closed"].consts, state, 1).compile().as_text()
+    program = steps._program._program((state, 1))
+    text = program.func.lower(*program.args, state, 1).compile().as_text()
     assert "f32[7]" in text and "f32[14]" not in text and "f32[4,14]" not in text
     print("held", flush=True)

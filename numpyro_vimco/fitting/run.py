@@ -16,7 +16,7 @@ import numpy as np
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.compilation import at_once
+from numpyro_vimco.compilation import ONCE, Compiled, at_once
 from numpyro_vimco.draws.approximation import Approximation, taken
 from numpyro_vimco.draws.pooling import by_start, in_pool, pooled
 from numpyro_vimco.draws.proposals import check_independent, fixed, program_of
@@ -193,7 +193,7 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
             stacklevel=3,
         )
     temperatures = np.concatenate([fit.starts.inverse_temperature, temperatures], axis=1)
-    params = at_once(jax.vmap(svi.get_params), state.svi)
+    params = approx.kept("parameters", lambda: Compiled(jax.vmap(svi.get_params), ONCE))(state.svi)
     starts = Starts.without_evidence(params, losses, temperatures, state.svi, failed, fit.starts.alike)
     keys = keys_of(fit.rng_key)
     approx = with_starts(approx, starts)

@@ -26,7 +26,7 @@ from numpyro.primitives import Messenger
 from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.private.of_jax import trace_state_clean
-from numpyro_vimco.private.of_numpyro import setup_prototype, without_tracers
+from numpyro_vimco.private.of_numpyro import PrototypeGuide, setup_prototype, without_tracers
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_latent_site
 
@@ -153,7 +153,9 @@ def set_up(guide: AutoGuide, *args, **kwargs) -> None:
     """
     if guide.prototype_trace is None:
         traced = not trace_state_clean()
-        with _ConcreteKeys(traced), jax.ensure_compile_time_eval() if traced else nullcontext():
+        # What is of NumPyro runs models in loops, in which draws of hidden latents would be traced.
+        is_of_numpyro = not isinstance(guide, PrototypeGuide | AutoNormalFromPrior)
+        with _ConcreteKeys(traced), jax.ensure_compile_time_eval() if traced or is_of_numpyro else nullcontext():
             setup_prototype(guide, *args, **kwargs)
             if traced:
                 without_tracers(guide)
