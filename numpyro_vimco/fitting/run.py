@@ -36,8 +36,8 @@ from numpyro_vimco.sites import sample_sites
 EVIDENCE_DRAWS = 4096
 
 # Steps of less work than this are compiled by the older way of XLA, where it knows both: number of steps times elements
-# of the largest arrays. On four posteriors compilation and 2,000 steps, of 0.6 to 3 · 10⁸, took 70% to 97% of the time
-# of the newer way; one step from half of its time to 1.6 times (`benchmarks/first_call.py`).
+# of the largest arrays. On four posteriors compilation and 2,000 steps, of 0.6 to 3 · 10⁸, took 65% to 97% of the time
+# of the newer way; steps alone from half of its time to 1.6 times (measured once, JAX 0.10.1).
 QUICK = 2**29
 
 Tempering: TypeAlias = float | Sequence[float] | Callable
