@@ -7,6 +7,7 @@ and on two:
 
 - this version: `fit` with 2,000 steps, the verdict, and `to_arviz` with its defaults; without compiled programs, and
   again with JAX's persistent cache that the same call has filled;
+- the same with steps that XLA compiles in its newer way, as those of long fits are;
 - an older version (33d48bf), if the path of a checkout is given: the same calls;
 - `DiscreteHMCGibbs` over NUTS, two chains by `vmap`, 1,000 + 1,000 steps, and `az.from_numpyro`;
 - `svi.run` with `TraceGraph_ELBO` of 64 particles and the same guide, 2,000 steps.
@@ -28,7 +29,8 @@ import time
 
 PROBLEMS = ("diabetes", "coal_mining", "karate_club", "occupancy")
 STEPS, PARTICLES = 2000, 64
-METHODS = ("this version", "this version, cached", "older", "DiscreteHMCGibbs", "TraceGraph_ELBO")
+NEWER_LOOPS = "this version, newer loops"
+METHODS = ("this version", "this version, cached", NEWER_LOOPS, "older", "DiscreteHMCGibbs", "TraceGraph_ELBO")
 
 
 class Phases:
@@ -95,8 +97,11 @@ def run(method, name):
         numpyro_vimco.to_arviz(svi, result, rng_key=jax.random.key(2), **after)
         phases.end("ArviZ")
     else:
+        from numpyro_vimco.fitting import run as fitting
         from numpyro_vimco.fitting.steps import Steps
 
+        if method == NEWER_LOOPS:
+            fitting.QUICK = 0
         phases.end("import")
         take = Steps.run
 

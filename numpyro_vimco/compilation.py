@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Functions that are compiled for many draws, the steps of a fit, and checks of values."""
+"""Functions that are compiled: for many draws, the steps of a fit, and checks of values; or to run once."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +35,8 @@ def at_once(fn: Callable, *inputs: Any) -> Any:
     found: list[tuple[Any, list]] = []
 
     def arrays(*inputs: Any) -> list:
-        result, traced = fn(*inputs), dict[int, Any]()
-        map_arrays(lambda x: traced.setdefault(id(x), x) if isinstance(x, Tracer) else x, result)
+        result = fn(*inputs)
+        traced = tracers(result)
         found.append((result, list(traced)))
         return list(traced.values())
 
@@ -118,6 +118,13 @@ def _knows(option: str) -> bool:
     except RuntimeError:  # of XLA, "No such compile option"
         return False
     return True
+
+
+def tracers(part: Any) -> dict[int, Tracer]:
+    """The arrays that JAX traces in what :func:`map_arrays` looks into, each once, by `id`."""
+    found: dict[int, Tracer] = {}
+    map_arrays(lambda x: found.setdefault(id(x), x) if isinstance(x, Tracer) else x, part)
+    return found
 
 
 def map_arrays(change: Callable[[Array], Any], part: Any) -> Any:

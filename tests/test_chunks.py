@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
-from numpyro_vimco.compilation import Compiled, at_once, map_arrays
+from numpyro_vimco.compilation import Compiled, at_once, tracers
 from numpyro_vimco.draws.chunks import Chunked
 
 
@@ -185,9 +185,7 @@ def test_a_trace_at_once_is_the_trace(compilations):
     found = at_once(lambda: trace(seed(model, 0)).get_trace())
     assert len(compilations) == 1
     assert list(found) == list(expected)
-    tracers = []
-    map_arrays(lambda x: tracers.append(x) if isinstance(x, jax.core.Tracer) else x, found)
-    assert not tracers
+    assert not tracers(found)
     for name, site in expected.items():
         np.testing.assert_allclose(found[name]["value"], site["value"], rtol=1e-6)
         if site["type"] == "sample":

@@ -25,7 +25,7 @@ from numpyro_vimco.densities.enumeration import summed_sites
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.observed import Observed, find_observed, given_name, observed_sites, present_elements
 from numpyro_vimco.guides.automatic import with_first_calls, with_known_draws
-from numpyro_vimco.sites import Trace, base_distributions, is_latent_site, sample_sites
+from numpyro_vimco.sites import Trace, base_distributions, is_delta, is_latent_site, sample_sites
 
 # Elements of the largest array of a chunk of particles: 4 MiB in single precision, which a processor's cache holds.
 # Four times as fast as 64 MiB, whose memory is new to the process for each chunk.
@@ -202,6 +202,11 @@ class Approximation:
         """
         sites = sample_sites(self.model_trace) + sample_sites(self.guide_trace)
         return max(np.size(leaf) for site in sites for leaf in jax.tree.leaves((site["value"], site["fn"])))
+
+    @cached_property
+    def has_deltas(self) -> bool:
+        """Whether the guide has a latent of a single value."""
+        return any(map(is_delta, self.guide_trace.values()))
 
     @property
     def num_particles(self) -> int:

@@ -178,7 +178,7 @@ def _check_densities(approx: Approximation) -> None:
 
     :raises NotImplementedError: for a Delta site whose value depends on parameters.
     """
-    if not any(map(is_delta, approx.guide_trace.values())):
+    if not approx.has_deltas:
         return
     program = program_of(approx, {})
     deltas = approx.kept("deltas", lambda: program.deltas_at_parameters(approx.params, random.key(0)))

@@ -29,7 +29,7 @@ from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.objectives import control_variates as cv
 from numpyro_vimco.objectives.elements import value_checks
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import is_delta, sample_sites
+from numpyro_vimco.sites import sample_sites
 
 Params = dict[str, Any]
 # In place of a start: a draw of the mixture.
@@ -260,7 +260,7 @@ def check_has_density(approx: Approximation) -> None:
 
 def fixed(approx: Approximation) -> list[str]:
     """Names of continuous latents that the guide fixes, so that there is no evidence."""
-    if not any(map(is_delta, approx.guide_trace.values())):
+    if not approx.has_deltas:
         return []
     program = program_of(approx, {})
     return approx.kept("fixed", lambda: list(program.without_density(approx.params, random.key(0))))

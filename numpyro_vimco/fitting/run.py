@@ -16,7 +16,7 @@ import numpy as np
 from numpyro.infer import SVI
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.compilation import ONCE, Compiled, at_once
+from numpyro_vimco.compilation import ONCE, Compiled
 from numpyro_vimco.draws.approximation import Approximation, taken
 from numpyro_vimco.draws.pooling import by_start, in_pool, pooled
 from numpyro_vimco.draws.proposals import check_independent, fixed, program_of
@@ -36,8 +36,7 @@ from numpyro_vimco.sites import sample_sites
 EVIDENCE_DRAWS = 4096
 
 # Steps of less work than this are compiled by the older way of XLA, where it knows both: number of steps times elements
-# of the largest arrays. On four posteriors compilation and 2,000 steps, of 0.6 to 3 · 10⁸, took 65% to 97% of the time
-# of the newer way; steps alone from half of its time to 1.6 times (measured once, JAX 0.10.1).
+# of the largest arrays. `benchmarks/first_call.py` prints both ways on four posteriors, of 0.6 to 3 · 10⁸.
 QUICK = 2**29
 
 Tempering: TypeAlias = float | Sequence[float] | Callable
@@ -80,6 +79,7 @@ class Fit:
     :ivar approx: with the parameters of the starts that did not fail.
     :ivar state: to go on from.
     :ivar steps: of all starts, compiled.
+    :ivar params_of: from states of all starts to their parameters, compiled.
     """
 
     approx: Approximation
@@ -88,6 +88,7 @@ class Fit:
     steps: Steps
     plan: Plan
     rng_key: Array
+    params_of: Compiled
 
 
 def begin(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, num_starts: int, init_params: Any) -> Fit:
@@ -130,7 +131,8 @@ def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, 
 
 def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, state: FitState) -> Fit:
     num_starts = len(state.failed)
-    params = at_once(jax.vmap(svi.get_params), state.svi)
+    params_of = Compiled(jax.vmap(svi.get_params), ONCE)
+    params = params_of(state.svi)
     kept = np.flatnonzero(~np.asarray(state.failed))
     approx = Approximation.of(svi, taken(params, kept), len(kept), args, kwargs)
     if isinstance(svi.loss, ImportanceWeightedELBO):
@@ -163,7 +165,7 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
     none = np.zeros((num_starts, 0), np.float32)
     alike = int(state.step) == 0 and _are_alike(params, num_starts)
     starts = Starts.without_evidence(params, none, none, state.svi, np.asarray(state.failed), alike)
-    return Fit(approx, starts, state, steps, plan, rng_key)
+    return Fit(approx, starts, state, steps, plan, rng_key, params_of)
 
 
 def _are_alike(params: dict[str, Any], num_starts: int) -> bool:
@@ -175,7 +177,7 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
 
     :raises ValueError: if NaN came up in all starts.
     """
-    approx, svi = fit.approx, fit.approx.svi
+    approx = fit.approx
     if callable(fit.plan.tempering):
         _check_temperatures(fit.steps.inverse_temperature, int(fit.state.step) + np.arange(num_steps))
     if approx.has_posterior() and fit.plan.start_sharding is None:
@@ -193,7 +195,7 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
             stacklevel=3,
         )
     temperatures = np.concatenate([fit.starts.inverse_temperature, temperatures], axis=1)
-    params = approx.kept("parameters", lambda: Compiled(jax.vmap(svi.get_params), ONCE))(state.svi)
+    params = fit.params_of(state.svi)
     starts = Starts.without_evidence(params, losses, temperatures, state.svi, failed, fit.starts.alike)
     keys = keys_of(fit.rng_key)
     approx = with_starts(approx, starts)

@@ -15,7 +15,7 @@ from numpyro.handlers import seed, trace
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
-from numpyro_vimco.compilation import at_once, map_arrays
+from numpyro_vimco.compilation import at_once, tracers
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.guides.automatic import (
     AutoNormalFromPrior,
@@ -51,8 +51,8 @@ def initial_states(svi: SVI, rng_key: Array, num_starts: int, args: tuple, kwarg
         states = None
         if not calls or isinstance(svi.guide, StructuralGuide):
             states = _in_one_program(init, svi.guide, split_into(rng_key, num_starts)[0], keys, args, kwargs)
-        known = automatic_guides(svi.guide)
-        strangers = [call for call in calls if not any(call.guide is guide for guide in known)]
+        known = {id(guide) for guide in automatic_guides(svi.guide)}
+        strangers = [call for call in calls if id(call.guide) not in known]
         if states is None or strangers:
             for call in strangers:
                 call.undo()  # it may hold tracers
@@ -84,9 +84,7 @@ def _in_one_program(
     after_first = [Call.now(part) for part in automatic_guides(guide)]
     with _undone(after_first, lambda _: True):
         states = at_once(jax.vmap(begin), keys)
-    traced: list[Any] = []
-    map_arrays(lambda x: traced.append(x) if isinstance(x, jax.core.Tracer) else x, init.constrain_fn.args)
-    return None if traced else states
+    return None if tracers(init.constrain_fn.args) else states
 
 
 def _one_by_one(init: SVI, calls: list[Call], keys: Array, args: tuple, kwargs: dict) -> SVIState:

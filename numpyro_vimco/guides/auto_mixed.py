@@ -31,7 +31,7 @@ from numpyro_vimco.control_flow import Given
 from numpyro_vimco.families.components import Components, components_of_prior, spread_components
 from numpyro_vimco.families.units import concrete, location_and_scale, prior_draws
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
-from numpyro_vimco.guides.automatic import AutoNormalFromPrior, is_normal, set_up
+from numpyro_vimco.guides.automatic import AutoNormalFromPrior, is_normal, set_up, values_of
 from numpyro_vimco.guides.options import (
     check_couplings,
     check_init_scale,
@@ -217,10 +217,10 @@ class AutoMixed(StructuralGuide):
         for name in self.num_components.keys() - names.keys():
             raise ValueError(f"`num_components` names '{name}', but the latents are {', '.join(map(repr, names))}.")
         self._check_continuous(continuous, {**discrete, **continuous}, *args, **kwargs)
-        arguments, init = self._arguments, self.init_loc_fn
-        if isinstance(init, partial) and init.func is init_to_value:
+        arguments = self._arguments
+        if given := values_of(self.init_loc_fn):
             # One value for each element: a guide of NumPyro has as many locations as it is given.
-            values = {name: value for name, value in names.items() if name in init.keywords["values"]}
+            values = {name: value for name, value in names.items() if name in given}
             arguments = {**arguments, "init_loc_fn": partial(init_to_value, values=values)}
         if discrete:
             independent: dict = {}

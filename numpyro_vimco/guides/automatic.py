@@ -176,11 +176,19 @@ class _ConcreteKeys(Messenger):
             self.key, msg["value"] = split(jax.random.key(0) if self.key is None else self.key)
 
 
+def values_of(init_loc_fn: Callable) -> dict[str, Any]:
+    """The values of NumPyro's ``init_to_value``; none of another function for where to begin."""
+    if isinstance(init_loc_fn, partial) and init_loc_fn.func is init_to_value:
+        return init_loc_fn.keywords["values"]
+    return {}
+
+
 class _FromPrior(AutoGuide):
+    """What stands between ``AutoNormal`` and ``AutoGuide``: its set-up without the density."""
+
     def _setup_prototype(self, *args, **kwargs) -> None:
-        init = self.init_loc_fn
+        init, given = self.init_loc_fn, values_of(self.init_loc_fn)
         # Values inside of `scan` go by `Given`: `substitute` would take those of a reverse one from the wrong end.
-        given = init.keywords["values"] if isinstance(init, partial) and init.func is init_to_value else {}
         model = Given(seed(self.model, numpyro.prng_key()), given)
         model = substitute(model, substitute_fn=lambda site: None if site["name"] in given else init(site))
         with block():
