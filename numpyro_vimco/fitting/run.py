@@ -79,7 +79,6 @@ class Fit:
     :ivar approx: with the parameters of the starts that did not fail.
     :ivar state: to go on from.
     :ivar steps: of all starts, compiled.
-    :ivar params_of: from states of all starts to their parameters, compiled.
     """
 
     approx: Approximation
@@ -88,7 +87,6 @@ class Fit:
     steps: Steps
     plan: Plan
     rng_key: Array
-    params_of: Compiled
 
 
 def begin(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, num_starts: int, init_params: Any) -> Fit:
@@ -131,10 +129,11 @@ def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, 
 
 def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, state: FitState) -> Fit:
     num_starts = len(state.failed)
-    params_of = Compiled(jax.vmap(svi.get_params), ONCE)
+    params_of = _params_of(svi)
     params = params_of(state.svi)
     kept = np.flatnonzero(~np.asarray(state.failed))
     approx = Approximation.of(svi, taken(params, kept), len(kept), args, kwargs)
+    approx.kept(_params_of, lambda: params_of)
     if isinstance(svi.loss, ImportanceWeightedELBO):
         # In the steps the inverse temperature is traced, and values cannot be compared.
         if approx.subsampled:
@@ -165,7 +164,12 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
     none = np.zeros((num_starts, 0), np.float32)
     alike = int(state.step) == 0 and _are_alike(params, num_starts)
     starts = Starts.without_evidence(params, none, none, state.svi, np.asarray(state.failed), alike)
-    return Fit(approx, starts, state, steps, plan, rng_key, params_of)
+    return Fit(approx, starts, state, steps, plan, rng_key)
+
+
+def _params_of(svi: SVI) -> Compiled:
+    """From states of all starts to their parameters."""
+    return Compiled(jax.vmap(svi.get_params), ONCE)
 
 
 def _are_alike(params: dict[str, Any], num_starts: int) -> bool:
@@ -177,7 +181,7 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
 
     :raises ValueError: if NaN came up in all starts.
     """
-    approx = fit.approx
+    approx, svi = fit.approx, fit.approx.svi
     if callable(fit.plan.tempering):
         _check_temperatures(fit.steps.inverse_temperature, int(fit.state.step) + np.arange(num_steps))
     if approx.has_posterior() and fit.plan.start_sharding is None:
@@ -195,7 +199,7 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
             stacklevel=3,
         )
     temperatures = np.concatenate([fit.starts.inverse_temperature, temperatures], axis=1)
-    params = fit.params_of(state.svi)
+    params = approx.kept(_params_of, lambda: _params_of(svi))(state.svi)
     starts = Starts.without_evidence(params, losses, temperatures, state.svi, failed, fit.starts.alike)
     keys = keys_of(fit.rng_key)
     approx = with_starts(approx, starts)
