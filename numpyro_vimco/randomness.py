@@ -21,7 +21,11 @@ from numpyro.primitives import Messenger
 from numpyro_vimco.compilation import ONCE, Compiled
 from numpyro_vimco.private.of_jax import trace_state_clean
 
+# The mark of a site of a chain, and of its `scan`, in `infer`: the name of the chain.
+CHAIN = "_chain"
+
 __all__ = [
+    "CHAIN",
     "ParticleKeys",
     "SeedLevels",
     "SeedPlates",
@@ -102,7 +106,7 @@ def particle_keys(rng_key: Array, plate_particles: Mapping[str, int]) -> Particl
 
 
 class SeedLevels(Messenger):
-    """`numpyro.handlers.seed`, with a key of its own for each named plate."""
+    """`numpyro.handlers.seed`, with a key of its own for each named plate and each chain."""
 
     def __init__(self, fn: Callable, key: Array, local_keys: Mapping[str, Array]):
         super().__init__(fn)
@@ -112,7 +116,8 @@ class SeedLevels(Messenger):
     def process_message(self, msg: dict) -> None:
         if msg["type"] in ("sample", "prng_key", "plate", "control_flow") and _wants_key(msg):
             plates = (frame.name for frame in msg.get("cond_indep_stack", ()))
-            level = next((name for name in plates if name in self.keys), None)
+            names = (msg.get("infer", {}).get(CHAIN), *plates)
+            level = next((name for name in names if name in self.keys), None)
             self.keys[level], msg["kwargs"]["rng_key"] = split(self.keys[level])
 
 

@@ -16,6 +16,7 @@ from numpyro.util import check_model_guide_match
 
 from numpyro_vimco.arguments import check_integer
 from numpyro_vimco.control_flow import is_in_scan, is_of_control_flow
+from numpyro_vimco.randomness import CHAIN
 from numpyro_vimco.sites import Trace, is_latent_site, is_marked, sample_sites
 
 
@@ -101,7 +102,10 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
             )
     _check_sites(model_trace, guide_trace)
     check_plates(model_trace, guide_trace)
-    check_model_guide_match(model_trace, guide_trace)  # the remaining checks: shapes of sites
+    # The remaining checks: shapes of sites. NumPyro records no plate inside of `scan`, where the model may have it.
+    frames = {frame.name for site in sample_sites(model_trace) for frame in site["cond_indep_stack"]}
+    matched = {name: site for name, site in guide_trace.items() if site["type"] != "plate" or name not in frames}
+    check_model_guide_match(model_trace, matched)
     if not any(site["type"] == "param" for site in guide_trace.values()):
         warnings.warn(
             "The guide has no parameters, so that SVI cannot improve it. Declare them with `numpyro.param`, "
@@ -301,8 +305,8 @@ def check_shape(site: dict, shape: tuple[int, ...]) -> None:
     """
     sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
     if sizes:
-        # The leading dimension of a site in `scan` is time.
-        first = 1 if is_in_scan(site) else 0
+        # The leading dimension of a site in `scan` is time, and so is that of a chain in a guide without a scan.
+        first = 1 if is_in_scan(site) or (CHAIN in site["infer"] and len(shape) > -min(sizes)) else 0
         unexplained = [dim for dim in range(first - len(shape), 0) if shape[dim] != sizes.get(dim, 1)]
         explained = not unexplained and len(shape) >= -min(sizes)
     else:

@@ -7,8 +7,9 @@ Levels of sites are in :mod:`numpyro_vimco.densities.levels`. A log-density of o
 dimension of plates, of size 1 where it is summed over, so that arrays of all levels broadcast.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,16 @@ class Structure:
     :ivar dims: dimensions of the plates common to all sites: they are not summed over, as their elements have weights
         of their own.
     :ivar scale: factor of the bound, from subsampled plates that are common to all sites.
-    :ivar local: of each named plate its name, the dimensions of the plates common to its sites, and the factor of the
-        sum of its elements' log-weights, from its own subsampling.
+    :ivar local: of each named plate and each chain its name, the dimensions of the plates common to its sites, and the
+        factor of the sum of its elements' log-weights, from its own subsampling.
+    :ivar chains: which of these are chains, and whether their `scan` begins at the end.
     """
 
     ndim: int
     dims: frozenset[int]
     scale: float
     local: tuple[tuple[str, frozenset[int], float], ...]
+    chains: tuple[tuple[str, bool], ...] = ()
 
     def kept(self, level: str | None) -> frozenset[int]:
         """Dimensions that are not summed over: of the plates common to all sites of a level."""
@@ -70,13 +73,16 @@ class Structure:
 def plate_structure(
     model_trace: Trace,
     guide_trace: Trace,
-    plate_particles: Mapping[str, int],
+    names: Collection[str],
     joint_plates: frozenset[str],
     linear: bool,
+    chains: Mapping[str, bool] = MappingProxyType({}),
 ) -> Structure:
     """How the plates of a model and its guide combine densities.
 
+    :param names: of named plates and chains.
     :param joint_plates: plates whose elements share one weight.
+    :param chains: which of ``names`` are chains, and whether their `scan` begins at the end.
     :param linear: whether plates that are not common to all sites may be subsampled (α = 1).
     :raises ValueError: for a subsampled plate whose scale would be a power inside of the bound's logarithm.
     """
@@ -84,8 +90,7 @@ def plate_structure(
     plate_sites = {**guide_trace, **model_trace}
     common = common_plates(sites, joint_plates)
     local = {
-        name: common_plates([site for site in sites if level_of(site, plate_particles) == name], joint_plates)
-        for name in plate_particles
+        name: common_plates([site for site in sites if level_of(site, names) == name], joint_plates) for name in names
     }
     scale, local_scale = 1.0, dict.fromkeys(local, 1.0)
     for frame in {frame for site in sites for frame in site["cond_indep_stack"]}:
@@ -93,7 +98,7 @@ def plate_structure(
         size = plate_sites[frame.name]["args"][0] if frame.name in plate_sites else frame.size
         if size == frame.size:
             continue
-        inside = {level_of(site, plate_particles) for site in sites if frame in site["cond_indep_stack"]} - {None}
+        inside = {level_of(site, names) for site in sites if frame in site["cond_indep_stack"]} - {None}
         level = next((name for name in local if frame in local[name]), None)
         if frame in common:
             scale *= size / frame.size
@@ -103,7 +108,7 @@ def plate_structure(
             raise subsample_error(frame, size, [s["name"] for s in sites if frame not in s["cond_indep_stack"]])
     deepest = min((frame.dim for site in sites for frame in site["cond_indep_stack"]), default=0)
     levels = tuple((name, _dims(plates), local_scale[name]) for name, plates in local.items())
-    return Structure(-deepest, _dims(common), scale, levels)
+    return Structure(-deepest, _dims(common), scale, levels, tuple(chains.items()))
 
 
 def aligned_shape(plates: tuple[int, ...], batch_ndim: int, event_dim: int) -> tuple[int, ...]:

@@ -4,14 +4,17 @@
 """A model and its guide, evaluated one particle at a time."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.lax import stop_gradient
+import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.handlers import replay, substitute, trace
 
+from numpyro_vimco.checks.chains import guide_outside_error
 from numpyro_vimco.checks.guide_densities import auxiliary_sites, check_auxiliary, without_density
 from numpyro_vimco.checks.independence import anywhere
 from numpyro_vimco.checks.supports_and_plates import (
@@ -21,10 +24,11 @@ from numpyro_vimco.checks.supports_and_plates import (
     check_traces,
 )
 from numpyro_vimco.control_flow import Given
+from numpyro_vimco.densities.chains import Chains, InStep, at_step, of_steps
 from numpyro_vimco.densities.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
 from numpyro_vimco.densities.enumerated_model import at_values, check_sums, densities_at, enumerate_model
 from numpyro_vimco.densities.enumeration import Unmarked, summed_sites
-from numpyro_vimco.densities.levels import Levels, level_of, map_levels, map_local
+from numpyro_vimco.densities.levels import Levels, Step, Values, level_of, map_levels, map_local
 from numpyro_vimco.densities.plates import Density, Structure, plate_structure
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.randomness import ParticleKeys, SeedLevels, particle_keys
@@ -38,9 +42,6 @@ from numpyro_vimco.sites import (
     sample_sites,
     with_fixed_parameters,
 )
-
-Values = dict[str, Array]
-
 
 class Kinds(NamedTuple):
     """Which kinds of sites and plates a program has.
@@ -69,6 +70,8 @@ class Program:
     :ivar joint_plates: plates whose elements share one weight.
     :ivar linear: whether the objective is linear in the log-weights (α = 1), so that plates that are not common
         to all sites may be subsampled.
+    :ivar chains: the chains whose latents have samples of their own at each step; ``model`` and ``guide`` are then
+        :func:`.chains.marked`.
 
     All methods raise the errors of :mod:`numpyro_vimco.checks.supports_and_plates`.
     """
@@ -81,6 +84,12 @@ class Program:
     plate_particles: Mapping[str, int]
     joint_plates: frozenset[str]
     linear: bool
+    chains: Chains = field(default_factory=dict)
+
+    @property
+    def local(self) -> dict[str, int]:
+        """Of each named plate and each chain, the number of its local particles, or of its samples of a step."""
+        return {**self.plate_particles, **{name: chain.num_samples for name, chain in self.chains.items()}}
 
     def evaluate(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[Densities], Structure]:
         """Draw one particle, with all its local particles, and evaluate it in one pass of guide and model."""
@@ -105,8 +114,8 @@ class Program:
         return self._draws(params, self._first(rng_key), None, has_masks)
 
     def draw_local(self, params: dict[str, Any], rng_key: Array, given: Values, has_masks: bool) -> dict[str, Draws]:
-        """Draw all local particles, given the sites outside of named plates."""
-        keys = particle_keys(rng_key, self.plate_particles)
+        """Draw all local particles, and all samples of chains, given the shared sites."""
+        keys = particle_keys(rng_key, self.local)
 
         def draws(local):
             return Levels(None, self._draws(params, keys._replace(local=local), given, has_masks).local), None
@@ -124,26 +133,26 @@ class Program:
         The densities that the values were drawn from (:func:`~numpyro_vimco.sites.is_drawn`) have no derivative with
         respect to ``params``. The guide's other terms have one: other sites, factors, and what scales add.
         """
-        keys = particle_keys(rng_key, self.plate_particles)
+        keys = particle_keys(rng_key, self.local)
+        fixed = stop_gradient(params)
+        local = self._inputs((fixed, params) if self.chains else (fixed,), keys, values)
 
-        def traces(local) -> tuple[Trace, Trace, Trace]:
-            given = dict(values.shared)
-            for _, plate_values in local.values():
-                given.update(plate_values)
-            frozen = live = self._trace_guide(stop_gradient(params), _of_locals(keys, local), given)
+        def traces(local) -> tuple["Program", Trace, Trace, Trace]:
+            program, of_local, given = self._at(keys, local, values.shared)
+            frozen = live = program._trace_guide(fixed, of_local, given)
             if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
-                live = self._trace_guide(params, _of_locals(keys, local), given)
-            return self._trace_model(params, _of_locals(keys, local), live), frozen, live
+                live = program._trace_guide(params, of_local, given)
+            frozen, live = (program._at_step(tr, local, i) for i, tr in enumerate((frozen, live)))
+            return program, program._trace_model(params, of_local, live), frozen, live
 
         def log_weights(local):
-            model_trace, frozen, live = traces(local)
-            sites = self._sites(params, _of_locals(keys, local), model_trace, frozen)
+            program, model_trace, frozen, live = traces(local)
+            sites = program._sites(params, _of_locals(keys, local), model_trace, frozen)
             rest = sites.of_guide_rest(is_drawn, live)
             log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), rest)
             return log_weight, sites.structure
 
-        local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
-        return map_local(log_weights, lambda local: self._by_site(traces(local)[:2]), local)
+        return map_local(log_weights, lambda local: self._by_site(traces(local)[1:3]), local)
 
     def densities(
         self,
@@ -156,20 +165,8 @@ class Program:
 
         :param combine: from the densities of sites to what is returned of them. Defaults to the same as there.
         """
-        keys = particle_keys(rng_key, self.plate_particles)
-
-        def traces(local) -> tuple[Trace, Trace]:
-            given = dict(values.shared)
-            for _, plate_values in local.values():
-                given.update(plate_values)
-            return self._traces(params, _of_locals(keys, local), given)
-
-        def densities(local):
-            sites = self._sites(params, _of_locals(keys, local), *traces(local))
-            return (combine or self._densities)(sites), sites.structure
-
-        local = {name: (local_keys, values.local[name]) for name, local_keys in keys.local.items()}
-        return map_local(densities, lambda local: self._by_site(traces(local)), local)
+        keys = particle_keys(rng_key, self.local)
+        return self._map(params, keys, self._inputs((params,), keys, values), values.shared, combine or self._densities)
 
     def kinds(self, params: dict[str, Any], rng_key: Array) -> Kinds:
         """Which kinds of sites and plates there are, from traces of shapes only."""
@@ -184,7 +181,8 @@ class Program:
             if auxiliary_sites(model_trace, guide_trace):
                 check_auxiliary(model_trace, guide_trace, self.parents_of_deltas(params, rng_key))
             structure = self._structure(model_trace, guide_trace)
-            kept = frozenset().union(*(structure.kept(level) for level in (None, *self.plate_particles)))
+            self._check_chains(params, keys, guide_trace)
+            kept = frozenset().union(*(structure.kept(level) for level in (None, *self.local)))
             frames = [frame for site in sample_sites(model_trace) for frame in site["cond_indep_stack"]]
             elements = max((frame.size for frame in frames if frame.dim in kept), default=0)
             summed = summed_sites(model_trace, guide_trace)
@@ -277,28 +275,98 @@ class Program:
 
     def by_level(self, guide_trace: Trace, values: dict[str, Any]) -> Levels[dict[str, Any]]:
         """Sort values, given by the names of guide sites, into the levels of these sites."""
-        levels: Levels[dict[str, Any]] = Levels({}, {name: {} for name in self.plate_particles})
+        levels: Levels[dict[str, Any]] = Levels({}, {name: {} for name in self.local})
         for name, value in values.items():
-            levels.at(level_of(guide_trace[name], self.plate_particles))[name] = value
+            levels.at(level_of(guide_trace[name], self.local))[name] = value
         return levels
 
     # Traces.
 
     def _first(self, rng_key: Array) -> ParticleKeys:
-        keys = particle_keys(rng_key, self.plate_particles)
-        return keys._replace(local={name: local[0] for name, local in keys.local.items()})
+        return _firsts(particle_keys(rng_key, self.local))
 
     def _run(self, params: dict[str, Any], rng_key: Array, combine: Callable) -> tuple[Levels, Structure]:
-        keys = particle_keys(rng_key, self.plate_particles)
+        keys = particle_keys(rng_key, self.local)
+        return self._map(params, keys, self._inputs((params,), keys, None), {}, combine)
 
-        def traces(local):
-            return self._traces(params, keys._replace(local=local))
+    def _map(
+        self, params, keys: ParticleKeys, local: dict[str, Any], shared: Values, combine: Callable
+    ) -> tuple[Levels, Structure]:
+        """Combine the sites of one particle, mapped over the inputs of its levels."""
+
+        def traces(local) -> tuple["Program", Trace, Trace]:
+            program, of_local, given = self._at(keys, local, shared)
+            guide_trace = program._at_step(program._trace_guide(params, of_local, given), local)
+            return program, program._trace_model(params, of_local, guide_trace), guide_trace
 
         def run(local):
-            sites = self._sites(params, keys._replace(local=local), *traces(local))
+            program, *both = traces(local)
+            sites = program._sites(params, _of_locals(keys, local), *both)
             return combine(sites), sites.structure
 
-        return map_local(run, lambda local: self._by_site(traces(local)), keys.local)
+        return map_local(run, lambda local: self._by_site(traces(local)[1:]), local)
+
+    # Levels.
+
+    def _inputs(self, params: tuple, keys: ParticleKeys, values: Levels[Values] | None) -> dict[str, Any]:
+        """What :func:`.map_local` maps a program over: of a plate keys, with values if there are any; of a chain steps.
+
+        :param params: of guides under which samples of chains have a density each.
+        :param values: those of all samples; None for draws.
+        """
+        given = {name: (key, values.local[name] if values else {}) for name, key in keys.local.items()}
+        firsts = _firsts(keys)
+        shared = {} if values is None else dict(values.shared)
+        for plate in self.plate_particles if values else ():
+            shared |= {name: value[0] for name, value in given[plate][1].items()}
+
+        def of_sample(params, name: str, key: Array, own: Values) -> tuple[Values, Values]:
+            of_key = firsts._replace(local={**firsts.local, name: key})
+            return of_steps(self._trace_guide(params, of_key, {**shared, **own}), name, self.chains[name])
+
+        for name, chain in self.chains.items():
+            under = [jax.vmap(partial(of_sample, each, name), axis_name=name)(*given[name]) for each in params]
+            own = under[0][0]
+            path = {latent: stop_gradient(value[0]) for latent, value in own.items()}
+            given[name] = Step(  # type: ignore[assignment]
+                own, chain.shifted(own), tuple(log_q for _, log_q in under), jnp.arange(chain.length), path
+            )
+        return given
+
+    def _at(self, keys: ParticleKeys, local: Mapping[str, Any], shared: Values) -> tuple["Program", ParticleKeys, Values]:
+        """The program at one local particle of each plate and one step of each chain, its keys, and values."""
+        given = dict(shared)
+        steps = {name: x for name, x in local.items() if isinstance(x, Step)}
+        for name, x in local.items():
+            given |= x.path if name in steps else x[1]
+        model = InStep(self.model, self.chains, steps) if steps else self.model
+        return replace(self, model=model), _of_locals(keys, local), given
+
+    def _at_step(self, guide_trace: Trace, local: Mapping[str, Any], which: int = 0) -> Trace:
+        steps = {name: x for name, x in local.items() if isinstance(x, Step)}
+        return at_step(guide_trace, self.chains, steps, which)
+
+    def _check_chains(self, params, keys: ParticleKeys, guide_trace: Trace) -> None:
+        """Raise for a guide that draws chains given local latents, or other sites given chains.
+
+        :raises ValueError: naming the sites.
+        """
+        if not self.chains:
+            return
+        for name, chain in self.chains.items():
+            of_steps(guide_trace, name, chain)
+        latents = {site["name"]: site for site in sample_sites(guide_trace) if is_latent_site(site) and not is_delta(site)}
+        levels = {name: level_of(site, self.local) for name, site in latents.items()}
+
+        def densities(values: Values) -> dict[str, Array]:
+            tr = self._trace_guide(params, keys, values)
+            return {site["name"]: log_prob_at_value(site) for site in sample_sites(tr)}
+
+        for name, parents in dependence(densities, {name: site["value"] for name, site in latents.items()}).items():
+            for parent in sorted(parents):
+                both = levels.get(name), levels[parent]
+                if both[1] not in (None, both[0]) and (chain := next((x for x in both if x in self.chains), None)):
+                    raise guide_outside_error(name, chain, parent)
 
     def _densities(self, sites: SiteDensities) -> Levels[Densities]:
         rest = sites.of_guide_rest(self.by_score)
@@ -341,7 +409,8 @@ class Program:
         return SeedLevels(Unmarked(given, given.values), keys.model, {})
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
-        return plate_structure(model_trace, guide_trace, self.plate_particles, self.joint_plates, self.linear)
+        reverse = {name: chain.reverse for name, chain in self.chains.items()}
+        return plate_structure(model_trace, guide_trace, self.local, self.joint_plates, self.linear, reverse)
 
     def _draws(self, params, keys: ParticleKeys, given: Values | None, has_masks: bool) -> Levels[Draws]:
         guide_trace = self._trace_guide(params, keys, given)
@@ -362,10 +431,16 @@ class Program:
         levels = {}
         for site in (site for tr in traces for site in sample_sites(tr)):
             densities[site["name"]] = (*densities.get(site["name"], ()), log_prob_at_value(site))
-            levels[site["name"]] = level_of(site, self.plate_particles)
+            levels[site["name"]] = level_of(site, self.local)
         return densities, levels
 
 
-def _of_locals(keys: ParticleKeys, local: Mapping[str, tuple[Array, Any]]) -> ParticleKeys:
+def _firsts(keys: ParticleKeys) -> ParticleKeys:
+    """Keys of one particle with those of the first local particle of each level."""
+    return keys._replace(local={name: local[0] for name, local in keys.local.items()})
+
+
+def _of_locals(keys: ParticleKeys, local: Mapping[str, Any]) -> ParticleKeys:
     """Keys of one particle with those of one local particle of each plate; each comes with its values."""
-    return keys._replace(local={name: key for name, (key, _) in local.items()})
+    of_plates = {name: x[0] for name, x in local.items() if not isinstance(x, Step)}
+    return keys._replace(local={name: of_plates.get(name, key[0]) for name, key in keys.local.items()})

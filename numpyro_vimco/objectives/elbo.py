@@ -17,6 +17,7 @@ from numpyro.infer.elbo import ELBO
 
 from numpyro_vimco.arguments import check_key
 from numpyro_vimco.checks.supports_and_plates import check_chunk_size, check_particles, check_sharding, delta_error
+from numpyro_vimco.densities.chains import find_chains, marked
 from numpyro_vimco.densities.densities import Densities
 from numpyro_vimco.densities.program import Program
 from numpyro_vimco.objectives import control_variates, gradients
@@ -114,6 +115,7 @@ class ImportanceWeightedELBO(ELBO):
     chunk_size: int | None
     particle_sharding: Sharding | None
     plate_particles: Mapping[str, int] = MappingProxyType({})
+    chain_particles: Mapping[str, int] = MappingProxyType({})
 
     checks_values = True
 
@@ -217,15 +219,17 @@ class ImportanceWeightedELBO(ELBO):
         :param jax.random.key plate_key: key of subsampled plates; their subsample is the same for all particles.
         """
         met: list[str] = []
+        chains = find_chains(model, guide, args, kwargs, self.chain_particles)
         return Program(
-            model=SeedPlates(model, plate_key, met),
-            guide=SeedPlates(guide, plate_key, met),
+            model=marked(SeedPlates(model, plate_key, met), chains),
+            guide=marked(SeedPlates(guide, plate_key, met), chains),
             args=args,
             kwargs=kwargs,
             by_score=self._by_score,
             plate_particles=self.plate_particles,
             joint_plates=self.joint_plates,
             linear=self.alpha == 1,
+            chains=chains,
         )
 
     def check_program(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
@@ -245,6 +249,16 @@ class ImportanceWeightedELBO(ELBO):
     def _cotangents(self, weights: Weights) -> Densities:
         """What multiplies the gradient of each density of a level in the gradient of the bound."""
         return Densities(model=weights.share, guide_rest=-weights.share, guide_score=weights.signal)
+
+
+def _numbers(argument: str, numbers: Any, what: str, example: str) -> dict[str, int]:
+    """Numbers of particles by name."""
+    if not isinstance(numbers, Mapping | None):
+        raise ValueError(
+            f"`{argument}` is {numbers!r}, but must be a dict from the name of a {what} to a number of particles: "
+            f"`{argument}={{'{example}': 8}}`."
+        )
+    return {name: check_particles(f"{argument}['{name}']", number) for name, number in (numbers or {}).items()}
 
 
 def _has_tracers(tree: Any) -> bool:
@@ -272,6 +286,12 @@ class VIMCOStar(ImportanceWeightedELBO):
         inside of the plate are then evaluated ``num_particles`` times M times, those outside of it no more often. The
         plate may be subsampled where α = 1. Defaults to none; derived in this project
         (:func:`~numpyro_vimco.objectives.control_variates.local_vimco_star_signal`).
+    :param dict chain_particles: number K of samples at each step of a chain, by the name of a latent that a `scan`
+        draws: ``{"count": 16}``. All latents of one step are drawn together. For each particle of the other sites, all
+        :math:`K^T` paths through the samples of T steps count, by a recursion whose cost is :math:`T K^2` [2]. The
+        guide must draw its steps independently given the other sites, as ``AutoMixed(model, chains={"count"})`` does.
+        Without this argument a whole path is one particle, whose weight is a product over all steps. Defaults to none;
+        signals derived in this project (:mod:`numpyro_vimco.objectives.paths`, ``docs/mathematics.md``).
     :raises ValueError: also for fewer than two local particles, and at the first step for a plate that does not
         exist, has no latents, is nested in another named one, or whose latents a site outside of it depends on.
 
@@ -291,6 +311,7 @@ class VIMCOStar(ImportanceWeightedELBO):
     **References**
 
     1. Daudel et al. 2026, arXiv 2602.01412
+    2. Aitchison 2019, *Tensor Monte Carlo*, arXiv 1806.08593
     """
 
     def __init__(
@@ -302,6 +323,7 @@ class VIMCOStar(ImportanceWeightedELBO):
         doubly_reparameterized: bool = True,
         joint_plates: Collection[str] = (),
         plate_particles: Mapping[str, int] | None = None,
+        chain_particles: Mapping[str, int] | None = None,
         chunk_size: int | None = None,
         particle_sharding: Sharding | None = None,
     ):
@@ -314,15 +336,8 @@ class VIMCOStar(ImportanceWeightedELBO):
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,
         )
-        if not isinstance(plate_particles, Mapping | None):
-            raise ValueError(
-                f"`plate_particles` is {plate_particles!r}, but must be a dict from the name of a plate to a number of "
-                "particles: `plate_particles={'data': 8}`."
-            )
-        self.plate_particles = {
-            name: check_particles(f"plate_particles['{name}']", number)
-            for name, number in (plate_particles or {}).items()
-        }
+        self.plate_particles = _numbers("plate_particles", plate_particles, "plate", "data")
+        self.chain_particles = _numbers("chain_particles", chain_particles, "latent inside of `scan`", "count")
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
         return control_variates.vimco_star_signal(log_weights, self.alpha)

@@ -97,7 +97,7 @@ def _elements_check(program: Program, kinds: Kinds) -> Check:
             return program.sites(params, evaluation_key, values)
 
         found = [
-            _dependent(program, level, sites, latents, structure, both) for level in (None, *program.plate_particles)
+            _dependent(program, level, sites, latents, structure, both) for level in (None, *program.local)
         ]
         if kinds.masks:
             found.append(_masked_that_count(program, sites, latents, both))
@@ -219,7 +219,7 @@ def _two_draws(
         structures.append(sites.structure)
         drawn = {name: site for name, site in sites.guide_trace.items() if name in values}
         for name, site in drawn.items():
-            level = level_of(site, program.plate_particles)
+            level = level_of(site, program.local)
             latents[name] = _Latent(level, site["cond_indep_stack"], site["fn"].event_dim)
         return {name: values[name] for name in drawn}
 
@@ -235,7 +235,7 @@ def _sums(sites: SiteDensities, level: str | None, program: Program) -> dict[str
     found: dict[str, Sum] = {}
     for tr, log_prob_of_site in ((sites.guide_trace, sites.of_guide_site), (sites.model_trace, log_prob_of)):
         for site in sample_sites(tr):
-            if level in (None, level_of(site, program.plate_particles)):
+            if level in (None, level_of(site, program.local)):
                 of_site = Sum.of(log_prob_of_site(site), partial(sites.structure.sum_to_level, level=level))
                 before = found.get(site["name"])
                 found[site["name"]] = of_site if before is None else before.plus(of_site)

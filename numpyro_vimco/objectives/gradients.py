@@ -23,12 +23,16 @@ from numpyro_vimco.densities.levels import Levels, map_levels
 from numpyro_vimco.densities.plates import Structure, aligned_shape
 from numpyro_vimco.densities.program import Program
 from numpyro_vimco.objectives import control_variates as cv
+from numpyro_vimco.objectives.paths import path_shares
 
 
 class Weights(NamedTuple):
     """What multiplies the derivatives of one level; arrays of shape (N, *plates), or (N, M, *plates) for a named plate.
 
-    :ivar share: W_j, or u_jim = W_j V_jim.
+    Those of a chain have the shape (N, K, T, L, *plates), with L of size 1 where it is not a share: V_jtk, the share of
+    the paths through sample k of step t, is in the place of V_jim.
+
+    :ivar share: W_j, or u_jim = W_j V_jim; of a chain, W_j times the share of the paths through both samples.
     :ivar signal: s_j, or s_jim.
     :ivar path_factor: r_j = α + (1-α) W_j, or r_jim = V_jim r_j.
     """
@@ -43,13 +47,18 @@ def weigh(
 ) -> tuple[Float[Array, ""], Levels[Weights]]:
     """The bound in nats, and the weights of each level. Scales of subsampled plates are in shares and signals.
 
-    :param log_weights: in nats, of shape (N, *plates), and (N, M, *plates) for a named plate.
+    :param log_weights: in nats, of shape (N, *plates), (N, M, *plates) for a named plate, and (N, K, T, L, *plates) for
+        a chain.
     :param structure: how the plates combine log-densities.
     :param score_signal: from the log-weights of whole particles to their signals, of the same shape.
     """
     total = log_weights.shared  # becomes log Ẑ_j, the log-weight of particle j with all its local particles
+    chains, shares_of_paths = dict(structure.chains), {}
     for name, local in log_weights.local.items():
-        elements = jax.vmap(cv.log_mean_weight)(local)
+        if name in chains:
+            elements, shares_of_paths[name] = jax.vmap(partial(path_shares, reverse=chains[name]))(local)
+        else:
+            elements = jax.vmap(cv.log_mean_weight)(local)
         total = total + structure.local_scale(name) * structure.sum_to_shared(elements)
     all_zero = jnp.all(jnp.isneginf(total), axis=0)
 
@@ -60,16 +69,28 @@ def weigh(
 
     share, path_factor = cv.normalized_weights(total, alpha), cv.path_factor(total, alpha)
     weights = Levels(Weights(scaled(share), scaled(score_signal(total)), path_factor), {})
+    log_others = cv.log_one_minus_share(total, alpha)
     for name, local in log_weights.local.items():
-        local_share = jax.vmap(partial(cv.normalized_weights, alpha=0.0))(local)
+        of_paths = shares_of_paths.get(name)
+        local_share = jax.vmap(partial(cv.normalized_weights, alpha=0.0))(local) if of_paths is None else of_paths.sum(3)
         signal = jax.vmap(partial(cv.local_vimco_star_signal, alpha=alpha))
         local_scale = structure.level_scale(name)
-        weights.local[name] = Weights(
-            share=scaled(share[:, None] * local_share, local_scale),
-            signal=scaled(signal(cv.log_one_minus_share(total, alpha), share, local), local_scale),
-            path_factor=path_factor[:, None] * local_share,
+        of_level = Weights(
+            share=scaled(_over(share, local_share) * local_share, local_scale),
+            # Weights of samples in proportion to the paths through them: 1 - V is then a sum over the other samples.
+            signal=scaled(signal(log_others, share, local if of_paths is None else jnp.log(local_share)), local_scale),
+            path_factor=_over(path_factor, local_share) * local_share,
         )
+        if of_paths is not None:
+            share_of_pairs = scaled(_over(share, of_paths) * of_paths, local_scale)
+            of_level = Weights(share_of_pairs, of_level.signal[:, :, :, None], of_level.path_factor[:, :, :, None])
+        weights.local[name] = of_level
     return structure.scale * jnp.sum(cv.vr_iwae_bound(total, alpha)), weights
+
+
+def _over(weight: Array, like: Array) -> Array:
+    """A weight of shape (N, *plates), to be multiplied with one that has axes of local particles before the plates."""
+    return weight.reshape(weight.shape[:1] + (1,) * (like.ndim - weight.ndim) + weight.shape[1:])
 
 
 class Particles(NamedTuple):
@@ -134,6 +155,10 @@ def one_pass(
     :param cotangents: from the weights of a level to the cotangents of its densities.
     """
     densities, structure = vectorize(partial(program.evaluate, params), keys)
+    for name in program.chains:
+        # The density of a sample is the same for all samples of the step before.
+        of_samples = jax.tree.map(lambda x: x[:, :, :, :1], densities.local[name])
+        densities.local[name] = of_samples._replace(model=densities.local[name].model)
     log_weights = map_levels(lambda level: stop_gradient(level.log_weight), densities)
     return Particles(log_weights, structure, lambda weights: (densities, map_levels(cotangents, weights)))
 
@@ -160,7 +185,7 @@ def _sample(program: Program, vectorize: Callable, params: dict[str, Any], keys:
     values = {name: stop_gradient(draw.value) for name, draw in shared.items()}
 
     def draw_local(shared_path):
-        if not program.plate_particles:
+        if not program.local:
             return {}, {}
         given = {**values, **shared_path}
         local = vectorize(lambda particle: program.draw_local(params, *particle, has_masks), (keys, given))
@@ -215,12 +240,15 @@ def doubly_reparameterized(
         into_shared = _cotangents(samples.shared, into_path.shared, weights.shared, lead=1)
         into_local, local_into_shared = {}, {}
         for plate, local in samples.local.items():
-            own = weights.local[plate]
-            of_shared = own._replace(
-                signal=weights.shared.signal[:, None], path_factor=weights.shared.path_factor[:, None]
+            own, lead = weights.local[plate], 2
+            if plate in program.chains:
+                own, lead = Weights(own.share.sum(3), own.signal[:, :, :, 0], own.path_factor[:, :, :, 0]), 3
+            signal, path_factor = (
+                jnp.expand_dims(x, tuple(range(1, lead))) for x in (weights.shared.signal, weights.shared.path_factor)
             )
-            into_local[plate] = _cotangents(local, into_path.local[plate], own, lead=2)
-            local_into_shared[plate] = _cotangents(local, into_path.local[plate], of_shared, lead=2)
+            of_shared = own._replace(signal=signal, path_factor=path_factor)
+            into_local[plate] = _cotangents(local, into_path.local[plate], own, lead)
+            local_into_shared[plate] = _cotangents(local, into_path.local[plate], of_shared, lead)
         for name, cotangent in samples.into_shared(local_into_shared).items():
             into_shared[name] += cotangent
         tensors = params, _differentiable(samples.shared), samples.local_differentiable
@@ -238,7 +266,7 @@ def _cotangents(draws: Draws, path_cotangents: dict[str, Array], weights: Weight
     """Cotangents of :func:`_differentiable`: of a path sample, r times its cotangent; of a log-density log q, s.
 
     :param path_cotangents: the derivatives of the log-weights with respect to path samples, W included.
-    :param lead: number of leading axes: 1 for shared, 2 for local samples.
+    :param lead: number of leading axes: 1 for shared samples, 2 for those of a named plate, 3 for those of a chain.
     """
 
     def aligned(weight: Array, like: Array, event_dim: int) -> Array:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Of NumPyro: automatic guides, a mask, what mixtures and optimisers have in common. Seen in 0.20 and in 0.22.
+"""Of NumPyro: automatic guides, a mask, `scan`, what mixtures and optimisers have in common. Seen in 0.20 and in 0.22.
 
 Of ``AutoGuide``: ``_setup_prototype``, which the first call runs; ``_prototype_frames``, the plates of latents;
 ``_prototype_frame_full_sizes``; ``_create_plates``. Of ``AutoNormal``: ``_init_locs``, where its sites begin in
@@ -10,15 +10,18 @@ unconstrained space, of the full plates' sizes; ``_event_dims``, their event dim
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
+from numpyro.contrib.control_flow.scan import PytreeTrace, _subs_wrapper
 from numpyro.distributions import MaskedDistribution
 from numpyro.distributions.mixtures import _MixtureBase
 from numpyro.distributions.util import periodic_repeat
+from numpyro.handlers import condition, substitute
 from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
 from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import CondIndepStackFrame
@@ -26,6 +29,7 @@ from numpyro.primitives import CondIndepStackFrame
 PARTS = (
     "numpyro.infer.autoguide.AutoGuide._setup_prototype",
     "numpyro.infer.autoguide.AutoGuide._create_plates",
+    "numpyro.contrib.control_flow.scan._subs_wrapper",
     "numpyro.distributions.mixtures._MixtureBase",
     "numpyro.optim._NumPyroOptim",
 )
@@ -119,3 +123,22 @@ def packed(guide: AutoContinuous, unconstrained: dict[str, Array]) -> Array:
 def own_mask(fn: MaskedDistribution) -> Any:
     """The mask of a masked distribution: an array or a bool, of the batch shape."""
     return fn._mask
+
+
+def with_given_data(body: Callable, msg: dict, index: Array, length: int) -> Callable:
+    """The body of a `scan` at one step, with what `condition` and `substitute` inside of a program give it.
+
+    :param msg: NumPyro's message of the `scan`.
+    """
+    for kind, data in msg["kwargs"]["substitute_stack"]:
+        of_step = partial(_subs_wrapper, data, index, length)
+        if kind == "condition":
+            body = condition(body, condition_fn=of_step)
+        elif kind == "substitute":
+            body = substitute(body, substitute_fn=of_step)
+    return body
+
+
+def scanned(carry: Any, ys: Any) -> tuple:
+    """What NumPyro's `scan` takes as computed: no sites are left to be shown to handlers."""
+    return (None, None, carry), (PytreeTrace({}), ys)
