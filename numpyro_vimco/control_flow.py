@@ -38,6 +38,27 @@ def in_turn(site: dict, x: Array, axis: int = 0) -> Array:
     return jnp.flip(x, axis) if site["infer"].get(_IN_SCAN) == "reverse" else x
 
 
+class Scans(Messenger):
+    """Which `scan` of a program draws each of its sites.
+
+    :ivar found: the number of the scan, by site.
+    """
+
+    def __init__(self, fn: Callable):
+        super().__init__(fn)
+        self.found: dict[str, int] = {}
+
+    def __enter__(self):
+        self._met: list[bool] = []
+        return super().__enter__()
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "control_flow":
+            self._met.append("history" in msg["kwargs"])
+        elif msg["type"] == "sample" and is_of_control_flow(msg) and self._met[-1]:
+            self.found[msg["name"]] = len(self._met)
+
+
 class Given(Messenger):
     """A program whose latents have given values; those without are drawn.
 

@@ -5,6 +5,7 @@ from jax import random
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.handlers import mask, scale
@@ -158,6 +159,30 @@ def both_levels_guide():
         normal("e", loc, numpyro.param("e_width", 0.6))
 
 
+def chain():
+    """Path and score-function sites at each step, of two elements, the second of which has no value at one step."""
+    c = normal("c", numpyro.param("prior", 0.2), 1.0)
+    stay = numpyro.param("stay", 0.8)
+
+    def step(before, x):
+        with numpyro.plate("data", 2):
+            k = bernoulli("k", before + 0.3 * c)
+            with mask(mask=jnp.isfinite(x)):
+                e = normal("e", stay * before + c + k, 0.9)
+                numpyro.sample("x", dist.Normal(e + 0.5 * k, 1.0), obs=jnp.nan_to_num(x))
+        return jnp.where(jnp.isfinite(x), e, 0.4 * k), None
+
+    scan(step, jnp.zeros(2), jnp.array([[0.7, -1.2], [0.4, jnp.nan], [-0.3, 0.9]]))
+
+
+def chain_guide():
+    c = normal("c", numpyro.param("c_loc", 0.4), numpyro.param("c_width", 0.7))
+    with numpyro.plate("data", 2):
+        k = bernoulli("k", numpyro.param("k_logits", jnp.array([[0.3, -0.4], [0.1, 0.2], [0.0, -0.2]])) + 0.8 * c)
+        loc = numpyro.param("e_loc", jnp.array([[0.2, -0.5], [0.3, 0.0], [0.1, 0.4]])) + 0.6 * c - 0.4 * k
+        normal("e", loc, numpyro.param("e_width", 0.6))
+
+
 CASES = {
     "discrete on continuous": (two_latents, discrete_on_continuous, None),
     "continuous on discrete": (two_latents, continuous_on_discrete, None),
@@ -167,21 +192,22 @@ CASES = {
     "scale and factor": (scaled_model, scaled_guide, None),
     "moving support": (bounded_latents, moving_support, None),
     "mask": (masked_model, masked_guide, None),
-    "local, mask": (masked_model, masked_guide, {"data": 2}),
+    "local, mask": (masked_model, masked_guide, {"plate_particles": {"data": 2}}),
     "event dimensions in plates": (events_in_plates, events_in_plates_guide, None),
-    "local, event dimensions": (events_in_plates, events_in_plates_guide, {"data": 2}),
-    "local, path and score on both levels": (both_levels, both_levels_guide, {"data": 2}),
+    "local, event dimensions": (events_in_plates, events_in_plates_guide, {"plate_particles": {"data": 2}}),
+    "local, path and score on both levels": (both_levels, both_levels_guide, {"plate_particles": {"data": 2}}),
+    "chain": (chain, chain_guide, {"chain_particles": {"e": 2}}),
 }
 
 # One has all terms of the formulas, one no local particles. What the others add does not depend on α.
-EACH_ALPHA = ("continuous on discrete", "local, path and score on both levels")
+EACH_ALPHA = ("continuous on discrete", "local, path and score on both levels", "chain")
 
 
-def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles, num_particles=2):
+def mean_and_error(model, guide, alpha, doubly_reparameterized, arguments, num_particles=2):
     """Mean gradient over DRAWS draws, and its standard error, for all parameters in one vector."""
     params = initial_params(model, guide)
     objective = VIMCOStar(
-        alpha, num_particles, doubly_reparameterized=doubly_reparameterized, plate_particles=plate_particles
+        alpha, num_particles, doubly_reparameterized=doubly_reparameterized, **(arguments or {})
     )
 
     def gradient(key):
@@ -210,9 +236,9 @@ def mean_and_error(model, guide, alpha, doubly_reparameterized, plate_particles,
     ),
 )
 def test_mean_is_that_of_the_plain_estimator(name, alpha):
-    model, guide, plate_particles = CASES[name]
-    plain, plain_error = mean_and_error(model, guide, alpha, False, plate_particles)
-    doubly, doubly_error = mean_and_error(model, guide, alpha, True, plate_particles)
+    model, guide, arguments = CASES[name]
+    plain, plain_error = mean_and_error(model, guide, alpha, False, arguments)
+    doubly, doubly_error = mean_and_error(model, guide, alpha, True, arguments)
     assert (np.abs(plain - doubly) < 4 * np.hypot(plain_error, doubly_error) + 1e-6).all()
     assert (np.abs(plain) > 10 * plain_error).sum() >= len(plain) // 2
 

@@ -248,6 +248,43 @@ class CountMixture(Count):
 Family = Boolean | Interval | Count
 
 
+class PriorDraws(dist.Distribution):
+    """Draws of a latent's prior in the place of its distribution, which is one given other latents.
+
+    :param draws: of shape ``(draws, *batch)``.
+    """
+
+    def __init__(self, draws: Array, support: constraints.Constraint):
+        self.draws, self._support = draws, support
+        super().__init__(batch_shape=jnp.shape(draws)[1:])
+
+    @property
+    def support(self):
+        return self._support
+
+    def sample(self, key, sample_shape=()):
+        index = random.randint(key, sample_shape, 0, len(self.draws))
+        return self.draws[index]
+
+    def log_prob(self, value):
+        number = jax.lax.map(lambda draw: (draw == value).astype(float), self.draws).sum(0)
+        return jnp.log((number + 1) / len(self.draws))  # in proportion
+
+
+def with_prior_draws(site: dict, draws: dict[str, Array], least: dict[str, np.ndarray]) -> dict:
+    """A discrete site whose distribution are draws of its prior, above the least value that the data admit.
+
+    :param draws: by site; others stay as they are.
+    """
+    name = site["name"]
+    if name not in draws or site["fn"].event_dim:
+        return site
+    support = site["fn"].support
+    if name in least:
+        support = constraints.integer_greater_than(least[name])
+    return {**site, "fn": PriorDraws(jnp.maximum(draws[name], least.get(name, draws[name])), support)}
+
+
 def has_common_bounds(family: Family) -> bool:
     """Whether all elements of a site have the same bounds."""
     return not any(isinstance(getattr(family, bound, None), np.ndarray) for bound in ("low", "high"))

@@ -15,7 +15,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import init_to_median
 
 from numpyro_vimco.compilation import at_once
-from numpyro_vimco.families.families import Family, bounds_error, family_of, has_common_bounds
+from numpyro_vimco.families.families import Family, bounds_error, family_of, has_common_bounds, with_prior_draws
 from numpyro_vimco.guides.options import check_couplings, check_num_components, check_structure
 from numpyro_vimco.guides.plan import discrete_sites
 from numpyro_vimco.guides.structural import StructuralGuide
@@ -122,6 +122,8 @@ class AutoDiscrete(StructuralGuide):
         else:
             self.take_structure(self.part_of)
         sites = [site for site in self.prototype_trace.values() if is_latent_site(site) and is_discrete(site)]
+        if isinstance(draws := getattr(self.part_of, "prior_draws", None), dict):
+            sites = [with_prior_draws(site, draws, self.part_of.least) for site in sites]  # type: ignore[union-attr]
         if not sites:
             raise ValueError(
                 "The model has no discrete latent site for AutoDiscrete to guide. Use AutoMixed, or an automatic guide "

@@ -3,7 +3,7 @@
 
 """An automatic guide for all latents, discrete and continuous."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -13,6 +13,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 import numpyro
 from numpyro.distributions import biject_to
 from numpyro.handlers import block, mask, seed, trace
@@ -38,7 +39,8 @@ from numpyro_vimco.guides.options import (
     check_num_components,
     check_structure,
 )
-from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites
+from numpyro_vimco.guides.least import least_values
+from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites, in_steps
 from numpyro_vimco.guides.point_masses import check_no_point_mass
 from numpyro_vimco.guides.structural import StructuralGuide
 from numpyro_vimco.guides.structured import ContinuousSite, Sampler, Samples, Site
@@ -144,6 +146,12 @@ class AutoMixed(StructuralGuide):
     :param dict num_components: number of mixture components by site, ``{"mu": 2}``, of continuous latents and of
         counts. Defaults to that of the prior. It has no effect where another guide is given as ``continuous`` or
         ``discrete``.
+    :param chains: names of latents that the model draws inside of `scan`, one of each chain: ``{"count"}``. All latents
+        of the scan are then drawn independently over time given the latents outside of it, as
+        ``VIMCOStar(chain_particles={"count": 16})`` needs it. Each step has parameters of its own, and couplings to the
+        latents outside, and of its latents to each other. Discrete ones begin near draws of the prior; a count begins
+        above the least value that the data admit. Defaults to none: then a scan is drawn step after step, and a path
+        is one value.
     :param kwargs: ``prefix``, ``init_loc_fn``, ``create_plates``: keyword arguments of both guides. Each
         has its own defaults; with a structure, ``init_loc_fn`` is :func:`~numpyro.infer.init_to_median`.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
@@ -175,6 +183,7 @@ class AutoMixed(StructuralGuide):
         rank: int | None = None,
         init_scale: float = 1.0,
         num_components: Mapping[str, int] = MappingProxyType({}),
+        chains: Collection[str] = (),
         **kwargs,
     ):
         if isinstance(continuous, partial) and continuous.func is AutoNormal and structure is None:
@@ -193,7 +202,7 @@ class AutoMixed(StructuralGuide):
         self.structure = check_structure(structure, ["mean_field", "conditional", "autoregressive"])
         if continuous is AutoNormal:  # NumPyro's default for the others is a uniform draw, in a unit of its own
             kwargs = {"init_loc_fn": init_to_median, **kwargs}
-        super().__init__(model, **kwargs)
+        super().__init__(model, chains, **kwargs)
         self.continuous, self.discrete = continuous, discrete
         self.coupling_speed, self.rank = check_couplings(coupling_speed, rank)
         self.init_scale, self.num_components = check_init_scale(init_scale), check_num_components(num_components)
@@ -201,6 +210,9 @@ class AutoMixed(StructuralGuide):
         self._sites: list[Site] = []
         self._parts: list[AutoGuide] = []
         self.plates: dict[str, numpyro.plate] = {}
+        # Of discrete latents of chains: draws of the prior, and the least values that the data admit.
+        self.prior_draws: Samples = {}
+        self.least: dict[str, np.ndarray] = {}
 
     def _setup_prototype(self, *args, **kwargs) -> None:
         # The structure is the same at each call, so that it depends on no key of the call.
@@ -217,6 +229,9 @@ class AutoMixed(StructuralGuide):
         for name in self.num_components.keys() - names.keys():
             raise ValueError(f"`num_components` names '{name}', but the latents are {', '.join(map(repr, names))}.")
         self._check_continuous(continuous, {**discrete, **continuous}, *args, **kwargs)
+        if counts := [name for name in discrete if name in self.homes]:
+            self.prior_draws = prior_draws(self.model, args, kwargs, counts)
+            self.least = least_values(self.model, args, kwargs, self.prototype_trace, self.prior_draws)
         arguments = self._arguments
         if given := values_of(self.init_loc_fn):
             # One value for each element: a guide of NumPyro has as many locations as it is given.
@@ -280,6 +295,7 @@ class AutoMixed(StructuralGuide):
         if continuous:
             units = self._units(continuous, *args, **kwargs)
             sites = [*sites, *continuous_sites(self._parts[-1], units, self._components(continuous, units))]
+        sites = in_steps(sites, self.homes)
         if self.structure == "mean_field":
             self._sites = sites
             return
@@ -344,7 +360,8 @@ class AutoMixed(StructuralGuide):
 
     def _forget(self) -> None:
         super()._forget()
-        self._parts, self._sites, self.plates = [], [], {}
+        self._parts, self._sites, self.plates, self.homes = [], [], {}, {}
+        self.prior_draws, self.least = {}, {}
 
     def _shared_plates(self, *args, **kwargs) -> list[numpyro.plate]:
         """The plates of this call, for both guides: they must see the same subsample."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 from numpyro.infer.autoguide import AutoNormal
+from numpyro.primitives import CondIndepStackFrame
 
 from numpyro_vimco.families.autoregressive import Elements
 from numpyro_vimco.families.components import Components
@@ -84,6 +85,34 @@ def conditional(sites: Iterable[Site]) -> list[Site]:
         return site
 
     return [given_discrete(site) for site in sites]
+
+
+def steps_of(chain: str) -> str:
+    """The name of the plate that the steps of a chain are for a guide: they are drawn independently."""
+    return f"_steps_of_{chain}"
+
+
+def in_steps(sites: Iterable[Site], homes: Mapping[str, str]) -> list[Site]:
+    """Sites of chains in a plate of its steps.
+
+    :param homes: the chain of each latent in one.
+    :raises ValueError: for a chain whose latents are in different plates.
+    """
+    found, dims = [], {}
+    for site in sites:
+        if chain := homes.get(site.name):
+            shape = site.full_shape
+            dim = -site.elements.batch_ndim
+            if dims.setdefault(chain, dim) != dim:
+                raise ValueError(
+                    f"The latents of the chain of '{chain}' are in different plates. Its guide draws the latents of one "
+                    "step together: give them the same plates inside of the `scan`, or write the guide by hand."
+                )
+            frame = CondIndepStackFrame(steps_of(chain), dim, shape[0])
+            stack = [*site.site["cond_indep_stack"], frame]
+            site = replace(site, site={**site.site, "cond_indep_stack": stack})
+        found.append(site)
+    return found
 
 
 def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list[Site]:

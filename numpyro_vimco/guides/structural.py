@@ -3,7 +3,7 @@
 
 """The base class of this package's automatic guides: the structure of a model, found at the first call."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,12 +15,12 @@ from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
 from numpyro_vimco.compilation import ONCE, Compiled, at_once
-from numpyro_vimco.control_flow import Given
+from numpyro_vimco.control_flow import Given, Scans
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.families.couplings import Graph, draws_anywhere, local_plates, log_densities
 from numpyro_vimco.families.supports import check_draws, check_has_support
 from numpyro_vimco.guides.automatic import set_up
-from numpyro_vimco.guides.plan import autoregressive, gated
+from numpyro_vimco.guides.plan import autoregressive, gated, steps_of
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.private.of_numpyro import PrototypeGuide
 from numpyro_vimco.randomness import split, split_by_name
@@ -64,8 +64,10 @@ class StructuralGuide(PrototypeGuide):
     call. What it finds out at its own first call holds no tracers of JAX.
     """
 
-    def __init__(self, model: Callable, **kwargs):
+    def __init__(self, model: Callable, chains: Collection[str] = (), **kwargs):
         super().__init__(WithoutMarked(model), **kwargs)
+        self.chains = frozenset([chains] if isinstance(chains, str) else chains)
+        self.homes: dict[str, str] = {}
 
     @contextmanager
     def _known_structure(self, args: tuple, kwargs: dict) -> Iterator[None]:
@@ -95,6 +97,22 @@ class StructuralGuide(PrototypeGuide):
         self.prototype_trace = self._prototype_arguments = None
         self._was_traced = True
 
+    def _find_homes(self, scans: dict[str, int]) -> None:
+        """Find the chain that each latent is in.
+
+        :raises ValueError: for a chain that no `scan` draws.
+        """
+        latents = [name for name, site in self.prototype_trace.items() if is_latent_site(site) and name in scans]
+        self.homes = {}
+        for chain in sorted(self.chains):
+            if chain not in latents:
+                names = ", ".join(map(repr, latents)) or "there are none"
+                raise ValueError(
+                    f"`chains` names '{chain}', but the latents that the model draws inside of `scan` are {names}. Name "
+                    "one latent of each chain."
+                )
+            self.homes |= {name: chain for name in latents if scans[name] == scans[chain]}
+
     def _trace_structure(self, rng_key: Array, *args, **kwargs) -> None:
         """Find the sites and plates, with latents where ``init_loc_fn`` has values for them.
 
@@ -115,7 +133,7 @@ class StructuralGuide(PrototypeGuide):
                 series[site["name"]] = value
                 return None
 
-        model = substitute(seed(self.model, rng_key), substitute_fn=init)
+        model = scans = Scans(substitute(seed(self.model, rng_key), substitute_fn=init))
 
         def structure() -> Trace:
             tr = trace(model).get_trace(*args, **kwargs)
@@ -130,17 +148,22 @@ class StructuralGuide(PrototypeGuide):
 
         with block():
             self.prototype_trace = at_once(structure)
+        self._find_homes(scans.found)
         sites = self.prototype_trace.values()
         for site in filter(is_latent_site, sites):
             check_draws(site)
         frames = [frame for site in sites if is_latent_site(site) for frame in site["cond_indep_stack"]]
         full_sizes = {site["name"]: site["args"][0] for site in sites if site["type"] == "plate"}
+        # Plates inside of the `scan` of a chain are whole, and the guide has them outside.
+        in_chains = {f.name: f.size for name in self.homes for f in self.prototype_trace[name]["cond_indep_stack"]}
+        full_sizes = in_chains | full_sizes
         for frame in frames:
             if frame.name not in full_sizes:
                 # NumPyro's automatic guides do not reach it either.
                 raise ValueError(
                     f"Latent sites are in the plate '{frame.name}' inside of `scan`, which automatic guides cannot "
-                    "reach. Move the plate outside of `scan`, or write a guide by hand for these sites."
+                    "reach. Name one of these sites as a chain, `AutoMixed(model, chains={'…'})`, move the plate "
+                    "outside of `scan`, or write a guide by hand for these sites."
                 )
         self._set_frames({frame.name: frame for frame in frames}, full_sizes)
         self._prototype_arguments, self.begun = (args, kwargs), frozenset(begun)
@@ -158,6 +181,7 @@ class StructuralGuide(PrototypeGuide):
         evaluate = log_densities(self.model, args, kwargs)
         graph = Graph.of(evaluate, values)
         local = local_plates(graph, self.prototype_trace, evaluate, draws_anywhere(self.model, args, kwargs, values))
+        local |= {steps_of(chain) for chain in self.chains}
         return gated(autoregressive(sites, graph, local), Compiled(evaluate, ONCE), values, partial(at_once, others))
 
     def _check_marginals(self, sites: Iterable[Site]) -> None:

@@ -76,7 +76,8 @@ class InGuide:
         """A context of a site's plates."""
         stack = ExitStack()
         for frame in site["cond_indep_stack"]:
-            stack.enter_context(self._plates[frame.name])
+            if frame.name in self._plates:  # the steps of a chain are no plate of the model
+                stack.enter_context(self._plates[frame.name])
         return stack
 
     def param(self, name: str, start: Any, **kwargs) -> Array:
