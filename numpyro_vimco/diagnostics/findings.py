@@ -538,6 +538,6 @@ def _joint_plate(approx: Approximation) -> str | None:
             continue
         for frame in sorted(site["cond_indep_stack"], key=lambda frame: frame.dim):
             common = all(frame in other["cond_indep_stack"] for other in sites)
-            if frame.size > 1 and not common and can_have_particles(approx, {**approx.plate_particles, frame.name: 2}):
+            if frame.size > 1 and not common and can_have_particles(approx, {**approx.local, frame.name: 2}):
                 return frame.name
     return None

@@ -21,6 +21,7 @@ from numpyro.infer import SVI
 from numpyro_vimco.checks.supports_and_plates import check_plates
 from numpyro_vimco.compilation import map_arrays
 from numpyro_vimco.control_flow import Given
+from numpyro_vimco.densities.chains import Chains, find_chains, marked
 from numpyro_vimco.densities.enumeration import summed_sites
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.observed import Observed, find_observed, given_name, observed_sites, present_elements
@@ -180,11 +181,51 @@ class Approximation:
         """The objective's number of local particles of each named plate; empty for objectives without them."""
         return getattr(self.svi.loss, "plate_particles", {})
 
+    @property
+    def chains(self) -> Chains:
+        """The chains that the objective has samples of."""
+        particles = getattr(self.svi.loss, "chain_particles", {})
+
+        def make() -> Chains:
+            model, guide = (substitute(fn, data=self.params) for fn in (self.svi.model, self.svi.guide))
+            return find_chains(model, guide, self.args, self.kwargs, particles)
+
+        return self.kept("chains", make) if particles else {}
+
+    @property
+    def local(self) -> dict[str, int]:
+        """The objective's number of local particles of each named plate, and of samples of a step of each chain."""
+        return {**self.plate_particles, **{name: chain.num_samples for name, chain in self.chains.items()}}
+
+    @property
+    def first_params(self) -> dict[str, Any]:
+        """The guide's parameters where it begins."""
+
+        def make() -> dict[str, Any]:
+            tr = with_first_calls(lambda: trace(seed(self.svi.guide, random.key(0))).get_trace(*self.args, **self.kwargs))
+            return {name: site["value"] for name, site in tr.items() if site["type"] == "param"}
+
+        return self.kept("first parameters", make)
+
+    def latents_of(self, level: str) -> tuple[str, ...]:
+        """Names of the latents of a named plate or a chain that the guide samples."""
+        return self.chains[level].latents if level in self.chains else tuple(self.latents(level))
+
+    @property
+    def model(self) -> Callable:
+        """The model, in which sites of chains are marked."""
+        return marked(self.svi.model, self.chains)
+
+    @property
+    def guide(self) -> Callable:
+        """The guide, likewise."""
+        return marked(self.svi.guide, self.chains)
+
     def chunk_size(self) -> int:
         """How many particles to evaluate at a time: the objective's ``chunk_size``, else by the size of the model."""
         if getattr(self.svi.loss, "chunk_size", None):
             return self.svi.loss.chunk_size
-        return self.num_at_a_time(int(np.prod([1, *self.plate_particles.values()])))
+        return self.num_at_a_time(self._locals)
 
     def num_at_a_time(self, local_particles: int = 1, largest: int = 1) -> int:
         """How many particles to evaluate at a time, by the size of the model's largest array.
@@ -211,7 +252,12 @@ class Approximation:
     @property
     def num_particles(self) -> int:
         """The number of particles of a step, local ones counted."""
-        return self.svi.loss.num_particles * int(np.prod([1, *self.plate_particles.values()]))
+        return self.svi.loss.num_particles * self._locals
+
+    @property
+    def _locals(self) -> int:
+        """How often what depends on all levels is evaluated for a particle: of a chain at all pairs of samples."""
+        return int(np.prod([1, *self.plate_particles.values(), *(c.num_samples**2 for c in self.chains.values())]))
 
 
 def misfit(svi: SVI, args: tuple, kwargs: Mapping[str, Any]) -> str | None:

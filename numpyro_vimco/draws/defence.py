@@ -20,6 +20,8 @@ not draw before it. Where a site has several elements, its set is one of them, e
 mean over elements; those that the guide draws later are drawn again. A block of latents that a guide draws jointly
 counts as one latent.
 
+Samples of the steps of a chain are defended by the guide where it began (:mod:`.pooling`).
+
 Not defended are latents with an improper prior, Delta sites of model or guide, latents whose prior depends on a site
 that is summed out, and those in `scan` alone (they are in the set of all latents).
 
@@ -99,7 +101,8 @@ class Defence:
     :ivar kept: dimensions of common plates, whose elements have a weight each, and so a draw of their own.
     :ivar blocks: by the guide's site, all blocks of shared latents that have a density, in the order of the guide.
     :ivar components: may be none.
-    :ivar local: by named plate, the latents that can all be drawn from the model; empty if they cannot.
+    :ivar local: by named plate and chain, the latents that can all be drawn from the model; empty if they cannot, and
+        for chains.
     :ivar undefended: the latents that have no component, or only one that is not of them and their parents.
     """
 
@@ -154,10 +157,10 @@ class Defence:
 
     def trace_guide(self, params: Params, rng_key: Array, given: Values, choose: Choose = _nothing) -> Trace:
         """The guide at given values of some sites; the others are drawn."""
-        return self._trace(self.approx.svi.guide, params, rng_key, given, choose)
+        return self._trace(self.approx.guide, params, rng_key, given, choose)
 
     def _trace_model(self, params: Params, rng_key: Array, given: Values, choose: Choose = _nothing) -> Trace:
-        return self._trace(self.approx.svi.model, params, rng_key, given, choose)
+        return self._trace(self.approx.model, params, rng_key, given, choose)
 
     def _trace(self, program: Callable, params: Params, rng_key: Array, given: Values, choose: Choose) -> Trace:
         program = substitute(Given(seed(program, rng_key), given), data=params)
@@ -238,7 +241,7 @@ class Defence:
             plate: {
                 "model": of_model.local[plate],
                 "guide": of_guide.local[plate] + rest.local[plate],
-                "prior": sum(sites.structure.sum_to_level(sites.of_latent(name), plate) for name in latents),
+                "prior": sum((sites.structure.sum_to_level(sites.of_latent(n), plate) for n in latents), jnp.zeros(())),
             }
             for plate, latents in self.local.items()
         }
@@ -283,18 +286,19 @@ def find_defence(approx: Approximation, structure: Structure) -> Defence:
     drawable = _drawable(approx)
     local = {}
     for plate in approx.plate_particles:
-        latents = tuple(approx.latents(plate))
+        latents = approx.latents_of(plate)
         local[plate] = latents if drawable.keys() >= set(latents) and blocks.keys() >= set(latents) else ()
-    of_plates = {name for plate in approx.plate_particles for name in approx.latents(plate)}
-    blocks = {name: block for name, block in blocks.items() if not of_plates & set(block.latents)}
+    local |= dict.fromkeys(approx.chains, ())
+    of_levels = {name for level in approx.local for name in approx.latents_of(level)}
+    blocks = {name: block for name, block in blocks.items() if not of_levels & set(block.latents)}
     components, defended = _components(approx, guide_trace, blocks, drawable, structure.dims)
-    defended = defended.union(*local.values())
+    defended = defended.union(*local.values(), *(approx.latents_of(chain) for chain in approx.chains))
     undefended = tuple(name for name in approx.latents() if name not in defended)
     return Defence(approx, structure.dims, blocks, tuple(components), local, undefended)
 
 
 def _guide_trace(approx: Approximation) -> Trace:
-    guide = substitute(Given(seed(approx.svi.guide, random.key(0)), {}), data=approx.params)
+    guide = substitute(Given(seed(approx.guide, random.key(0)), {}), data=approx.params)
     return at_once(lambda: trace(guide).get_trace(*approx.args, **approx.kwargs))
 
 

@@ -16,6 +16,9 @@ and it is large only where *no* guide proposes enough: what one start lost, anot
   Given g, the mean of :math:`v_{im}` over all M particles is an unbiased estimate of :math:`p(x_i | g)`, so that
   :math:`\hat Z = p(g) / q(g) \prod_i \frac1M \sum_m v_{im}` is one of p(x), and g with one particle for each element,
   chosen in proportion to :math:`v_{im}`, is properly weighted by it. Which guide proposed g has no part in this.
+- The same holds for the samples of each step of a chain, with the mean over paths in the place of that over particles.
+  There the defensive samples come from the guide where it began, near the prior, as the model has no density of one
+  step by itself.
 
 1. Veach and Guibas 1995, *Optimally Combining Sampling Techniques for Monte Carlo Rendering*; Owen and Zhou 2000, *Safe
    and Effective Importance Sampling*, for mixtures with fixed shares
@@ -72,11 +75,15 @@ class Mixture:
     defence: Defence
     num_starts: int
 
-    def local_counts(self, plate: str) -> tuple[int, int]:
-        """How many local particles of a plate each start takes, one at least; and how many come from the model."""
-        number = self.approx.plate_particles[plate]
-        of_model = max(round(SHARE * number), 1) if self.defence.local[plate] and number > 1 else 0
-        return -(-(number - of_model) // self.num_starts), of_model
+    def local_counts(self, level: str) -> tuple[int, int]:
+        """How many local particles of a level each start takes, one at least; and how many are defensive.
+
+        Those of a plate come from the model, those of a chain from the guide where it began.
+        """
+        number = self.approx.local[level]
+        is_defended = level in self.approx.chains or bool(self.defence.local[level])
+        defensive = max(round(SHARE * number), 1) if is_defended and number > 1 else 0
+        return -(-(number - defensive) // self.num_starts), defensive
 
     def draw(self, starts: Params, start: Array, is_alone: Array, rng_key: Array) -> tuple[Levels[Values], Trace]:
         """A draw of one defended guide, with local particles of all; sites that are Delta are left out.
@@ -87,7 +94,7 @@ class Mixture:
         :return: values, and the trace of the guide that the shared ones are from.
         """
         shared_key, local_key = split(rng_key)
-        plates = self.approx.plate_particles
+        plates = self.approx.local
 
         def values_of(tr: Trace, level: str | None) -> Values:
             return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) == level}
@@ -98,19 +105,21 @@ class Mixture:
         latents = {s["name"]: s["value"] for s in sample_sites(guide_trace) if level_of(s, plates) is None}
         local: dict[str, Values] = {}
         for plate, key in split_by_name(local_key, plates).items():
-            of_start, of_model = self.local_counts(plate)
-            guide_key, model_key = split(key)
+            of_start, defensive = self.local_counts(plate)
+            guide_key, defence_key = split(key)
 
             def from_guide(params, rng_key, plate=plate):
                 return values_of(self.defence.trace_guide(params, rng_key, shared), plate)
 
-            def from_model(rng_key, plate=plate):
+            def defended(rng_key, plate=plate, from_guide=from_guide):
+                if plate in self.approx.chains:
+                    return from_guide(self.approx.first_params, rng_key)
                 return self.defence.draw_local(plate, params, rng_key, latents)
 
             keys = split(guide_key, (self.num_starts, of_start))
             local[plate] = merged(jax.vmap(jax.vmap(from_guide, in_axes=(None, 0)))(starts, keys))
-            if of_model:
-                more = jax.vmap(from_model)(split(model_key, of_model))
+            if defensive:
+                more = jax.vmap(defended)(split(defence_key, defensive))
                 local[plate] = {name: jnp.concatenate([x, more[name]]) for name, x in local[plate].items()}
         return Levels(shared, local), guide_trace
 
@@ -130,18 +139,29 @@ class Mixture:
             structures.append(structure)
             return levels._replace(shared=(levels.shared["model"], *self.defence.mixed(levels.shared)))
 
-        levels = jax.vmap(under, axis_size=self.num_starts)(starts)
-        log_p, alone, mixture = levels.shared
+        number_of_guides = self.num_starts
+        if self.approx.chains:  # the last guide is the one where it began
+            number_of_guides += 1
+            starts = {name: _with_last(leaf, self.approx.first_params.get(name)) for name, leaf in starts.items()}
+        levels = jax.vmap(under, axis_size=number_of_guides)(starts)
+        log_p, alone, mixture = jax.tree.map(lambda x: x[: self.num_starts], levels.shared)
         mixture = logsumexp(mixture, axis=0) - np.log(self.num_starts)
         local = {}
         for name, found in levels.local.items():
-            of_start, of_model = self.local_counts(name)
-            counts, log_q = [of_start] * self.num_starts, found["guide"]
-            if of_model:
-                counts, log_q = [*counts, of_model], jnp.concatenate([log_q, found["prior"][:1]])
+            of_start, defensive = self.local_counts(name)
+            counts, log_q = [of_start] * self.num_starts, found["guide"][: self.num_starts]
+            if defensive:
+                other = found["guide"][-1:] if name in self.approx.chains else found["prior"][:1]
+                counts, log_q = [*counts, defensive], jnp.concatenate([log_q, other])
             shares = jnp.log(np.array(counts) / sum(counts)).reshape(-1, *(1,) * (log_q.ndim - 1))
             local[name] = found["model"][0], logsumexp(shares + log_q, axis=0)
         return Levels((log_p[0], mixture), local), alone, structures[0]
+
+
+def _with_last(starts: Any, last: Any) -> Any:
+    """Parameters of all starts, and of the guide where it began; those of the first start where it has none."""
+    last = jax.tree.map(lambda leaf: leaf[0], starts) if last is None else last
+    return jax.tree.map(lambda leaf, other: jnp.concatenate([leaf, jnp.asarray(other, leaf.dtype)[None]]), starts, last)
 
 
 def drawn(tr: Trace) -> Values:
@@ -164,11 +184,11 @@ def pooled(approx: Approximation) -> Sampler:
     :raises NotImplementedError: for a guide with a Delta site whose value depends on parameters.
     """
     approx.check_has_posterior()
-    check_independent(approx, approx.plate_particles)
-    defence = approx.kept("defence", lambda: find_defence(approx, structure_of(approx, approx.plate_particles)))
+    check_independent(approx, approx.local)
+    defence = approx.kept("defence", lambda: find_defence(approx, structure_of(approx, approx.local)))
     if approx.num_starts > 1:
         _check_densities(approx)
-    elif not defence.components:  # weights that need no density at other draws than the guide's
+    elif not defence.components and not approx.chains:  # weights that need no density at other draws than the guide's
         return replace(each_start(approx), undefended=defence.undefended)
     return approx.kept(("pooled", approx.num_starts), lambda: _pooled(approx, defence))
 
@@ -199,7 +219,7 @@ def by_start(approx: Approximation) -> Sampler:
     whose compilation would take longer; and where the draws are the same ones.
     """
     starts = np.arange(approx.num_starts, dtype=np.int32)
-    if approx.num_starts == 1 or approx.params_of_model or approx.plate_particles or approx.size > SMALL:
+    if approx.num_starts == 1 or approx.params_of_model or approx.local or approx.size > SMALL:
         return each_start(approx)
     try:
         return replace(pooled(approx), starts=starts, size=len(starts))
@@ -208,7 +228,7 @@ def by_start(approx: Approximation) -> Sampler:
 
 
 def _pooled(approx: Approximation, defence: Defence) -> Sampler:
-    plates, num_starts, event_dims = approx.plate_particles, approx.num_starts, approx.event_dims
+    plates, num_starts, event_dims = approx.local, approx.num_starts, approx.event_dims
     mixture = Mixture(approx, defence, num_starts)
 
     def draw(starts: Params, rng_key: Array, chosen_start: Array) -> WeightedDraw:
@@ -222,9 +242,11 @@ def _pooled(approx: Approximation, defence: Defence) -> Sampler:
         of_guides = logsumexp(alone, axis=0) - np.log(num_starts) + defence.log_shares[0]
         log_share = jnp.where(is_alone, 0.0, of_guides - log_q)
         log_q = jnp.where(is_alone, alone[start], log_q)
+        # Samples of chains have an axis for that of the step before.
+        local = {name: _before(x) if name in approx.chains else x for name, x in values.local.items()}
         draws = Levels(
             WeightedDraw(values.shared, log_p, log_q, log_ratio(log_p, log_q), start),
-            {name: WeightedDraw(values.local[name], p, q, log_ratio(p, q)) for name, (p, q) in levels.local.items()},
+            {name: WeightedDraw(local[name], p, q, log_ratio(p, q)) for name, (p, q) in levels.local.items()},
         )
         chosen = choose(draws, choice_key, structure, event_dims)
         if plates:
@@ -238,6 +260,10 @@ def _pooled(approx: Approximation, defence: Defence) -> Sampler:
     at_once = int(np.clip(approx.chunk_size() // num_starts, 1, MOST_AT_ONCE))
     chunked = Chunked(draw, max(at_once // num_starts, 1) * num_starts)
     return Sampler(chunked, structure_of(approx, plates), 1, np.array([ANY], np.int32), defence.undefended)
+
+
+def _before(values: Values) -> Values:
+    return {name: value[:, :, None] for name, value in values.items()}
 
 
 def log_ratio(log_p: Array, log_q: Array) -> Array:

@@ -10,7 +10,7 @@ element (``docs/mathematics.md``).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from numpyro_vimco.densities.plates import Structure, aligned_shape
 from numpyro_vimco.densities.program import Program
 from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.chunks import Chunked
-from numpyro_vimco.objectives import control_variates as cv
+from numpyro_vimco.objectives import control_variates as cv, paths
 from numpyro_vimco.objectives.elements import value_checks
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import sample_sites
@@ -125,11 +125,11 @@ def each_start(approx: Approximation) -> Sampler:
     :raises ValueError: where there is no posterior to draw from.
     """
     approx.check_has_posterior()
-    check_independent(approx, approx.plate_particles)
+    check_independent(approx, approx.local)
     num_starts = approx.num_starts
 
     def make() -> Sampler:
-        program = program_of(approx, approx.plate_particles)
+        program = program_of(approx, approx.local)
         event_dims = approx.event_dims
 
         def particle(component: Array, params: Params, rng_key: Array) -> WeightedDraw:
@@ -145,7 +145,7 @@ def each_start(approx: Approximation) -> Sampler:
             return jax.lax.map(lambda x: particle(*x), (jnp.arange(num_starts), starts, split(rng_key, num_starts)))
 
         at_once = max(approx.chunk_size() // num_starts, 1)
-        return Sampler(Chunked(draw, at_once), structure_of(approx, approx.plate_particles), num_starts)
+        return Sampler(Chunked(draw, at_once), structure_of(approx, approx.local), num_starts)
 
     return approx.kept(("each start", num_starts), make)
 
@@ -155,19 +155,35 @@ def choose(
 ) -> WeightedDraw:
     """A draw of the shared sites with one local particle of each element, chosen in proportion to its weight.
 
-    :param draws: arrays of named plates have a leading axis for local particles.
+    Of a chain it is a path, in proportion to the weight of the paths.
+
+    :param draws: arrays of named plates have a leading axis for local particles; those of chains, values too, have three,
+        as :mod:`numpyro_vimco.objectives.paths` has them.
     :param event_dims: for each local site, the number of dimensions of an event.
     """
     values, log_p, log_q, log_weight, component, _ = draws.shared
-    values = dict(values)
+    values, chains = dict(values), dict(structure.chains)
     for plate, key in split_by_name(rng_key, draws.local).items():
         local = draws.local[plate]
+        if plate in chains:
+            path = paths.draw_path(key, local.log_weight, chains[plate])
+            values |= {name: _along(value[:, :, 0], path.samples, event_dims[name]) for name, value in local.values.items()}
+            of_path = _along(local.log_q[:, :, 0], path.samples, 0).sum(0)
+            log_weight = log_weight + structure.sum_to_shared(path.log_mean)
+            log_p = log_p + structure.sum_to_shared(path.log_v + of_path)
+            log_q = log_q + structure.sum_to_shared(of_path)
+            continue
         log_weight = log_weight + structure.sum_to_shared(cv.log_mean_weight(local.log_weight))
         chosen = random.categorical(key, local.log_weight, axis=0)[None]
         values |= {name: take(value, chosen, event_dims[name])[0] for name, value in local.values.items()}
         log_p = log_p + structure.sum_to_shared(take(local.log_p, chosen)[0])
         log_q = log_q + structure.sum_to_shared(take(local.log_q, chosen)[0])
     return WeightedDraw(values, log_p, log_q, log_weight, component)
+
+
+def _along(values: Array, path: Array, event_dim: int) -> Array:
+    """The values of a path, of samples of shape ``(samples, steps, *batch, *event)``."""
+    return jax.vmap(lambda value, index: take(value, index[None], event_dim)[0], in_axes=(1, 0))(values, path)
 
 
 def propose(
@@ -226,27 +242,27 @@ def check_weights(nan: int, zero: bool, num_draws: int) -> None:
         )
 
 
-def can_have_particles(approx: Approximation, plate_particles: Mapping[str, int]) -> bool:
-    """Whether plates can be named together in ``plate_particles``, at these parameters."""
+def can_have_particles(approx: Approximation, local: Mapping[str, int]) -> bool:
+    """Whether plates can be named together in ``plate_particles``, at these parameters, beside chains."""
     try:
-        structure_of(approx, plate_particles)
-        check_independent(approx, plate_particles)
+        structure_of(approx, local)
+        check_independent(approx, local)
     except ValueError:
         return False
     return True
 
 
-def check_independent(approx: Approximation, plate_particles: Mapping[str, int]) -> None:
+def check_independent(approx: Approximation, local: Mapping[str, int]) -> None:
     """Raise for elements that have weights of their own, and are not independent at the parameters of the best start.
 
     :raises ValueError: as :func:`~numpyro_vimco.objectives.elements.value_checks`.
     """
 
     def make() -> Callable:
-        program = program_of(approx, plate_particles)
+        program = program_of(approx, local)
         return value_checks(program, program.kinds(approx.params, random.key(0)))
 
-    approx.kept(("checks", *plate_particles.items()), make)(approx.params)
+    approx.kept(("checks", *local.items()), make)(approx.params)
 
 
 def check_has_density(approx: Approximation) -> None:
@@ -266,29 +282,31 @@ def fixed(approx: Approximation) -> list[str]:
     return approx.kept("fixed", lambda: list(program.without_density(approx.params, random.key(0))))
 
 
-def structure_of(approx: Approximation, plate_particles: Mapping[str, int]) -> Structure:
+def structure_of(approx: Approximation, local: Mapping[str, int]) -> Structure:
     """How the plates of a program combine densities, found without computing anything."""
-    program = program_of(approx, plate_particles)
+    program = program_of(approx, local)
     return approx.kept(
-        ("structure", *plate_particles.items()),
+        ("structure", *local.items()),
         lambda: jax.eval_shape(program.evaluate, approx.params, random.key(0))[1],
     )
 
 
 def program_of(
-    approx: Approximation, plate_particles: Mapping[str, int], given: Mapping[str, Array] | None = None
+    approx: Approximation, local: Mapping[str, int], given: Mapping[str, Array] | None = None
 ) -> Program:
     """A fit's model and guide as a program.
 
+    :param local: number of local particles of plates, and of samples of chains.
     :param given: values of latents, in place of those that the guide draws.
     """
     return Program(
-        model=approx.svi.model,
-        guide=Given(approx.svi.guide, given or {}),
+        model=approx.model,
+        guide=Given(approx.guide, given or {}),
         args=approx.args,
         kwargs=approx.kwargs,
         by_score=lambda site: False,
-        plate_particles=plate_particles,
+        plate_particles={name: number for name, number in local.items() if name not in approx.chains},
+        chains={n: replace(c, num_samples=local[n]) for n, c in approx.chains.items() if n in local},
         joint_plates=getattr(approx.svi.loss, "joint_plates", frozenset()),
         linear=False,
     )

@@ -89,7 +89,7 @@ def _groups(
 
     approx = draws.approx
     keys = split_by_name(rng_key, ("posterior", "elements", "prior"))
-    structure = structure_of(approx, approx.plate_particles)
+    structure = structure_of(approx, approx.local)
     stats = {name: squeezed(value, structure.dims, structure) for name, value in draws.stats.items()}
     dims = dict.fromkeys(stats, plate_names(approx, structure.dims))
     elements, averaged = find_elements(approx, structure) if "log_likelihood" in groups else ([], set())

@@ -139,8 +139,8 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
         if approx.subsampled:
             svi.loss.check(approx.params, svi.model, svi.guide, *args, **approx.kwargs)
         else:
-            check_independent(approx, approx.plate_particles)
-            svi.loss.check_program(program_of(approx, approx.plate_particles), approx.params, jax.random.key(0))
+            check_independent(approx, approx.local)
+            svi.loss.check_program(program_of(approx, approx.local), approx.params, jax.random.key(0))
     sites = [*sample_sites(approx.model_trace), *sample_sites(approx.guide_trace)]
     if not any(site["is_observed"] for site in sites):
         warnings.warn(

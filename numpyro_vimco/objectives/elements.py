@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from numpyro_vimco.checks.chains import steps_depend_error
 from numpyro_vimco.checks.enumeration_checks import masked_sum_error, table_error
 from numpyro_vimco.checks.independence import Sum, any_draw, are_dependent
 from numpyro_vimco.checks.supports_and_plates import elements_error, masked_latent_error
@@ -27,7 +28,7 @@ from numpyro_vimco.densities.levels import level_of
 from numpyro_vimco.densities.plates import Structure
 from numpyro_vimco.densities.program import Kinds, Program, Values
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import is_delta, is_latent_site, mask_of, sample_sites, states
+from numpyro_vimco.sites import is_delta, is_latent_site, log_prob_at_value, mask_of, sample_sites, states
 
 # Sources of draws: the guide, the model's prior, and all of the support of each site.
 GUIDE, PRIOR, SUPPORT = range(3)
@@ -71,6 +72,8 @@ def value_checks(program: Program, kinds: Kinds) -> Callable[[Params], None]:
     checks = []
     if kinds.elements > 1 or kinds.masks:
         checks.append(_elements_check(program, kinds))
+    if program.chains:
+        checks.append(_steps_check(program))
     if kinds.sums:
         checks.append(_tables_check(program))
     if kinds.masked_sums:
@@ -143,6 +146,32 @@ def _masked_that_count(program: Program, sites: Callable, latents: Latents, both
         for i, latent in enumerate(masks, 1)
         for name, of in at_moved.items()
     ]
+
+
+def _steps_check(program: Program) -> Check:
+    """For steps of a chain that depend on each other in the guide."""
+    errors: Errors = []
+
+    def check(params: Params, rng_key: Array, source: Array) -> list[Array]:
+        draw_key, evaluation_key = split(rng_key)
+        _, _, both = _two_draws(program, params, draw_key, source)
+        errors.clear()
+        found = []
+        for chain, about in program.chains.items():
+
+            def densities(values: Values, about=about) -> dict[str, Sum]:
+                guide_trace = program.sites(params, evaluation_key, values).guide_trace
+                return {name: Sum.of(log_prob_at_value(guide_trace[name])) for name in about.latents}
+
+            ndims = {name: jnp.ndim(value.value) for name, value in jax.eval_shape(densities, both[0]).items()}
+            axes = {name: -jnp.ndim(both[0][name]) for name in about.latents}
+            dims = {name: -ndim for name, ndim in ndims.items()}
+            dependent = are_dependent(densities, both[0], both[1], axes, dims.__getitem__, about.length)
+            errors.extend(partial(steps_depend_error, name, chain) for name in dependent)
+            found += dependent.values()
+        return found
+
+    return errors, any_draw(check, NUM_SOURCES, max(chain.length for chain in program.chains.values()))
 
 
 def _tables_check(program: Program) -> Check:

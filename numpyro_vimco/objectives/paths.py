@@ -15,40 +15,94 @@ which is unbiased for p(x) [1], the *share* :math:`\xi_{tkl}` is that of the pat
 1. Aitchison 2019, *Tensor Monte Carlo*, arXiv 1806.08593
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Table = Float[Array, "samples steps before *plates"]
 
 
-def log_forward(log_v: Table, reverse: bool) -> Float[Array, "steps samples *plates"]:
-    r""":math:`\log \alpha_{tk}`, the mean over the paths that end in sample k of step t, in :math:`O(T K^2)`.
+def log_mean_path(log_v: Table, reverse: bool) -> Float[Array, "*plates"]:
+    r""":math:`\log \hat Z` in nats, by the mean over the paths that end in sample k of step t, in :math:`O(T K^2)`,
 
-    .. math:: \alpha_{tk} = \frac1K \sum_l v_{tkl} \, \alpha_{t-1,l}
+    .. math:: \alpha_{tk} = \frac1K \sum_l v_{tkl} \, \alpha_{t-1,l}.
 
     :param reverse: whether the first step is the last entry, as in a `scan` from the end.
     """
+
+    def step(log_alpha: Array, table: Array) -> tuple[Array, None]:
+        return _log_mean_exp(table + log_alpha, axis=1), None
+
     tables = jnp.moveaxis(log_v, 1, 0)
-
-    def step(log_alpha: Array, table: Array) -> tuple[Array, Array]:
-        log_alpha = _log_mean_exp(table + log_alpha, axis=1)
-        return log_alpha, log_alpha
-
-    start = jnp.zeros(tables.shape[2:], tables.dtype)
-    return jax.lax.scan(step, start, tables, reverse=reverse)[1]
-
-
-def log_mean_path(log_v: Table, reverse: bool) -> Float[Array, "*plates"]:
-    r""":math:`\log \hat Z` in nats."""
-    log_alpha = log_forward(log_v, reverse)
-    return _log_mean_exp(log_alpha[0 if reverse else -1], axis=0)
+    log_alpha, _ = jax.lax.scan(step, jnp.zeros(tables.shape[2:], tables.dtype), tables, reverse=reverse)
+    return _log_mean_exp(log_alpha, axis=0)
 
 
 def path_shares(log_v: Table, reverse: bool) -> tuple[Float[Array, "*plates"], Table]:
     r""":math:`\log \hat Z`, and the shares :math:`\xi_{tkl}`: its derivative; 0 where all paths have weight zero."""
     log_mean, pull = jax.vjp(lambda log_v: log_mean_path(log_v, reverse), log_v)
     return log_mean, pull(jnp.ones_like(log_mean))[0]
+
+
+class Path(NamedTuple):
+    """A path that is drawn in proportion to the weights of paths.
+
+    :ivar log_mean: log of the mean weight of all paths, in nats.
+    :ivar samples: the sample of each step.
+    :ivar log_v: the sum of the table's entries along it.
+    """
+
+    log_mean: Float[Array, "*plates"]
+    samples: Int[Array, "steps *plates"]
+    log_v: Float[Array, "*plates"]
+
+
+def draw_path(rng_key: Array, log_v: Table, reverse: bool) -> Path:
+    r"""Backward sampling: sample l of step t - 1 given k in proportion to :math:`v_{tkl} \, \alpha_{t-1,l}`.
+
+    One is drawn for each k on the way forward; the path follows them back from a sample of the last step.
+    """
+    tables = jnp.moveaxis(log_v, 1, 0)
+    uniform = jax.random.uniform(rng_key, (len(tables) + 1, *tables.shape[2:]), tables.dtype)
+
+    def step(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
+        log_alpha, log_path = carry
+        table, uniform = inputs
+        before, log_mean = _drawn(table + log_alpha, uniform[:, None], axis=1)
+        log_path = _selected(table, before, axis=1) + _selected(jnp.broadcast_to(log_path, table.shape), before, axis=1)
+        return (log_mean, log_path), before
+
+    start = jnp.zeros(tables.shape[2:], tables.dtype)
+    (log_alpha, log_path), before = jax.lax.scan(step, (start, start), (tables, uniform[1:]), reverse=reverse)
+    last, log_mean = _drawn(log_alpha, uniform[0, :1], axis=0)
+
+    def back(chosen: Array, before: Array) -> tuple[Array, Array]:
+        return _selected(before, chosen, axis=0), chosen
+
+    samples = jax.lax.scan(back, last, before, reverse=not reverse)[1]
+    return Path(log_mean, samples, _selected(log_path, last, axis=0))
+
+
+def _drawn(log_weight: Array, uniform: Array, axis: int) -> tuple[Array, Array]:
+    """An index along an axis in proportion to weights, and the logarithm of their mean."""
+    largest = jnp.max(log_weight, axis, keepdims=True)
+    largest = jnp.where(jnp.isneginf(largest), 0, largest)
+    total = jnp.cumsum(jnp.exp(log_weight - largest), axis)
+    number = log_weight.shape[axis]
+    last = jax.lax.slice_in_dim(total, number - 1, number, axis=axis)
+    index = jnp.minimum(jnp.sum(total <= uniform * last, axis), number - 1)
+    return index, jnp.squeeze(jnp.log(last / number) + largest, axis)
+
+
+def _selected(x: Array, index: Array, axis: int) -> Array:
+    """Entries at an index along an axis, by a sum: many times as fast as a gather for each draw.
+
+    :param index: of the shape of ``x`` without the axis.
+    """
+    number = jnp.arange(x.shape[axis]).reshape(-1, *(1,) * (x.ndim - 1 - axis))
+    return jnp.sum(jnp.where(jnp.expand_dims(index, axis) == number, x, 0), axis)
 
 
 def _log_mean_exp(x: Array, axis: int) -> Array:
