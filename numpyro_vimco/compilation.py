@@ -6,13 +6,13 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
-from jaxtyping import Array
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
@@ -32,18 +32,25 @@ def at_once(fn: Callable, *inputs: Any) -> Any:
     """
     if not trace_state_clean():
         return fn(*inputs)
-    found: list[tuple[Any, list]] = []
+    found: list[Any] = []
 
     def arrays(*inputs: Any) -> list:
         result = fn(*inputs)
         traced = tracers(result)
-        found.append((result, list(traced)))
+        places = {key: Place(number) for number, key in enumerate(traced)}
+        found.append(map_arrays(lambda x: places[id(x)] if isinstance(x, Tracer) else x, result))
         return list(traced.values())
 
     closed = jax.make_jaxpr(arrays)(*inputs)
-    result, ids = found[0]
-    values = dict(zip(ids, _program(closed, None, ONCE, True)(*inputs) if ids else []))
-    return map_arrays(lambda x: values[id(x)] if isinstance(x, Tracer) else x, result)
+    values = _program(closed, None, ONCE, True)(*inputs) if closed.out_avals else []
+    return map_arrays(lambda x: values[x.number] if isinstance(x, Place) else x, found[0])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array will be. Held after its trace, a traced array would be a leak by JAX's own check."""
+
+    number: int
 
 
 class Compiled:
@@ -127,14 +134,14 @@ def tracers(part: Any) -> dict[int, Tracer]:
     return found
 
 
-def map_arrays(change: Callable[[Array], Any], part: Any) -> Any:
-    """A copy of a distribution, of a trace, or of what they hold, with each array of JAX changed.
+def map_arrays(change: Callable[[Any], Any], part: Any) -> Any:
+    """A copy of a distribution, of a trace, or of what they hold, with each array of JAX, or its place, changed.
 
     Attributes are copied one by one, as not all distributions of users declare theirs to JAX.
     """
 
     def changed(x: Any) -> Any:
-        if isinstance(x, jax.Array):
+        if isinstance(x, jax.Array | Place):
             return change(x)
         if not isinstance(x, parts):
             return x

@@ -489,18 +489,27 @@ def check(name, objective, tolerance):
 
 
 SHORT = ["mixture", "nested plates", "plate_particles", "hmm in scan from the end"]
+# One of each kind of weight; what sums change is the density, the same for all α.
+EACH_ALPHA = ["mixture", "bound per element", "plate_particles", "subsampled", "switching"]
 
 
 @pytest.mark.parametrize(
-    "name, alpha", of_two_lengths(product(CASES, [0.0, 0.3, 1.0]), [(name, 0.3) for name in SHORT])
+    "name, alpha",
+    of_two_lengths(
+        [(name, alpha) for name, alpha in product(CASES, [0.0, 0.3, 1.0]) if alpha == 0.3 or name in EACH_ALPHA],
+        [(name, 0.3) for name in SHORT],
+    ),
 )
 @pytest.mark.usefixtures("x64")
 def test_sums_by_hand(name, alpha):
     check(name, partial(VIMCOStar, alpha, 4), 1e-10)
 
 
+IN_SINGLE_PRECISION = ["nested plates", "plate_particles", "impossible", "hmm in a loop", "hmm of sequences", "masked"]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", IN_SINGLE_PRECISION)
 def test_sums_by_hand_in_single_precision(name):
     check(name, partial(VIMCOStar, 0.3, 4), 1e-5)
 

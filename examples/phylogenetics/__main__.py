@@ -24,7 +24,15 @@ from .alignment import Alignment, read_alignment, simulate
 from .exact import exact_posterior
 from .fit import fit
 from .model import PRIOR_MEAN_BRANCH
-from .report import Probabilities, bounds, draw_consensus, frequencies, kl_divergence, total_variation
+from .report import (
+    Probabilities,
+    bounds,
+    draw_consensus,
+    frequencies,
+    kl_divergence,
+    own_log_weight,
+    total_variation,
+)
 from .subsplits import Support, UniformTopology
 from .trees import read_trees, write_trees
 
@@ -71,9 +79,9 @@ def main(args):
         print(f"\n{steps} steps in {seconds / 60:.1f} minutes, {1000 * seconds / steps:.1f} ms each with compilation")
 
     posterior, key = Posterior(svi, result, trees, alignment), random.key(args.seed + 2)
-    diagnostics = posterior.diagnose(args.num_draws, key)
+    posterior.diagnose(args.num_draws, key)
     print(f"\n{posterior}\n")
-    for name, values in bounds(diagnostics.log_weight).items():
+    for name, values in bounds(own_log_weight(posterior, args.num_draws, key)).items():
         print(f"{name:12} {values.mean():10.2f} nats, standard deviation {values.std():.2f}")
     number = args.num_draws
     tree = posterior.to_arviz(rng_key=key, num_proposals=number, num_samples=number // 4, groups=())

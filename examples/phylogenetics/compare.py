@@ -22,7 +22,7 @@ from numpyro_vimco.diagnostics.gradient_noise import GradientStatistics
 from . import run
 from .alignment import Alignment, read_alignment
 from .fit import inverse_temperature, make_svi, train
-from .report import Probabilities, bounds, kl_divergence
+from .report import Probabilities, bounds, kl_divergence, own_log_weight
 from .subsplits import Support
 from .trees import read_trees
 
@@ -52,9 +52,9 @@ def compare(trees: Support, alignment: Alignment, reference: Probabilities, args
             seconds += time.perf_counter() - start
             result = SVIRunResult(svi.get_params(state), state, jnp.zeros(done))
             key, beta = random.key(args.seed + 1), inverse_temperature(done, num_steps)
-            diagnostics = Posterior(svi, result, *data).diagnose(args.num_samples, key)
+            log_weight = own_log_weight(Posterior(svi, result, *data), args.num_samples, key)
             statistics = Posterior(svi, result, *data, beta).gradient_snr(key, args.num_draws)
-            measures = [value.mean() for value in bounds(diagnostics.log_weight).values()]
+            measures = [value.mean() for value in bounds(log_weight).values()]
             measures += [
                 kl_divergence(reference, trees, result.params["logits"]),
                 snr(statistics["logits"], args.num_draws),

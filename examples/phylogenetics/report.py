@@ -9,10 +9,18 @@ from matplotlib.figure import Figure
 import numpy as np
 from scipy.special import logsumexp
 
+from numpyro_vimco import Posterior
+
 from .subsplits import SubsplitBayesianNetwork, Support
 from .trees import Topology, clade_probabilities, majority_consensus, to_tree
 
 Probabilities = Mapping[Topology, float]  # of a distribution over topologies
+
+
+def own_log_weight(posterior: Posterior, num_draws: int, rng_key) -> np.ndarray:
+    """Log-weights of the guide's own draws. Those of the diagnostics are of defended draws, some of which have none."""
+    draws = posterior.to_arviz(rng_key=rng_key, num_samples=num_draws, resample=False, pool=False, groups=())
+    return draws["sample_stats"]["log_weight"].values[0].astype(float)
 
 
 def bounds(log_weight: np.ndarray) -> dict[str, np.ndarray]:
