@@ -12,10 +12,13 @@ import numpyro
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.handlers import condition, mask, substitute
+from numpyro.infer import SVI
+import optax
 import pytest
 
-from helpers import initial_params, of_two_lengths
-from numpyro_vimco import VIMCO, VIMCOStar
+from helpers import initial_params
+from numpyro_vimco import AutoMixed, VIMCOStar, fit
+from numpyro_vimco.objectives.paths import draw_path, path_shares
 
 K = 2
 X = np.array([0.7, -1.2])
@@ -205,5 +208,259 @@ def test_expected_gradient_is_that_of_the_exact_bound(case, alpha, x64):
     )
 
 
-def normal(name, loc, width=0.8):
-    return numpyro.sample(name, dist.Normal(loc, width))
+# Paths.
+
+
+def tables(steps, samples=3, elements=2, impossible=0.2):
+    rng = np.random.default_rng(steps)
+    log_v = rng.normal(size=(samples, steps, samples, elements))
+    log_v[rng.random(log_v.shape) < impossible] = -np.inf
+    return log_v
+
+
+def all_paths(log_v, reverse):
+    """All paths, and the log-weight of each, with the first step's sample l = 0."""
+    order = range(log_v.shape[1])[:: -1 if reverse else 1]
+    paths = np.array(list(itertools.product(range(len(log_v)), repeat=log_v.shape[1])))
+    total = 0
+    for i, t in enumerate(order):
+        total = total + log_v[paths[:, t], t, paths[:, order[i - 1]] if i else 0]
+    return paths, total
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_shares_of_paths(reverse, x64):
+    log_v = tables(4)
+    first = -1 if reverse else 0
+    log_v[:, first] = log_v[:, first, :1]
+    paths, total = all_paths(log_v, reverse)
+    log_mean, shares = path_shares(jnp.asarray(log_v), reverse)
+    np.testing.assert_allclose(log_mean, np.log(np.exp(total).mean(0)), rtol=1e-12)
+    weight = np.exp(total) / np.exp(total).sum(0)
+    for t in range(4):
+        through = np.stack([weight[paths[:, t] == k].sum(0) for k in range(3)])
+        np.testing.assert_allclose(shares[:, t].sum(1), through, atol=1e-12)
+
+
+def test_no_possible_path_has_no_share():
+    log_v = tables(4)
+    log_v[:, 2, :, 1] = -np.inf
+    log_mean, shares = path_shares(jnp.asarray(log_v), False)
+    assert np.isneginf(log_mean[1]) and np.isfinite(log_mean[0])
+    assert np.isfinite(shares).all() and (shares[..., 1] == 0).all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_paths_are_drawn_in_proportion_to_their_weight(reverse):
+    """400,000 draws of 27 paths: 5.5 standard errors of each, passed once in 400,000 seeds."""
+    log_v = tables(3)
+    first = -1 if reverse else 0
+    log_v[:, first] = log_v[:, first, :1]
+    _, total = all_paths(log_v, reverse)
+    table = jnp.asarray(log_v, jnp.float32)
+    drawn = jax.jit(jax.vmap(lambda key: draw_path(key, table, reverse)))(random.split(random.key(0), 400_000))
+    np.testing.assert_allclose(drawn.log_mean[0], np.log(np.exp(total).mean(0)), rtol=1e-5)
+    for element in range(2):
+        weight = np.exp(total[:, element]) / np.exp(total[:, element]).sum()
+        index = np.asarray(drawn.samples[..., element]) @ [9, 3, 1]
+        found = np.bincount(index, minlength=27) / 400_000
+        assert (np.abs(found - weight) <= 5.5 * np.sqrt(weight * (1 - weight) / 400_000)).all()
+        np.testing.assert_allclose(drawn.log_v[:, element], total[index, element], rtol=1e-4, atol=1e-4)
+
+
+# Programs that are no chains.
+
+
+def walk(y=X, **options):
+    """A model; what its `scan` carries is given by ``carry``."""
+
+    def model():
+        g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+
+        def step(before, x):
+            z = bernoulli("z", 0.5 * jnp.sum(before) + g)
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            return options.get("carry", lambda before, z: z * 1.0)(before, z), None
+
+        last, _ = scan(step, options.get("init", 0.0), y)
+        if options.get("after"):
+            numpyro.sample("after", dist.Normal(last, 1.0), obs=0.3)
+
+    return model
+
+
+def independent():
+    g = numpyro.sample("g", dist.Normal(numpyro.param("loc", 0.1), 0.8))
+    bernoulli("z", numpyro.param("z_logits", jnp.array([0.3, -0.2])) + 0.3 * g)
+
+
+def loss_of(model, guide, **arguments):
+    objective = VIMCOStar(0.0, 4, **({"chain_particles": {"z": 3}} | arguments))
+    return objective.loss(random.key(0), initial_params(model, guide), model, guide)
+
+
+def markov_guide():
+    numpyro.sample("g", dist.Normal(numpyro.param("loc", 0.1), 0.8))
+
+    def step(before, logits):
+        z = bernoulli("z", logits + before)
+        return z * 1.0, None
+
+    scan(step, 0.0, numpyro.param("z_logits", jnp.array([0.3, -0.2])))
+
+
+def shared_after_chain():
+    z = bernoulli("z", numpyro.param("z_logits", jnp.array([0.3, -0.2])))
+    numpyro.sample("g", dist.Normal(numpyro.param("loc", 0.1) + z.sum(), 0.8))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "arguments", "message"),
+    [
+        (walk(carry=lambda before, z: before + z), independent, {}, "of first order"),
+        (walk(init=jnp.zeros(2), carry=lambda b, z: jnp.stack([b[1], z * 1.0])), independent, {}, "of first order"),
+        (walk(after=True), independent, {}, "Site 'after' is not in the `scan`"),
+        (walk(), independent, {"chain_particles": {"w": 3}}, "latents that the guide samples inside of `scan` are 'z'"),
+        (walk(), independent, {"chain_particles": {"g": 3}}, "a latent outside of `scan`"),
+        (walk(), markov_guide, {}, "The guide's steps depend on each other"),
+        (walk(), shared_after_chain, {}, "The guide's site 'g' depends on 'z'"),
+    ],
+)
+def test_programs_that_are_no_chains(model, guide, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        loss_of(model, guide, **arguments)
+
+
+def test_automixed_without_chains_is_named():
+    """Its couplings over time are zero at the start."""
+
+    def no_global():
+        def step(before, x):
+            z = bernoulli("z", 0.5 * before)
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            return z, None
+
+        scan(step, 0, jnp.asarray(X))
+
+    for model in (walk(), no_global):
+        with pytest.raises(ValueError, match=r"AutoMixed\(model, chains=\{'z'\}\)"):
+            SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(chain_particles={"z": 3})).run(random.key(0), 1)
+
+
+def test_unknown_chains_of_a_guide():
+    with pytest.raises(ValueError, match=r"`chains` names 'g', but .* inside of `scan` are 'z'"):
+        SVI(walk(), AutoMixed(walk(), chains={"g"}), optax.adam(0.01), VIMCOStar()).init(random.key(0))
+
+
+# What users write.
+
+
+def data_by_condition():
+    def model():
+        g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+
+        def step(before, _):
+            z = bernoulli("z", 0.5 * before + g)
+            numpyro.sample("x", dist.Normal(z, 1.0))
+            return z, None
+
+        scan(step, 0, None, length=2)
+
+    return condition(model, {"x": jnp.asarray(X)})
+
+
+def dicts_and_counters():
+    def model():
+        g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+
+        def step(carry, x):
+            z = bernoulli("z", 0.5 * carry["state"] * (carry["time"] >= 0) + g)
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x["data"] * x["one"])
+            return {"state": z, "time": carry["time"] + 1}, {"z": z, "time": carry["time"]}
+
+        last, found = scan(step, {"state": 0, "time": 0}, {"data": X, "one": np.ones(2)})
+        numpyro.deterministic("path", found["z"])
+        numpyro.deterministic("number", last["time"])
+
+    return model
+
+
+@pytest.mark.parametrize("make", [data_by_condition, dicts_and_counters])
+def test_scan_as_users_write_it(make):
+    """The loss is that of the plainest form, draw by draw."""
+    plain = walk()
+    other = make()
+    np.testing.assert_allclose(loss_of(other, independent), loss_of(plain, independent), rtol=1e-5)
+
+
+def test_chunks_have_the_same_loss_and_gradient():
+    model, params = walk(), initial_params(walk(), independent)
+    found = []
+    for chunk_size in (None, 2):
+        objective = VIMCOStar(0.3, 4, chain_particles={"z": 3}, chunk_size=chunk_size)
+        found.append(jax.value_and_grad(lambda p, o=objective: o.loss(random.key(0), p, model, independent))(params))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *found)
+
+
+def test_least_values_of_counts():
+    """What was seen is the least that there was; other latents and the last step, which has no data, have no bound."""
+    seen = np.array([3, 0, 12, 7])
+
+    def model():
+        p = numpyro.sample("p", dist.Beta(2, 2))
+
+        def step(before, x):
+            count = numpyro.sample("count", dist.Poisson(before + 1.0))
+            with mask(mask=x["is_seen"]):
+                numpyro.sample("seen", dist.Binomial(count, p), obs=x["seen"])
+            return count, None
+
+        scan(step, 10, {"seen": seen, "is_seen": np.array([True, True, True, False])})
+
+    guide = AutoMixed(model, chains={"count"})
+    SVI(model, guide, optax.adam(0.01), VIMCOStar(chain_particles={"count": 3})).init(random.key(0))
+    np.testing.assert_array_equal(guide.least["count"], [3, 0, 12, 0])
+
+
+# A posterior.
+
+
+def exact_regimes(x):
+    """Log evidence, mean of g and probability of each state, by sums over paths and a grid."""
+    grid = np.linspace(-5, 5, 401)
+    paths = np.array(list(itertools.product([0, 1], repeat=len(x))))
+    before = np.concatenate([np.zeros((len(paths), 1)), paths[:, :-1]], axis=1)
+    logits = 2.0 * before[None] - 1 + grid[:, None, None]
+    log_p = (paths * logits - np.logaddexp(0, logits)).sum(-1) + log_normal(2.0 * paths, x).sum(-1)
+    weight = np.exp(np.asarray(log_p) + log_normal(grid, 0.0)[:, None])
+    total = weight.sum()
+    states = np.einsum("gp,pt->t", weight, paths) / total
+    return np.log(total * (grid[1] - grid[0])), (weight.sum(1) @ grid) / total, states
+
+
+def test_posterior_of_a_chain():
+    """Within 5 standard errors of the exact one, for 10,000 draws."""
+    x = np.random.default_rng(0).normal(size=6) + np.array([0, 0, 2, 2, 0, 2])
+
+    def model(x):
+        g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+
+        def step(before, x):
+            z = bernoulli("z", 2.0 * before - 1 + g)
+            numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+            return z, None
+
+        scan(step, 0, x)
+
+    guide = AutoMixed(model, chains={"z"})
+    svi = SVI(model, guide, optax.adam(0.03), VIMCOStar(0.5, 8, chain_particles={"z": 8}))
+    posterior = fit(svi, random.key(0), 300, x, num_starts=2, progress_bar=False)
+    log_evidence, mean, states = exact_regimes(x)
+    found = posterior.to_arviz(num_samples=4000, progress_bar=False)
+    assert abs(posterior.log_evidence - log_evidence) < 5 * posterior.log_evidence_std_error + 1e-3
+    assert posterior.log_evidence_std_error < 0.05
+    assert found.posterior["z"].shape == (1, 4000, 6)
+    ess = posterior.ess / 10_000 * 4000
+    assert abs(float(found.posterior["g"].mean()) - mean) < 5 / np.sqrt(ess)
+    error = np.sqrt(states * (1 - states) / ess)
+    assert (np.abs(found.posterior["z"].mean(("chain", "draw")).values - states) < 5 * error + 1e-3).all()

@@ -206,9 +206,7 @@ EACH_ALPHA = ("continuous on discrete", "local, path and score on both levels", 
 def mean_and_error(model, guide, alpha, doubly_reparameterized, arguments, num_particles=2):
     """Mean gradient over DRAWS draws, and its standard error, for all parameters in one vector."""
     params = initial_params(model, guide)
-    objective = VIMCOStar(
-        alpha, num_particles, doubly_reparameterized=doubly_reparameterized, **(arguments or {})
-    )
+    objective = VIMCOStar(alpha, num_particles, doubly_reparameterized=doubly_reparameterized, **(arguments or {}))
 
     def gradient(key):
         return jax.grad(lambda params: objective.loss(key, params, model, guide))(params)

@@ -63,9 +63,9 @@ def outside_error(site: str, chain: str) -> ValueError:
 def guide_outside_error(site: str, chain: str, latent: str) -> ValueError:
     """A guide site that depends on latents of a chain, or one of a chain that depends on local ones."""
     return ValueError(
-        f"The guide's site '{site}' depends on '{latent}', but with `chain_particles={{'{chain}': …}}` the latents of a "
-        "chain are drawn given the sites outside of chains and named plates, and no other site is drawn given them. "
-        "Draw it before, or given other sites."
+        f"The guide's site '{site}' depends on '{latent}', but with `chain_particles={{'{chain}': …}}` the latents of "
+        "a chain are drawn given the sites outside of chains and named plates, and no other site is drawn given them. "
+        f"Draw it before, or given other sites; AutoMixed(model, chains={{'{chain}'}}) does."
     )
 
 
@@ -81,8 +81,8 @@ def step_shape_error(latent: str, chain: str, shape: tuple[int, ...], length: in
 def steps_depend_error(site: str, chain: str) -> ValueError:
     """Steps of a guide that depend on each other."""
     return ValueError(
-        f"The guide's steps depend on each other: the density of '{site}' at one step depends on the latents of others. "
-        f"With `chain_particles={{'{chain}': …}}` each step is drawn given what is outside of the chain only, so that "
-        "each path through the samples is as likely as another. Use "
+        f"The guide's steps depend on each other: the density of '{site}' at one step depends on the latents of "
+        f"others. With `chain_particles={{'{chain}': …}}` each step is drawn given what is outside of the chain only, "
+        "so that each path through the samples is as likely as another. Use "
         f"AutoMixed(model, chains={{'{chain}'}}), or remove '{chain}' from `chain_particles`."
     )

@@ -7,10 +7,10 @@ A particle has K samples of each step, drawn by a guide whose steps are independ
 :math:`K^T` paths through them count. So the log-weight of a chain is a table with an entry for each sample k of step t
 and each sample l of the step before it, :math:`\log p(z_t^k, x_t \mid z_{t-1}^l) - \log q_t(z_t^k)`.
 
-Here the body of the `scan` is run once, in place, for one entry of the table (:class:`InStep`): `vmap` makes the others.
-The carry that it is given is what the body returns at sample l of the step before. Parts of a carry that depend on no
-latent, such as a counter, are scanned as they are. Other parts must depend on the latents of their own step only, which
-the body's jaxpr shows (:func:`find_chains`).
+Here the body of the `scan` is run once, in place, for one entry of the table (:class:`InStep`); `vmap` makes the
+others. The carry that it is given is what the body returns at sample l of the step before. Parts of a carry that depend
+on no latent, such as a counter, are scanned as they are. Other parts must depend on the latents of their own step only,
+which the body's jaxpr shows (:func:`find_chains`).
 """
 
 from collections.abc import Callable, Mapping
@@ -167,7 +167,8 @@ class InStep(Messenger):
     def _run(self, msg: dict, chain: Chain, step: Step) -> tuple:
         body, init, xs, _, reverse = msg["args"]
         xs = jax.tree.map(jnp.asarray, xs)
-        leaves, structure = jax.tree.flatten(init)
+        leaves: list = jax.tree.leaves(init)
+        structure: Any = jax.tree.structure(init)
 
         def carry_of(moving: list, still: list) -> Any:
             iterators = {True: iter(moving), False: iter(still)}
@@ -190,7 +191,7 @@ class InStep(Messenger):
                 return after(still, index, _taken(step.path, index))[1], still
 
             last, at_all = jax.lax.scan(advance, still, jnp.arange(chain.length), reverse=reverse)
-        index = step.index
+        index = step.time
         before = jnp.clip(index + (1 if reverse else -1), 0, chain.length - 1)
         is_first = index == (chain.length - 1 if reverse else 0)
         moving, _ = after(_taken(at_all, before), before, step.before)
@@ -219,7 +220,9 @@ def find_chains(
 
     def look() -> None:
         sampled = {
-            site["name"] for site in sample_sites(_traced(seed(guide, jax.random.key(0)), args, kwargs)) if is_latent_site(site)
+            site["name"]
+            for site in sample_sites(_traced(seed(guide, jax.random.key(0)), args, kwargs))
+            if is_latent_site(site)
         }
         finder = _Finder(seed(model, jax.random.key(0)), chain_particles, sampled)
         tr = _traced(finder, args, kwargs)
@@ -258,7 +261,7 @@ class _Finder(Messenger):
             return
         if len(names) > 1:
             raise same_chain_error(*names[:2])
-        _, init, xs, length, reverse = msg["args"]
+        _, _, xs, length, reverse = msg["args"]
         self.found[names[0]] = Chain(
             num_samples=self.chain_particles[names[0]],
             latents=latents,
@@ -276,11 +279,12 @@ def _moving(msg: dict, name: str, sites: list[dict], summed: list[str]) -> tuple
     :raises ValueError: for a leaf that depends on latents before its own step, or on summed ones.
     """
     init = msg["args"][1]
-    paths, structure = jax.tree_util.tree_flatten_with_path(init)
+    paths, _ = jax.tree_util.tree_flatten_with_path(init)
+    structure: Any = jax.tree.structure(init)
     names = [jax.tree_util.keystr(path) for path, _ in paths]
     latents = {site["name"]: site["value"] for site in sites if is_latent_site(site)}
 
-    def after(inputs: dict) -> dict[int, Array]:
+    def after(inputs: dict) -> dict:
         carry = structure.unflatten([inputs["carry", i] for i in range(len(names))])
         values = {latent: inputs["latent", latent] for latent in latents}
         carry, _ = _run_body(msg, lambda body: Given(body, values), carry)

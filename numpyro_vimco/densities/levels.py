@@ -4,8 +4,8 @@
 """Levels: sets of sites that are drawn together.
 
 The sites in a plate that ``plate_particles`` names, a *named plate*, are one level: they are drawn as *local particles*
-of that plate. So are the sites of a chain, of which there are samples at each step (:mod:`.chains`). All other sites are
-the *shared* level. The arrays of a named plate have an axis for its local particles, before the axes of the plates;
+of that plate. So are the sites of a chain, of which there are samples at each step (:mod:`.chains`). All other sites
+are the *shared* level. The arrays of a named plate have an axis for its local particles, before the axes of the plates;
 those of a chain have three, for the sample of a step, the step, and the sample of the step before it.
 """
 
@@ -31,14 +31,14 @@ class Step(NamedTuple):
     :ivar own: values of step t at sample k.
     :ivar before: values of step t - 1 at sample l.
     :ivar log_q: log-densities of these latents under the guide at sample k of step t, by latent; several such dicts.
-    :ivar index: t, in the order of the trace.
+    :ivar time: t, in the order of the trace.
     :ivar path: values of one sample at all steps, for programs that need some.
     """
 
     own: Values
     before: Values
     log_q: tuple[Values, ...]
-    index: Array
+    time: Array
     path: Values
 
     @classmethod
@@ -53,7 +53,7 @@ class Step(NamedTuple):
     def first(self) -> "Step":
         """The first entry."""
         own, log_q = jax.tree.map(lambda x: x[0, 0], (self.own, self.log_q))
-        return Step(own, jax.tree.map(lambda x: x[0, 0], self.before), log_q, self.index[0], self.path)
+        return Step(own, jax.tree.map(lambda x: x[0, 0], self.before), log_q, self.time[0], self.path)
 
 
 class Levels(NamedTuple, Generic[T]):
@@ -96,7 +96,7 @@ def map_local(program: Callable, by_site: Callable, local: dict[str, Any]) -> tu
         for axis in inputs.axes() if isinstance(inputs, Step) else (0,):
             in_axes = {other: axis if other == name else None for other in local}
             # The axis is named, so that a handler around the program can tell the particles apart.
-            named = {"axis_name": name} if axis == 0 else {}
+            named: dict[str, Any] = {} if isinstance(inputs, Step) else {"axis_name": name}
             mapped = jax.vmap(mapped, in_axes=(in_axes,), out_axes=(out_axes, None), **named)
     try:
         return mapped(local)
@@ -117,4 +117,6 @@ def _check_dependence(by_site: Callable, local: dict[str, Any]) -> None:
     first = {name: x.first() if isinstance(x, Step) else jax.tree.map(lambda x: x[0], x) for name, x in local.items()}
     for site, found in dependence(densities, first).items():
         for level in sorted(found - {levels[site]}):
-            raise outside_error(site, level) if isinstance(local[level], Step) else dependence_error(site, level)
+            if isinstance(local[level], Step):
+                raise outside_error(site, level)
+            raise dependence_error(site, level)

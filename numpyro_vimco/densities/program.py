@@ -43,6 +43,7 @@ from numpyro_vimco.sites import (
     with_fixed_parameters,
 )
 
+
 class Kinds(NamedTuple):
     """Which kinds of sites and plates a program has.
 
@@ -232,6 +233,11 @@ class Program:
             jax.eval_shape(look, params)
         return found
 
+    def first_params(self, params: dict[str, Any], rng_key: Array) -> dict[str, Any]:
+        """The guide's parameters where it begins, unless they are given."""
+        tr = self._trace_guide(params, self._first(rng_key))
+        return {name: site["value"] for name, site in tr.items() if site["type"] == "param"}
+
     def sites(self, params: dict[str, Any], rng_key: Array, given: Values | None = None) -> SiteDensities:
         """The sites of one particle, with the first local particle of each named plate.
 
@@ -333,7 +339,9 @@ class Program:
             )
         return given
 
-    def _at(self, keys: ParticleKeys, local: Mapping[str, Any], shared: Values) -> tuple["Program", ParticleKeys, Values]:
+    def _at(
+        self, keys: ParticleKeys, local: Mapping[str, Any], shared: Values
+    ) -> tuple["Program", ParticleKeys, Values]:
         """The program at one local particle of each plate and one step of each chain, its keys, and values."""
         given = dict(shared)
         steps = {name: x for name, x in local.items() if isinstance(x, Step)}
@@ -355,7 +363,9 @@ class Program:
             return
         for name, chain in self.chains.items():
             of_steps(guide_trace, name, chain)
-        latents = {site["name"]: site for site in sample_sites(guide_trace) if is_latent_site(site) and not is_delta(site)}
+        latents = {
+            site["name"]: site for site in sample_sites(guide_trace) if is_latent_site(site) and not is_delta(site)
+        }
         levels = {name: level_of(site, self.local) for name, site in latents.items()}
 
         def densities(values: Values) -> dict[str, Array]:
@@ -365,8 +375,8 @@ class Program:
         for name, parents in dependence(densities, {name: site["value"] for name, site in latents.items()}).items():
             for parent in sorted(parents):
                 both = levels.get(name), levels[parent]
-                if both[1] not in (None, both[0]) and (chain := next((x for x in both if x in self.chains), None)):
-                    raise guide_outside_error(name, chain, parent)
+                if both[1] not in (None, both[0]) and (found := [level for level in both if level in self.chains]):
+                    raise guide_outside_error(name, str(found[0]), parent)
 
     def _densities(self, sites: SiteDensities) -> Levels[Densities]:
         rest = sites.of_guide_rest(self.by_score)

@@ -202,7 +202,9 @@ class Approximation:
         """The guide's parameters where it begins."""
 
         def make() -> dict[str, Any]:
-            tr = with_first_calls(lambda: trace(seed(self.svi.guide, random.key(0))).get_trace(*self.args, **self.kwargs))
+            tr = with_first_calls(
+                lambda: trace(seed(self.svi.guide, random.key(0))).get_trace(*self.args, **self.kwargs)
+            )
             return {name: site["value"] for name, site in tr.items() if site["type"] == "param"}
 
         return self.kept("first parameters", make)

@@ -26,7 +26,8 @@ from numpyro_vimco.densities.plates import Structure, aligned_shape
 from numpyro_vimco.densities.program import Program
 from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.chunks import Chunked
-from numpyro_vimco.objectives import control_variates as cv, paths
+from numpyro_vimco.objectives import control_variates as cv
+from numpyro_vimco.objectives import paths
 from numpyro_vimco.objectives.elements import value_checks
 from numpyro_vimco.randomness import split, split_by_name
 from numpyro_vimco.sites import sample_sites
@@ -157,8 +158,8 @@ def choose(
 
     Of a chain it is a path, in proportion to the weight of the paths.
 
-    :param draws: arrays of named plates have a leading axis for local particles; those of chains, values too, have three,
-        as :mod:`numpyro_vimco.objectives.paths` has them.
+    :param draws: arrays of named plates have a leading axis for local particles; those of chains, values too, have
+        three, as :mod:`numpyro_vimco.objectives.paths` has them.
     :param event_dims: for each local site, the number of dimensions of an event.
     """
     values, log_p, log_q, log_weight, component, _ = draws.shared
@@ -167,7 +168,9 @@ def choose(
         local = draws.local[plate]
         if plate in chains:
             path = paths.draw_path(key, local.log_weight, chains[plate])
-            values |= {name: _along(value[:, :, 0], path.samples, event_dims[name]) for name, value in local.values.items()}
+            values |= {
+                name: _along(value[:, :, 0], path.samples, event_dims[name]) for name, value in local.values.items()
+            }
             of_path = _along(local.log_q[:, :, 0], path.samples, 0).sum(0)
             log_weight = log_weight + structure.sum_to_shared(path.log_mean)
             log_p = log_p + structure.sum_to_shared(path.log_v + of_path)
@@ -291,9 +294,7 @@ def structure_of(approx: Approximation, local: Mapping[str, int]) -> Structure:
     )
 
 
-def program_of(
-    approx: Approximation, local: Mapping[str, int], given: Mapping[str, Array] | None = None
-) -> Program:
+def program_of(approx: Approximation, local: Mapping[str, int], given: Mapping[str, Array] | None = None) -> Program:
     """A fit's model and guide as a program.
 
     :param local: number of local particles of plates, and of samples of chains.

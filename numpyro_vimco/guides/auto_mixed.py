@@ -33,13 +33,13 @@ from numpyro_vimco.families.components import Components, components_of_prior, s
 from numpyro_vimco.families.units import concrete, location_and_scale, prior_draws
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
 from numpyro_vimco.guides.automatic import AutoNormalFromPrior, is_normal, set_up, values_of
+from numpyro_vimco.guides.least import least_values
 from numpyro_vimco.guides.options import (
     check_couplings,
     check_init_scale,
     check_num_components,
     check_structure,
 )
-from numpyro_vimco.guides.least import least_values
 from numpyro_vimco.guides.plan import begun_anew, conditional, continuous_sites, in_steps
 from numpyro_vimco.guides.point_masses import check_no_point_mass
 from numpyro_vimco.guides.structural import StructuralGuide

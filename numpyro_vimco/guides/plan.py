@@ -98,15 +98,16 @@ def in_steps(sites: Iterable[Site], homes: Mapping[str, str]) -> list[Site]:
     :param homes: the chain of each latent in one.
     :raises ValueError: for a chain whose latents are in different plates.
     """
-    found, dims = [], {}
+    found: list[Site] = []
+    dims: dict[str, int] = {}
     for site in sites:
         if chain := homes.get(site.name):
             shape = site.full_shape
             dim = -site.elements.batch_ndim
             if dims.setdefault(chain, dim) != dim:
                 raise ValueError(
-                    f"The latents of the chain of '{chain}' are in different plates. Its guide draws the latents of one "
-                    "step together: give them the same plates inside of the `scan`, or write the guide by hand."
+                    f"The latents of the chain of '{chain}' are in different plates. Its guide draws the latents of "
+                    "one step together: give them the same plates inside of the `scan`, or write the guide by hand."
                 )
             frame = CondIndepStackFrame(steps_of(chain), dim, shape[0])
             stack = [*site.site["cond_indep_stack"], frame]

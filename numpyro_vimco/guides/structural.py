@@ -108,8 +108,8 @@ class StructuralGuide(PrototypeGuide):
             if chain not in latents:
                 names = ", ".join(map(repr, latents)) or "there are none"
                 raise ValueError(
-                    f"`chains` names '{chain}', but the latents that the model draws inside of `scan` are {names}. Name "
-                    "one latent of each chain."
+                    f"`chains` names '{chain}', but the latents that the model draws inside of `scan` are {names}. "
+                    "Name one latent of each chain."
                 )
             self.homes |= {name: chain for name in latents if scans[name] == scans[chain]}
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+from jax import random
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -99,9 +100,7 @@ def _elements_check(program: Program, kinds: Kinds) -> Check:
         def sites(values: Values) -> SiteDensities:
             return program.sites(params, evaluation_key, values)
 
-        found = [
-            _dependent(program, level, sites, latents, structure, both) for level in (None, *program.local)
-        ]
+        found = [_dependent(program, level, sites, latents, structure, both) for level in (None, *program.local)]
         if kinds.masks:
             found.append(_masked_that_count(program, sites, latents, both))
         errors[:] = [error for pairs in found for error, _ in pairs]
@@ -149,14 +148,19 @@ def _masked_that_count(program: Program, sites: Callable, latents: Latents, both
 
 
 def _steps_check(program: Program) -> Check:
-    """For steps of a chain that depend on each other in the guide."""
+    """For steps of a chain that depend on each other in the guide.
+
+    Parameters are moved a little, as couplings are zero where a fit begins.
+    """
     errors: Errors = []
 
     def check(params: Params, rng_key: Array, source: Array) -> list[Array]:
-        draw_key, evaluation_key = split(rng_key)
+        draw_key, evaluation_key, move_key = split(rng_key, 3)
+        # In a fit parameters are traced: those are taken that the guide begins with.
+        params = _moved({**program.first_params(params, draw_key), **params}, move_key)
         _, _, both = _two_draws(program, params, draw_key, source)
         errors.clear()
-        found = []
+        found: list[Array] = []
         for chain, about in program.chains.items():
 
             def densities(values: Values, about=about) -> dict[str, Sum]:
@@ -172,6 +176,19 @@ def _steps_check(program: Program) -> Check:
         return found
 
     return errors, any_draw(check, NUM_SOURCES, max(chain.length for chain in program.chains.values()))
+
+
+def _moved(params: Params, rng_key: Array) -> Params:
+    """Parameters that differ by a tenth, and where they are zero by a tenth of one."""
+    leaves, structure = jax.tree.flatten(params)
+
+    def moved(leaf: Array, key: Array) -> Array:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            return leaf
+        noise = 0.1 * random.uniform(key, jnp.shape(leaf), jnp.result_type(leaf), -1, 1)
+        return jnp.where(leaf == 0, noise, leaf * (1 + noise))
+
+    return jax.tree.unflatten(structure, map(moved, leaves, split(rng_key, max(len(leaves), 1))))
 
 
 def _tables_check(program: Program) -> Check:

@@ -72,7 +72,9 @@ def weigh(
     log_others = cv.log_one_minus_share(total, alpha)
     for name, local in log_weights.local.items():
         of_paths = shares_of_paths.get(name)
-        local_share = jax.vmap(partial(cv.normalized_weights, alpha=0.0))(local) if of_paths is None else of_paths.sum(3)
+        local_share = (
+            jax.vmap(partial(cv.normalized_weights, alpha=0.0))(local) if of_paths is None else of_paths.sum(3)
+        )
         signal = jax.vmap(partial(cv.local_vimco_star_signal, alpha=alpha))
         local_scale = structure.level_scale(name)
         of_level = Weights(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Table = Float[Array, "samples steps before *plates"]
+OfSteps = Int[Array, "steps *plates"]
 
 
 def log_mean_path(log_v: Table, reverse: bool) -> Float[Array, "*plates"]:
@@ -55,7 +56,7 @@ class Path(NamedTuple):
     """
 
     log_mean: Float[Array, "*plates"]
-    samples: Int[Array, "steps *plates"]
+    samples: OfSteps
     log_v: Float[Array, "*plates"]
 
 
