@@ -115,9 +115,8 @@ class SeedLevels(Messenger):
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] in ("sample", "prng_key", "plate", "control_flow") and _wants_key(msg):
-            plates = (frame.name for frame in msg.get("cond_indep_stack", ()))
-            names = (msg.get("infer", {}).get(CHAIN), *plates)
-            level = next((name for name in names if name in self.keys), None)
+            names = [msg.get("infer", {}).get(CHAIN), *(frame.name for frame in msg.get("cond_indep_stack", ()))]
+            level = next((name for name in names if name is not None and name in self.keys), None)
             self.keys[level], msg["kwargs"]["rng_key"] = split(self.keys[level])
 
 

@@ -4,8 +4,9 @@
 """A model and its guide, evaluated one particle at a time."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -138,22 +139,23 @@ class Program:
         fixed = stop_gradient(params)
         local = self._inputs((fixed, params) if self.chains else (fixed,), keys, values)
 
-        def traces(local) -> tuple["Program", Trace, Trace, Trace]:
-            program, of_local, given = self._at(keys, local, values.shared)
-            frozen = live = program._trace_guide(fixed, of_local, given)
+        def traces(local) -> tuple[Trace, Trace, Trace]:
+            of_local, given, steps = _parts(keys, local, values.shared)
+            frozen = live = self._trace_guide(fixed, of_local, given)
             if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
-                live = program._trace_guide(params, of_local, given)
-            frozen, live = (program._at_step(tr, local, i) for i, tr in enumerate((frozen, live)))
-            return program, program._trace_model(params, of_local, live), frozen, live
+                live = self._trace_guide(params, of_local, given)
+            frozen, live = (at_step(tr, self.chains, steps, i) for i, tr in enumerate((frozen, live)))
+            return self._trace_model(params, of_local, live, steps=steps), frozen, live
 
         def log_weights(local):
-            program, model_trace, frozen, live = traces(local)
-            sites = program._sites(params, _of_locals(keys, local), model_trace, frozen)
+            of_local, _, steps = _parts(keys, local, values.shared)
+            model_trace, frozen, live = traces(local)
+            sites = self._sites(params, of_local, model_trace, frozen, steps)
             rest = sites.of_guide_rest(is_drawn, live)
             log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), rest)
             return log_weight, sites.structure
 
-        return map_local(log_weights, lambda local: self._by_site(traces(local)[1:3]), local)
+        return map_local(log_weights, lambda local: self._by_site(traces(local)[:2]), local)
 
     def densities(
         self,
@@ -300,17 +302,17 @@ class Program:
     ) -> tuple[Levels, Structure]:
         """Combine the sites of one particle, mapped over the inputs of its levels."""
 
-        def traces(local) -> tuple["Program", Trace, Trace]:
-            program, of_local, given = self._at(keys, local, shared)
-            guide_trace = program._at_step(program._trace_guide(params, of_local, given), local)
-            return program, program._trace_model(params, of_local, guide_trace), guide_trace
+        def traces(local) -> tuple[Trace, Trace]:
+            of_local, given, steps = _parts(keys, local, shared)
+            guide_trace = at_step(self._trace_guide(params, of_local, given), self.chains, steps)
+            return self._trace_model(params, of_local, guide_trace, steps=steps), guide_trace
 
         def run(local):
-            program, *both = traces(local)
-            sites = program._sites(params, _of_locals(keys, local), *both)
+            of_local, _, steps = _parts(keys, local, shared)
+            sites = self._sites(params, of_local, *traces(local), steps)
             return combine(sites), sites.structure
 
-        return map_local(run, lambda local: self._by_site(traces(local)[1:]), local)
+        return map_local(run, lambda local: self._by_site(traces(local)), local)
 
     # Levels.
 
@@ -338,21 +340,6 @@ class Program:
                 own, chain.shifted(own), tuple(log_q for _, log_q in under), jnp.arange(chain.length), path
             )
         return given
-
-    def _at(
-        self, keys: ParticleKeys, local: Mapping[str, Any], shared: Values
-    ) -> tuple["Program", ParticleKeys, Values]:
-        """The program at one local particle of each plate and one step of each chain, its keys, and values."""
-        given = dict(shared)
-        steps = {name: x for name, x in local.items() if isinstance(x, Step)}
-        for name, x in local.items():
-            given |= x.path if name in steps else x[1]
-        model = InStep(self.model, self.chains, steps) if steps else self.model
-        return replace(self, model=model), _of_locals(keys, local), given
-
-    def _at_step(self, guide_trace: Trace, local: Mapping[str, Any], which: int = 0) -> Trace:
-        steps = {name: x for name, x in local.items() if isinstance(x, Step)}
-        return at_step(guide_trace, self.chains, steps, which)
 
     def _check_chains(self, params, keys: ParticleKeys, guide_trace: Trace) -> None:
         """Raise for a guide that draws chains given local latents, or other sites given chains.
@@ -395,8 +382,15 @@ class Program:
         guide = Given(substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params), given or {})
         return trace(substitute(guide, substitute_fn=draw)).get_trace(*self.args, **self.kwargs)
 
-    def _trace_model(self, params, keys: ParticleKeys, guide_trace: Trace, more: Values | None = None) -> Trace:
-        model = at_values(NotSubstituted(self.model), params, guide_trace, guide_trace, more or {})
+    def _trace_model(
+        self,
+        params,
+        keys: ParticleKeys,
+        guide_trace: Trace,
+        more: Values | None = None,
+        steps: Mapping[str, Step] = MappingProxyType({}),
+    ) -> Trace:
+        model = at_values(NotSubstituted(self._in_steps(steps)), params, guide_trace, guide_trace, more or {})
         model = SeedLevels(model, keys.model, {})
         model_trace = trace(model).get_trace(*self.args, **self.kwargs)
         check_traces(model_trace, guide_trace)
@@ -404,18 +398,36 @@ class Program:
         check_joint_plates(self.joint_plates, self.plate_particles, model_trace, guide_trace)
         return model_trace
 
-    def _sites(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SiteDensities:
+    def _in_steps(self, steps: Mapping[str, Step]) -> Callable:
+        """The model, whose chains are run in place at one step."""
+        return InStep(self.model, self.chains, steps) if steps else self.model
+
+    def _sites(
+        self,
+        params,
+        keys: ParticleKeys,
+        model_trace: Trace,
+        guide_trace: Trace,
+        steps: Mapping[str, Step] = MappingProxyType({}),
+    ) -> SiteDensities:
         """Densities of sites; where the model has sites to sum out, it is traced once more, with all their values."""
         structure = self._structure(model_trace, guide_trace)
         if not summed_sites(model_trace, guide_trace):
             return SiteDensities(model_trace, guide_trace, structure)
-        model = self._at_values(params, keys, model_trace, guide_trace)
+        model = self._at_values(params, keys, model_trace, guide_trace, steps)
         enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
         return SiteDensities(model_trace, guide_trace, structure, enumerated)
 
-    def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SeedLevels:
+    def _at_values(
+        self,
+        params,
+        keys: ParticleKeys,
+        model_trace: Trace,
+        guide_trace: Trace,
+        steps: Mapping[str, Step] = MappingProxyType({}),
+    ) -> SeedLevels:
         """The model, to be enumerated at parameters and the guide's values."""
-        given = at_values(self.model, params, model_trace, guide_trace)
+        given = at_values(self._in_steps(steps), params, model_trace, guide_trace)
         return SeedLevels(Unmarked(given, given.values), keys.model, {})
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
@@ -445,12 +457,18 @@ class Program:
         return densities, levels
 
 
+def _parts(
+    keys: ParticleKeys, local: Mapping[str, Any], shared: Values
+) -> tuple[ParticleKeys, Values, dict[str, Step]]:
+    """Of one local particle of each plate and one step of each chain: keys, given values, and steps."""
+    steps = {name: x for name, x in local.items() if isinstance(x, Step)}
+    given = dict(shared)
+    for name, x in local.items():
+        given |= x.path if name in steps else x[1]
+    of_plates = {name: x[0] for name, x in local.items() if name not in steps}
+    return _firsts(keys)._replace(local={**_firsts(keys).local, **of_plates}), given, steps
+
+
 def _firsts(keys: ParticleKeys) -> ParticleKeys:
     """Keys of one particle with those of the first local particle of each level."""
     return keys._replace(local={name: local[0] for name, local in keys.local.items()})
-
-
-def _of_locals(keys: ParticleKeys, local: Mapping[str, Any]) -> ParticleKeys:
-    """Keys of one particle with those of one local particle of each plate; each comes with its values."""
-    of_plates = {name: x[0] for name, x in local.items() if not isinstance(x, Step)}
-    return keys._replace(local={name: of_plates.get(name, key[0]) for name, key in keys.local.items()})
