@@ -140,9 +140,10 @@ def map_arrays(change: Callable[[Any], Any], part: Any) -> Any:
     Attributes are copied one by one, as not all distributions of users declare theirs to JAX.
     """
 
-    def changed(x: Any) -> Any:
+    def changed(path: tuple, x: Any) -> Any:
         if isinstance(x, jax.Array | Place):
-            return change(x)
+            # NumPyro writes the index of a step of `scan` into the user's dict `infer`, where it outlives its trace.
+            return None if path and getattr(path[-1], "key", None) == "_scan_current_index" else change(x)
         if not isinstance(x, parts):
             return x
         result = copy(x)
@@ -151,4 +152,4 @@ def map_arrays(change: Callable[[Any], Any], part: Any) -> Any:
         return result
 
     parts = dist.Distribution | dist.transforms.Transform | constraints.Constraint
-    return jax.tree.map(changed, part, is_leaf=lambda x: isinstance(x, parts))
+    return jax.tree_util.tree_map_with_path(changed, part, is_leaf=lambda x: isinstance(x, parts))

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from helpers import initial_params
-from numpyro_vimco import AutoMixed, VIMCOStar, fit
+from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 from numpyro_vimco.objectives.paths import draw_path, path_shares
 
 K = 2
@@ -420,6 +420,46 @@ def test_least_values_of_counts():
     guide = AutoMixed(model, chains={"count"})
     SVI(model, guide, optax.adam(0.01), VIMCOStar(chain_particles={"count": 3})).init(random.key(0))
     np.testing.assert_array_equal(guide.least["count"], [3, 0, 12, 0])
+
+
+def test_other_data_need_another_guide():
+    def model(seen):
+        def step(before, seen):
+            count = numpyro.sample("count", dist.Poisson(before + 1.0))
+            numpyro.sample("seen", dist.Binomial(count, 0.5), obs=seen)
+            return count, None
+
+        scan(step, 10, seen)
+
+    guide = AutoMixed(model, chains={"count"})
+    svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(chain_particles={"count": 3}))
+    params = svi.get_params(svi.init(random.key(0), np.array([3, 5, 4])))
+    Posterior(svi, params, np.array([3, 5, 5]))
+    with pytest.raises(ValueError, match=r"first called with other data, which rule out values of .count."):
+        ValueError, match="The guide was first called with other data, which rule out values of 'count'"
+    ):
+        Posterior(svi, params, np.array([3, 2, 4]))
+
+
+def test_one_dict_marks_sites_in_a_scan_and_outside():
+    """NumPyro writes a traced index into the dict."""
+    marked = {"enumerate": "parallel"}
+
+    def model(x):
+        e = numpyro.sample("e", dist.Bernoulli(0.3), infer=marked)
+        numpyro.sample("w", dist.Normal(e, 1.0), obs=0.5)
+
+        def step(before, x):
+            z = bernoulli("z", 0.5 * before)
+            u = numpyro.sample("u", dist.Bernoulli(0.3), infer=marked)
+            numpyro.sample("x", dist.Normal(z + u, 1.0), obs=x)
+            return z, None
+
+        scan(step, 0, x)
+
+    svi = SVI(model, AutoMixed(model, chains={"z"}), optax.adam(0.01), VIMCOStar(chain_particles={"z": 3}))
+    svi.run(random.key(0), 2, X, progress_bar=False)
+    assert np.isfinite(fit(svi, random.key(0), 2, X, num_starts=1, progress_bar=False).losses).all()
 
 
 # A posterior.

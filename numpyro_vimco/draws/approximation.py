@@ -25,7 +25,8 @@ from numpyro_vimco.densities.chains import Chains, find_chains, marked
 from numpyro_vimco.densities.enumeration import summed_sites
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.observed import Observed, find_observed, given_name, observed_sites, present_elements
-from numpyro_vimco.guides.automatic import with_first_calls, with_known_draws
+from numpyro_vimco.guides.auto_mixed import AutoMixed
+from numpyro_vimco.guides.automatic import automatic_guides, with_first_calls, with_known_draws
 from numpyro_vimco.sites import Trace, base_distributions, is_delta, is_latent_site, sample_sites
 
 # Elements of the largest array of a chunk of particles: 4 MiB in single precision, which a processor's cache holds.
@@ -72,6 +73,9 @@ class Approximation:
         """
         kwargs = {**svi.static_kwargs, **kwargs}
         params = taken(starts, 0)
+        for part in automatic_guides(svi.guide):
+            if isinstance(part, AutoMixed):
+                part.check_arguments(*args, **kwargs)
 
         def traces() -> tuple[Trace, Trace]:
             guide = seed(with_known_draws(svi.guide), random.key(0))

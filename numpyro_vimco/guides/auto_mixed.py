@@ -270,6 +270,23 @@ class AutoMixed(StructuralGuide):
         if not in_parts:
             self._structure_sites(discrete, continuous, *args, **kwargs)
 
+    def check_arguments(self, *args, **kwargs) -> None:
+        """
+        Raise for arguments with which a count may be less than with those of the first call.
+
+        :raises ValueError: naming the count; it is in a chain.
+        """
+        before, now = jax.tree.leaves(self._prototype_arguments), jax.tree.leaves((args, kwargs))
+        if not self.least or (len(before) == len(now) and all(map(np.array_equal, before, now))):
+            return
+        least = least_values(self.model, args, kwargs, self.prototype_trace, self.prior_draws)
+        for name, low in self.least.items():
+            if name not in least or least[name].shape != low.shape or (least[name] < low).any():
+                raise ValueError(
+                    f"The guide was first called with other data, which rule out values of '{name}' that these data do "
+                    "not: it would never propose them. Make a new guide for these data: AutoMixed(model, chains=…)."
+                )
+
     def _has_hidden_latents(self, latents: Samples, *args, **kwargs) -> bool:
         """Whether densities depend on what the model draws and `block` hides: at one draw they then say nothing."""
         found = set()
