@@ -435,9 +435,7 @@ def test_other_data_need_another_guide():
     svi = SVI(model, guide, optax.adam(0.01), VIMCOStar(chain_particles={"count": 3}))
     params = svi.get_params(svi.init(random.key(0), np.array([3, 5, 4])))
     Posterior(svi, params, np.array([3, 5, 5]))
-    with pytest.raises(ValueError, match=r"first called with other data, which rule out values of .count."):
-        ValueError, match="The guide was first called with other data, which rule out values of 'count'"
-    ):
+    with pytest.raises(ValueError, match=r"first called with other data, which rule out values of 'count'"):
         Posterior(svi, params, np.array([3, 2, 4]))
 
 
