@@ -15,9 +15,14 @@ from numpyro.handlers import condition, mask, substitute
 from numpyro.infer import SVI
 import optax
 import pytest
+from scipy import stats
 
 from helpers import initial_params
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
+from numpyro_vimco.control_variates import vimco_star_signal
+from numpyro_vimco.densities.levels import Levels
+from numpyro_vimco.densities.plates import Structure
+from numpyro_vimco.objectives.gradients import weigh
 from numpyro_vimco.objectives.paths import draw_path, path_shares
 
 K = 2
@@ -502,3 +507,101 @@ def test_posterior_of_a_chain():
     assert abs(float(found.posterior["g"].mean()) - mean) < 5 / np.sqrt(ess)
     error = np.sqrt(states * (1 - states) / ess)
     assert (np.abs(found.posterior["z"].mean(("chain", "draw")).values - states) < 5 * error + 1e-3).all()
+
+
+def test_two_chains_one_of_which_draws_two_latents_at_a_step():
+    """Its evidence is the exact one, by a grid of g and all paths, within 5 standard errors."""
+    x, w = np.array([0.4, 2.1, -0.3]), np.array([[1.1, 0.2], [2.3, -0.5]])
+
+    def model(x, w):
+        g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+
+        def first(before, x):
+            z = bernoulli("z", 2.0 * before - 1 + g)
+            numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
+            return z, None
+
+        def second(before, w):
+            with numpyro.plate("pair", 2):
+                u = bernoulli("u", 1.0 * before - 0.5 - g)
+                v = numpyro.sample("v", dist.Normal(u + 0.5 * before, 0.7))
+                numpyro.sample("w", dist.Normal(v, 1.0), obs=w)
+            return u, None
+
+        scan(first, 0, x)
+        scan(second, jnp.zeros(2, int), w, reverse=True)
+
+    grid = np.linspace(-5, 5, 401)
+    total = log_normal(grid, 0.0)
+    for paths, log_p in (of_z(x, grid), of_u(w[:, 0], grid), of_u(w[:, 1], grid)):
+        assert len(paths) == log_p.shape[1]
+        total = total + logsumexp(log_p, axis=1)
+    log_evidence = logsumexp(total) + np.log(grid[1] - grid[0])
+    guide = AutoMixed(model, chains={"z", "u"})
+    objective = VIMCOStar(0.5, 8, chain_particles={"z": 8, "v": 8})
+    posterior = fit(SVI(model, guide, optax.adam(0.03), objective), random.key(0), 300, x, w, progress_bar=False)
+    assert posterior.log_evidence_std_error < 0.03
+    assert abs(posterior.log_evidence - log_evidence) < 5 * posterior.log_evidence_std_error
+
+
+def of_z(x, grid):
+    """All paths of the first chain, and the log-density of each at each g."""
+    paths = np.array(list(itertools.product([0, 1], repeat=len(x))))
+    before = np.concatenate([np.zeros((len(paths), 1)), paths[:, :-1]], axis=1)
+    logits = 2.0 * before - 1 + grid[:, None, None]
+    return paths, (log_bernoulli(logits, paths) + log_normal(2.0 * paths, x)).sum(-1)
+
+
+def of_u(w, grid):
+    """The same of one element of the second chain, which begins at the end, with v integrated out."""
+    paths = np.array(list(itertools.product([0, 1], repeat=len(w))))
+    before = np.concatenate([paths[:, 1:], np.zeros((len(paths), 1))], axis=1)
+    logits = before - 0.5 - grid[:, None, None]
+    variance = 1 + 0.7**2
+    of_data = -0.5 * (w - paths - 0.5 * before) ** 2 / variance - 0.5 * np.log(2 * np.pi * variance)
+    return paths, (log_bernoulli(logits, paths) + of_data).sum(-1)
+
+
+def test_linear_gaussian_states():
+    """Log evidence and means are those of the multivariate normal, within 5 standard errors."""
+    y = np.random.default_rng(1).normal(size=12).cumsum() * 0.5 + 0.8
+
+    def model(y):
+        g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+
+        def step(before, y):
+            z = numpyro.sample("z", dist.Normal(0.9 * before, 0.5))
+            numpyro.sample("y", dist.Normal(z + g, 0.7), obs=y)
+            return z, None
+
+        scan(step, 0.0, y)
+
+    ar = np.linalg.inv(np.eye(12) - 0.9 * np.eye(12, k=-1))
+    states = 0.25 * ar @ ar.T
+    covariance = states + 1 + 0.49 * np.eye(12)
+    log_evidence = stats.multivariate_normal(np.zeros(12), covariance).logpdf(y)
+    means = states @ np.linalg.solve(covariance, y)
+    deviations = np.sqrt(np.diag(states - states @ np.linalg.solve(covariance, states)))
+    objective = VIMCOStar(0.5, 8, chain_particles={"z": 16})
+    svi = SVI(model, AutoMixed(model, chains={"z"}), optax.adam(0.03), objective)
+    posterior = fit(svi, random.key(0), 500, y, num_starts=2, progress_bar=False)
+    assert posterior.log_evidence_std_error < 0.05
+    assert abs(posterior.log_evidence - log_evidence) < 5 * posterior.log_evidence_std_error
+    found = posterior.to_arviz(num_samples=4000, groups=(), progress_bar=False).posterior["z"].values[0]
+    error = deviations / np.sqrt(posterior.ess * 0.4)
+    assert (np.abs(found.mean(0) - means) < 5 * error).all()
+    assert (np.abs(found.std(0) / deviations - 1) < 5 / np.sqrt(posterior.ess * 0.4)).all()
+
+
+@pytest.mark.parametrize("gap", [1.0, 20.0, 60.0])
+def test_signals_of_a_sample_that_has_nearly_all_weight(gap):
+    """In float32, against the formula in float64: 1 - V is the sum of what the other samples have."""
+    log_v = np.zeros((2, 2, 2, 2), np.float32)  # particles, samples, steps, samples before
+    log_v[0, 0, 0] = gap
+    shared = np.array([0.0, -80.0], np.float32)
+    structure = Structure(0, frozenset(), 1.0, (("z", frozenset(), 1.0),), (("z", False),))
+    _, weights = weigh(Levels(shared, {"z": log_v}), structure, 0.0, partial(vimco_star_signal, alpha=0.0))
+    of_other = np.logaddexp(gap, 0.0) - np.log(2)  # log Ẑ of particle 0; that of the other is -80
+    log_rest = np.logaddexp(-np.logaddexp(gap, 0.0), -80 - of_other)  # log(1 - W V) of the heavy sample
+    share = np.exp(-np.logaddexp(-gap, 0.0)) / (1 + np.exp(-80 - of_other))
+    np.testing.assert_allclose(weights.local["z"].signal[0, 0, 0, 0], -log_rest - share, rtol=1e-5)

@@ -199,7 +199,10 @@ class _FromPrior(AutoGuide):
         self._postprocess_fn = partial(transform_fn, transforms)
         for name, site in self.prototype_trace.items():
             if name in latents:
-                self._prototype_frames.update({frame.name: frame for frame in site["cond_indep_stack"]})
+                frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+                self._prototype_frames.update(frames)
+                for frame in frames.values():  # a plate inside of `scan` is whole, and no site of the trace
+                    self._prototype_frame_full_sizes.setdefault(frame.name, frame.size)
             elif site["type"] == "plate":
                 self._prototype_frame_full_sizes[name] = site["args"][0]
 
