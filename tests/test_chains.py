@@ -17,7 +17,7 @@ import optax
 import pytest
 from scipy import stats
 
-from helpers import initial_params
+from helpers import codes, initial_params
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 from numpyro_vimco.control_variates import vimco_star_signal
 from numpyro_vimco.densities.levels import Levels
@@ -542,6 +542,28 @@ def test_two_chains_one_of_which_draws_two_latents_at_a_step():
     posterior = fit(SVI(model, guide, optax.adam(0.03), objective), random.key(0), 300, x, w, progress_bar=False)
     assert posterior.log_evidence_std_error < 0.03
     assert abs(posterior.log_evidence - log_evidence) < 5 * posterior.log_evidence_std_error
+
+
+def test_a_path_that_is_one_value_is_advised_to_be_a_chain():
+    seen = np.array([12, 15, 9, 14, 11, 8, 13, 10])
+
+    def model(seen):
+        def step(rate, seen):
+            count = numpyro.sample("count", dist.Poisson(rate))
+            numpyro.sample("seen", dist.Poisson(0.5 * count + 0.1), obs=seen)
+            return 0.9 * count + 2.0, None
+
+        scan(step, 20.0, seen)
+
+    svi = SVI(model, AutoMixed(model, structure="mean_field"), optax.adam(0.01), VIMCOStar())
+    posterior = fit(svi, random.key(0), 5, seen, num_starts=2, progress_bar=False)
+    finding = next(finding for finding in posterior.findings if finding.code == "joint-path")
+    assert finding.numbers == {"chain": "count"}
+    chains = AutoMixed(model, chains={"count"})
+    posterior = fit(
+        SVI(model, chains, optax.adam(0.01), eval(finding.remedy)), random.key(0), 5, seen, progress_bar=False
+    )
+    assert "joint-path" not in codes(posterior)
 
 
 def of_z(x, grid):

@@ -345,6 +345,19 @@ def _joint_weight(facts: Facts) -> Finding | None:
     return Finding("joint-weight", sentence, {"plate": plate}, _particles(plate))
 
 
+def _joint_path(facts: Facts) -> Finding | None:
+    chain = facts.approx.joint_chain if facts.few or facts.heavy or facts.disagree else None
+    if chain is None:
+        return None
+    return Finding(
+        "joint-path",
+        f"One weight is a product over all steps of '{chain}' in its `scan`, and hardly a draw holds all of it: give "
+        f"each step samples of its own, with the guide AutoMixed(model, chains={{'{chain}'}}).",
+        {"chain": chain},
+        f"VIMCOStar(0.5, num_particles=8, chain_particles={{'{chain}': 16}})",
+    )
+
+
 def _missing_correlation(facts: Facts) -> Finding | None:
     """Two continuous latents whose correlation the guide lacks most, or has too much of.
 
@@ -417,6 +430,7 @@ RULES: list[Rule] = [
     _low_ess,
     _heavy_tail,
     _joint_weight,
+    _joint_path,
     _missing_correlation,
     _missed_part,
     _single_start,

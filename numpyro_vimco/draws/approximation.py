@@ -20,7 +20,7 @@ from numpyro.infer import SVI
 
 from numpyro_vimco.checks.supports_and_plates import check_plates
 from numpyro_vimco.compilation import map_arrays
-from numpyro_vimco.control_flow import Given
+from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.densities.chains import Chains, find_chains, marked
 from numpyro_vimco.densities.enumeration import summed_sites
 from numpyro_vimco.dependence import dependence
@@ -200,6 +200,24 @@ class Approximation:
     def local(self) -> dict[str, int]:
         """The objective's number of local particles of each named plate, and of samples of a step of each chain."""
         return {**self.plate_particles, **{name: chain.num_samples for name, chain in self.chains.items()}}
+
+    @property
+    def joint_chain(self) -> str | None:
+        """A latent inside of `scan` whose path is one value, and that could be a chain."""
+
+        def make() -> str | None:
+            known = {latent for chain in self.chains.values() for latent in chain.latents}
+            for name, site in self.latents().items():
+                if is_in_scan(site) and name not in known:
+                    model, guide = (substitute(fn, data=self.params) for fn in (self.svi.model, self.svi.guide))
+                    try:
+                        find_chains(model, guide, self.args, self.kwargs, {name: 2})
+                    except ValueError:  # it is not of first order
+                        continue
+                    return name
+            return None
+
+        return self.kept("joint chain", make)
 
     @property
     def first_params(self) -> dict[str, Any]:
