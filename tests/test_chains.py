@@ -390,7 +390,26 @@ def dicts_and_counters():
     return model
 
 
-@pytest.mark.parametrize("make", [data_by_condition, dicts_and_counters])
+def scan_inside_of_a_step():
+    def model():
+        g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+
+        def step(before, x):
+            z = bernoulli("z", 0.5 * before + g)
+
+            def observe(_, x):
+                numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+                return None, None
+
+            scan(observe, None, x[None])
+            return z, None
+
+        scan(step, 0, X)
+
+    return model
+
+
+@pytest.mark.parametrize("make", [data_by_condition, dicts_and_counters, scan_inside_of_a_step])
 def test_scan_as_users_write_it(make):
     """The loss is that of the plainest form, draw by draw."""
     plain = walk()

@@ -155,7 +155,8 @@ class InStep(Messenger):
         self._index: tuple[Array, int] | None = None
 
     def process_message(self, msg: dict) -> None:
-        if _is_scan(msg) and msg.get("infer", {}).get(CHAIN) in self.steps:
+        # A scan inside of a step runs as it is.
+        if _is_scan(msg) and msg.get("infer", {}).get(CHAIN) in self.steps and self._index is None:
             name = msg["infer"][CHAIN]
             msg["value"] = self._run(msg, self.chains[name], self.steps[name])
         elif msg["type"] == "sample" and self._index is not None and msg["value"] is not None:
