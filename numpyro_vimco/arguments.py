@@ -3,11 +3,17 @@
 
 """Checks of arguments that are plain values. Each message names the argument, and says what it must be and why."""
 
+from collections.abc import Iterable
 import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message."""
+    return ", ".join(map(repr, names)) or "there are none"
 
 
 def check_integer(argument: str, number: Any, least: int, why: str) -> int:

@@ -12,6 +12,7 @@ were seen in NumPyro 0.20, the oldest that is admitted, and in 0.22.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,16 @@ def in_turn(site: dict, x: Array, axis: int = 0) -> Array:
     return jnp.flip(x, axis) if site["infer"].get(_IN_SCAN) == "reverse" else x
 
 
+def is_scan(msg: dict) -> bool:
+    """Whether a message is that of a `scan`."""
+    return msg["type"] == "control_flow" and "history" in msg["kwargs"]
+
+
+def length_of(xs: Any, length: int | None) -> int:
+    """The number of steps of a `scan` with these arguments."""
+    return len(jax.tree.leaves(xs)[0]) if length is None else length
+
+
 class Scans(Messenger):
     """Which `scan` of a program draws each of its sites.
 
@@ -54,7 +65,7 @@ class Scans(Messenger):
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "control_flow":
-            self._met.append("history" in msg["kwargs"])
+            self._met.append(is_scan(msg))
         elif msg["type"] == "sample" and is_of_control_flow(msg) and self._met[-1]:
             self.found[msg["name"]] = len(self._met)
 
@@ -76,7 +87,7 @@ class Given(Messenger):
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "control_flow":
-            inside = self._in_scan if "history" in msg["kwargs"] else self._in_cond
+            inside = self._in_scan if is_scan(msg) else self._in_cond
             msg["args"] = inside(*msg["args"])
         elif msg["type"] == "sample" and msg["name"] in self.values and not msg["is_observed"]:
             if msg["value"] is None:
@@ -92,7 +103,7 @@ class Given(Messenger):
         return pred, _Inside(true_fun, self.values), _Inside(false_fun, self.values), operand
 
     def _in_scan(self, body: Callable, init, xs, length: int | None, reverse: bool) -> tuple:
-        length = len(jax.tree.leaves(xs)[0]) if length is None else length
+        length = length_of(xs, length)
         # All that may be inside; a value from outside that is as long does no harm, as names are unique.
         series = {name: value for name, value in self.values.items() if jnp.shape(value)[:1] == (length,)}
 

@@ -47,13 +47,9 @@ def compile_quickly(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def collect_garbage_seldom():
-    """JAX holds millions of objects that live on, and to look at them again and again is a third of the time.
-
-    After each module they are let go: a worker would hold 6 GB at the end, and the check of leaks looks at all of them.
-    """
+    """JAX holds millions of objects that live on, and to look at them again and again is a third of the time."""
     gc.disable()
     yield
-    jax.clear_caches()
     gc.enable()
     gc.collect()
 

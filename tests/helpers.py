@@ -1,6 +1,7 @@
 """Models, distributions and references that several test files share."""
 
 from collections.abc import Callable
+from functools import partial
 import importlib.util
 import itertools
 from pathlib import Path
@@ -167,3 +168,61 @@ def expected_estimate(make_objective, program, params, num_particles):
 
     indices, probability = all_particles(program, params, num_particles)
     return jax.tree.map(lambda x: jnp.tensordot(probability, x, axes=1), jax.vmap(estimate)(indices))
+
+
+def assert_unbiased_over_outcomes(model, guide, sites, log_weight, alpha, **particles):
+    """The expected bound and its gradient are the exact ones, by every outcome of 2 particles with 2 local ones.
+
+    :param sites: of each site its level, a plate or a chain, or None, and the shape of its value, which is binary.
+    :param log_weight: from parameters and the values of one particle to its log-weight and log-probability, by hand.
+    :param particles: ``plate_particles`` or ``chain_particles``.
+    """
+    shapes = {name: shape if level is None else (2, *shape) for name, (level, shape) in sites.items()}
+    sizes = [int(np.prod(shape)) for shape in shapes.values()]
+    outcomes = jnp.array(list(itertools.product([0, 1], repeat=sum(sizes))))
+    parts = jnp.split(outcomes, np.cumsum(sizes)[:-1], axis=1)
+    outcomes = {name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes.items(), parts)}
+    params = initial_params(model, guide)
+    pairs = jnp.array(list(itertools.product(range(len(parts[0])), repeat=2)))
+
+    def exact(params):
+        log_w, log_q = jax.vmap(lambda outcome: log_weight(params, **outcome))(outcomes)
+        log_w, probability = log_w[pairs], jnp.exp(log_q[pairs].sum(1))
+        if alpha == 1:
+            return probability @ log_w.mean(1)
+        return probability @ (logsumexp((1 - alpha) * log_w, axis=1) - np.log(2)) / (1 - alpha)
+
+    def estimate(params, pair):
+        def vectorize(fn, keys):
+            def run(key, outcome):
+                def choose(site):
+                    if site["type"] != "sample" or site["name"] not in outcome:
+                        return None
+                    level, value = sites[site["name"]][0], outcome[site["name"]]
+                    if level is None:
+                        return value
+                    try:
+                        return value[jax.lax.axis_index(level)]
+                    except NameError:  # where samples of chains are not drawn
+                        return None
+
+                with substitute(substitute_fn=choose):
+                    return fn(key)
+
+            return jax.vmap(run)(keys, {name: values[pair] for name, values in outcomes.items()})
+
+        objective = VIMCOStar(alpha, 2, vectorize, doubly_reparameterized=False, **particles)
+        return jax.value_and_grad(lambda params: -objective.loss(jax.random.key(0), params, model, guide))(params)
+
+    @jax.jit
+    def expected(params):
+        _, log_q = jax.vmap(lambda outcome: log_weight(params, **outcome))(outcomes)
+        probability = jnp.exp(log_q[pairs].sum(1))
+        estimates = jax.lax.map(lambda pair: estimate(params, pair), pairs, batch_size=2048)
+        return jax.tree.map(lambda x: jnp.tensordot(probability, x, axes=1), estimates)
+
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=0, atol=1e-10),
+        expected(params),
+        jax.jit(jax.value_and_grad(exact))(params),
+    )

@@ -11,13 +11,13 @@ import numpy as np
 import numpyro
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
-from numpyro.handlers import condition, mask, substitute
+from numpyro.handlers import condition, mask
 from numpyro.infer import SVI
 import optax
 import pytest
 from scipy import stats
 
-from helpers import codes, initial_params
+from helpers import assert_unbiased_over_outcomes, codes, initial_params
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 from numpyro_vimco.control_variates import vimco_star_signal
 from numpyro_vimco.densities.levels import Levels
@@ -25,7 +25,6 @@ from numpyro_vimco.densities.plates import Structure
 from numpyro_vimco.objectives.gradients import weigh
 from numpyro_vimco.objectives.paths import draw_path, path_shares
 
-K = 2
 X = np.array([0.7, -1.2])
 SITES = 2
 W = np.array([[0.7, -1.2], [np.nan, 0.1]])
@@ -162,55 +161,7 @@ CASES = [counter_in_the_carry, from_the_end_in_a_plate, summed_in_the_step]
 def test_expected_gradient_is_that_of_the_exact_bound(case, alpha, x64):
     """Every outcome of 2 particles with 2 samples of 2 steps, all sites binary."""
     model, guide, sites, log_weight = case()
-    shapes = {name: shape if chain is None else (K, *shape) for name, (chain, shape) in sites.items()}
-    sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    outcomes = jnp.array(list(itertools.product([0, 1], repeat=sum(sizes))))
-    parts = jnp.split(outcomes, np.cumsum(sizes)[:-1], axis=1)
-    outcomes = {name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes.items(), parts)}
-    params = initial_params(model, guide)
-    pairs = jnp.array(list(itertools.product(range(len(parts[0])), repeat=2)))
-
-    def exact(params):
-        log_w, log_q = jax.vmap(lambda outcome: log_weight(params, **outcome))(outcomes)
-        log_w, probability = log_w[pairs], jnp.exp(log_q[pairs].sum(1))
-        if alpha == 1:
-            return probability @ log_w.mean(1)
-        return probability @ (logsumexp((1 - alpha) * log_w, axis=1) - np.log(2)) / (1 - alpha)
-
-    def estimate(params, pair):
-        def vectorize(fn, keys):
-            def run(key, outcome):
-                def choose(site):
-                    if site["type"] != "sample" or site["name"] not in outcome:
-                        return None
-                    chain, value = sites[site["name"]][0], outcome[site["name"]]
-                    if chain is None:
-                        return value
-                    try:
-                        return value[jax.lax.axis_index(chain)]
-                    except NameError:  # where samples are not drawn
-                        return None
-
-                with substitute(substitute_fn=choose):
-                    return fn(key)
-
-            return jax.vmap(run)(keys, {name: values[pair] for name, values in outcomes.items()})
-
-        objective = VIMCOStar(alpha, 2, vectorize, doubly_reparameterized=False, chain_particles={"z": K})
-        return jax.value_and_grad(lambda params: -objective.loss(random.key(0), params, model, guide))(params)
-
-    @jax.jit
-    def expected(params):
-        _, log_q = jax.vmap(lambda outcome: log_weight(params, **outcome))(outcomes)
-        probability = jnp.exp(log_q[pairs].sum(1))
-        estimates = jax.lax.map(lambda pair: estimate(params, pair), pairs, batch_size=2048)
-        return jax.tree.map(lambda x: jnp.tensordot(probability, x, axes=1), estimates)
-
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=0, atol=1e-10),
-        expected(params),
-        jax.jit(jax.value_and_grad(exact))(params),
-    )
+    assert_unbiased_over_outcomes(model, guide, sites, log_weight, alpha, chain_particles={"z": 2})
 
 
 # Paths.

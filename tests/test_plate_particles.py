@@ -12,10 +12,10 @@ import numpy as np
 import numpyro
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
-from numpyro.handlers import seed, substitute, trace
+from numpyro.handlers import seed, trace
 import pytest
 
-from helpers import ScoreNormal, initial_params, of_two_lengths
+from helpers import ScoreNormal, assert_unbiased_over_outcomes, initial_params, of_two_lengths
 from numpyro_vimco import VIMCOStar
 from numpyro_vimco.control_variates import local_vimco_star_signal, log_one_minus_share, normalized_weights
 from numpyro_vimco.densities.plates import plate_structure
@@ -124,50 +124,7 @@ def plate_inside_a_named_plate():
 def test_expected_gradient_is_that_of_the_exact_bound(case, alpha, x64):
     """Every outcome of 2 global particles with 2 local ones in each element, all sites binary."""
     model, guide, plate_particles, sites, log_weight = case()
-    shapes = {name: shape if plate is None else (2, *shape) for name, (plate, shape) in sites.items()}
-    sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    outcomes = jnp.array(list(itertools.product([0, 1], repeat=sum(sizes))))
-    parts = jnp.split(outcomes, np.cumsum(sizes)[:-1], axis=1)
-    outcomes = {name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes.items(), parts)}
-    params = initial_params(model, guide)
-    pairs = jnp.array(list(itertools.product(range(len(parts[0])), repeat=2)))
-
-    def exact(params):
-        log_w, log_q = jax.vmap(lambda outcome: log_weight(params, **outcome))(outcomes)
-        log_w, probability = log_w[pairs], jnp.exp(log_q[pairs].sum(1))
-        if alpha == 1:
-            return probability @ log_w.mean(1)
-        return probability @ (logsumexp((1 - alpha) * log_w, axis=1) - np.log(2)) / (1 - alpha)
-
-    def estimate(params, pair):
-        def vectorize(fn, keys):
-            def run(key, outcome):
-                def choose(site):
-                    if site["type"] == "sample" and site["name"] in outcome:
-                        plate, _ = sites[site["name"]]
-                        value = outcome[site["name"]]
-                        return value if plate is None else value[jax.lax.axis_index(plate)]
-
-                with substitute(substitute_fn=choose):
-                    return fn(key)
-
-            return jax.vmap(run)(keys, {name: values[pair] for name, values in outcomes.items()})
-
-        objective = VIMCOStar(alpha, 2, vectorize, doubly_reparameterized=False, plate_particles=plate_particles)
-        return jax.value_and_grad(lambda params: -objective.loss(random.key(0), params, model, guide))(params)
-
-    @jax.jit
-    def expected(params):
-        _, log_q = jax.vmap(lambda outcome: log_weight(params, **outcome))(outcomes)
-        probability = jnp.exp(log_q[pairs].sum(1))
-        estimates = jax.lax.map(lambda pair: estimate(params, pair), pairs, batch_size=2048)
-        return jax.tree.map(lambda x: jnp.tensordot(probability, x, axes=1), estimates)
-
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=0, atol=1e-10),
-        expected(params),
-        jax.jit(jax.value_and_grad(exact))(params),
-    )
+    assert_unbiased_over_outcomes(model, guide, sites, log_weight, alpha, plate_particles=plate_particles)
 
 
 # Numerics.

@@ -5,9 +5,7 @@
 
 from collections.abc import Iterable
 
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "there are none"
+from numpyro_vimco.arguments import listed
 
 
 def unknown_chain_error(name: str, known: Iterable[str], in_loop: bool) -> ValueError:
@@ -16,11 +14,11 @@ def unknown_chain_error(name: str, known: Iterable[str], in_loop: bool) -> Value
         return ValueError(
             f"`chain_particles` names '{name}', which is a latent outside of `scan`. A chain has a latent at each step "
             "of `numpyro.contrib.control_flow.scan`: write the loop as a scan whose body draws it. Latents inside of "
-            f"`scan`: {_listed(known)}."
+            f"`scan`: {listed(known)}."
         )
     return ValueError(
         f"`chain_particles` names '{name}', but the latents that the guide samples inside of `scan` are "
-        f"{_listed(known)}. Name one of these, without the number of the step."
+        f"{listed(known)}. Name one of these, without the number of the step."
     )
 
 
@@ -66,15 +64,6 @@ def guide_outside_error(site: str, chain: str, latent: str) -> ValueError:
         f"The guide's site '{site}' depends on '{latent}', but with `chain_particles={{'{chain}': …}}` the latents of "
         "a chain are drawn given the sites outside of chains and named plates, and no other site is drawn given them. "
         f"Draw it before, or given other sites; AutoMixed(model, chains={{'{chain}'}}) does."
-    )
-
-
-def step_shape_error(latent: str, chain: str, shape: tuple[int, ...], length: int) -> ValueError:
-    """A guide site without a density for each step."""
-    return ValueError(
-        f"The guide has no density of '{latent}' for each step of its chain: its log-density has shape {shape}, which "
-        f"must begin with the {length} steps. Draw it with a batch dimension for time in front, not as an event "
-        f"(`to_event`), or in a `scan` of the guide; AutoMixed(model, chains={{'{chain}'}}) does."
     )
 
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Sharding
 from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
-from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.arguments import check_integer, listed
 from numpyro_vimco.control_flow import is_in_scan, is_of_control_flow
 from numpyro_vimco.randomness import CHAIN
 from numpyro_vimco.sites import Trace, is_latent_site, is_marked, sample_sites
@@ -178,7 +178,7 @@ def check_plate_particles(plate_particles: Mapping[str, int], model_trace: Trace
             known = sorted({name for stack in stacks.values() for name in stack})
             raise ValueError(
                 f"`plate_particles` names the plate '{plate}', which no site is in. Name one of these instead: "
-                f"{', '.join(map(repr, known)) or 'there are none'}."
+                f"{listed(known)}."
             )
         if number == 1:  # not by a user: a plate whose latents are summed out has nothing to draw
             continue
@@ -234,7 +234,7 @@ def check_joint_plates(
         if plate not in known:
             raise ValueError(
                 f"`joint_plates` names the plate '{plate}', which no site is in. Name one of these instead: "
-                f"{', '.join(map(repr, sorted(known))) or 'there are none'}."
+                f"{listed(sorted(known))}."
             )
         if plate in plate_particles:
             raise ValueError(

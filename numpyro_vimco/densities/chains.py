@@ -27,16 +27,15 @@ from numpyro.primitives import Messenger
 from numpyro_vimco.checks.chains import (
     carry_error,
     same_chain_error,
-    step_shape_error,
     summed_carry_error,
     unknown_chain_error,
 )
-from numpyro_vimco.control_flow import Given
+from numpyro_vimco.control_flow import Given, is_scan, length_of
 from numpyro_vimco.densities.levels import Step, Values
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.private.of_numpyro import scanned, with_given_data
 from numpyro_vimco.randomness import CHAIN
-from numpyro_vimco.sites import Trace, is_latent_site, is_marked, sample_sites
+from numpyro_vimco.sites import Trace, is_latent_site, is_marked, log_prob_at_value, sample_sites
 
 
 @dataclass(frozen=True)
@@ -107,20 +106,11 @@ def at_step(guide_trace: Trace, chains: Chains, steps: Mapping[str, Step], which
     return found
 
 
-def of_steps(guide_trace: Trace, name: str, chain: Chain) -> tuple[Values, Values]:
-    """The values of a chain's latents in a guide, and their log-densities, each with a first dimension for time.
-
-    :raises ValueError: for a latent without a density for each step.
-    """
-    values, log_q = {}, {}
-    for latent in chain.latents:
-        site = guide_trace[latent]
-        values[latent] = site["value"]
-        log_q[latent] = site["fn"].log_prob(site["value"])
-        shape = jnp.shape(log_q[latent])
-        if shape[:1] != (chain.length,) or jnp.shape(site["value"])[:1] != (chain.length,):
-            raise step_shape_error(latent, name, shape, chain.length)
-    return values, log_q
+def of_steps(guide_trace: Trace, chain: Chain) -> tuple[Values, Values]:
+    """The values of a chain's latents in a guide, and their log-densities, each with a first dimension for time."""
+    sites = [guide_trace[latent] for latent in chain.latents]
+    values = {site["name"]: site["value"] for site in sites}
+    return values, {site["name"]: log_prob_at_value(site) for site in sites}
 
 
 class Marked(Messenger):
@@ -133,9 +123,14 @@ class Marked(Messenger):
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "sample" and msg["name"] in self.home:
             msg["infer"] = {**msg["infer"], CHAIN: self.home[msg["name"]]}
-        elif _is_scan(msg):
+        elif is_scan(msg):
             names = [name for name in _body_trace(msg) if name in self.home]
             msg["infer"] = {CHAIN: self.home[names[0]]} if names else {}
+
+
+def numbers(plate_particles: Mapping[str, int], chains: Chains) -> dict[str, int]:
+    """Of each named plate and each chain, the number of its local particles, or of its samples of a step."""
+    return {**plate_particles, **{name: chain.num_samples for name, chain in chains.items()}}
 
 
 def marked(program: Callable, chains: Chains) -> Callable:
@@ -156,7 +151,7 @@ class InStep(Messenger):
 
     def process_message(self, msg: dict) -> None:
         # A scan inside of a step runs as it is.
-        if _is_scan(msg) and msg.get("infer", {}).get(CHAIN) in self.steps and self._index is None:
+        if is_scan(msg) and msg.get("infer", {}).get(CHAIN) in self.steps and self._index is None:
             name = msg["infer"][CHAIN]
             msg["value"] = self._run(msg, self.chains[name], self.steps[name])
         elif msg["type"] == "sample" and self._index is not None and msg["value"] is not None:
@@ -251,7 +246,7 @@ class _Finder(Messenger):
         self.all: list[list[str]] = []
 
     def process_message(self, msg: dict) -> None:
-        if not _is_scan(msg):
+        if not is_scan(msg):
             return
         sites = sample_sites(_body_trace(msg))
         latents = tuple(site["name"] for site in sites if is_latent_site(site) and site["name"] in self.sampled)
@@ -268,7 +263,7 @@ class _Finder(Messenger):
             latents=latents,
             sites=frozenset(site["name"] for site in sites),
             plates=frozenset(frame.name for site in sites for frame in site["cond_indep_stack"]),
-            length=len(jax.tree.leaves(xs)[0]) if length is None else length,
+            length=length_of(xs, length),
             reverse=reverse,
             moving=_moving(msg, names[0], sites, summed),
         )
@@ -307,38 +302,21 @@ def _moving(msg: dict, name: str, sites: list[dict], summed: list[str]) -> tuple
     return tuple(i in moving for i in range(len(names)))
 
 
-def _is_scan(msg: dict) -> bool:
-    return msg["type"] == "control_flow" and "history" in msg["kwargs"]
-
-
 def _body_trace(msg: dict) -> Trace:
     """The sites of one step of a `scan`, from shapes only."""
-    found: Trace = {}
+    recorder = trace(msg["args"][0])
 
     def look() -> None:
-        _run_body(msg, lambda body: _Recorder(body, found), msg["args"][1])
+        _run_body(msg, lambda body: recorder, msg["args"][1])
 
     jax.eval_shape(look)
-    return found
-
-
-class _Recorder(trace):
-    """A trace that is kept in a dict."""
-
-    def __init__(self, fn: Callable, found: Trace):
-        super().__init__(fn)
-        self.kept = found
-
-    def __exit__(self, *args, **kwargs):
-        self.kept.update(self.trace)
-        return super().__exit__(*args, **kwargs)
+    return dict(recorder.trace)
 
 
 def _run_body(msg: dict, wrapped: Callable[[Callable], Callable], carry: Any) -> tuple[Any, Any]:
     """The first step of a `scan`, which no handler around it sees."""
     body, _, xs, length, _ = msg["args"]
-    length = len(jax.tree.leaves(xs)[0]) if length is None else length
-    given = with_given_data(wrapped(body), msg, jnp.array(0), length)
+    given = with_given_data(wrapped(body), msg, jnp.array(0), length_of(xs, length))
     with block():
         return seed(given, jax.random.key(0))(carry, _taken(jax.tree.map(jnp.asarray, xs), 0))
 

@@ -4,9 +4,8 @@
 """A model and its guide, evaluated one particle at a time."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +24,7 @@ from numpyro_vimco.checks.supports_and_plates import (
     check_traces,
 )
 from numpyro_vimco.control_flow import Given
-from numpyro_vimco.densities.chains import Chains, InStep, at_step, of_steps
+from numpyro_vimco.densities.chains import Chains, InStep, at_step, numbers, of_steps
 from numpyro_vimco.densities.densities import Densities, Draw, Draws, SiteDensities, guide_log_prob, latent_masks
 from numpyro_vimco.densities.enumerated_model import at_values, check_sums, densities_at, enumerate_model
 from numpyro_vimco.densities.enumeration import Unmarked, summed_sites
@@ -91,7 +90,7 @@ class Program:
     @property
     def local(self) -> dict[str, int]:
         """Of each named plate and each chain, the number of its local particles, or of its samples of a step."""
-        return {**self.plate_particles, **{name: chain.num_samples for name, chain in self.chains.items()}}
+        return numbers(self.plate_particles, self.chains)
 
     def evaluate(self, params: dict[str, Any], rng_key: Array) -> tuple[Levels[Densities], Structure]:
         """Draw one particle, with all its local particles, and evaluate it in one pass of guide and model."""
@@ -137,7 +136,7 @@ class Program:
         """
         keys = particle_keys(rng_key, self.local)
         fixed = stop_gradient(params)
-        local = self._inputs((fixed, params) if self.chains else (fixed,), keys, values)
+        local = self._inputs((fixed, params), keys, values)
 
         def traces(local) -> tuple[Trace, Trace, Trace]:
             of_local, given, steps = _parts(keys, local, values.shared)
@@ -145,12 +144,12 @@ class Program:
             if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
                 live = self._trace_guide(params, of_local, given)
             frozen, live = (at_step(tr, self.chains, steps, i) for i, tr in enumerate((frozen, live)))
-            return self._trace_model(params, of_local, live, steps=steps), frozen, live
+            return self.in_steps(steps).trace_model(params, of_local, live), frozen, live
 
         def log_weights(local):
             of_local, _, steps = _parts(keys, local, values.shared)
             model_trace, frozen, live = traces(local)
-            sites = self._sites(params, of_local, model_trace, frozen, steps)
+            sites = self.in_steps(steps).sites_of(params, of_local, model_trace, frozen)
             rest = sites.of_guide_rest(is_drawn, live)
             log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), rest)
             return log_weight, sites.structure
@@ -271,7 +270,7 @@ class Program:
         """
         keys = self._first(rng_key)
         guide_trace = self._trace_guide(params, keys, values)
-        return self._sites(params, keys, self._trace_model(params, keys, guide_trace, values), guide_trace)
+        return self.sites_of(params, keys, self.trace_model(params, keys, guide_trace, values), guide_trace)
 
     def of_summed(self, params: dict[str, Any], rng_key: Array) -> tuple[Trace, Callable[[Values], dict[str, Array]]]:
         """The sites of one particle that are summed out, each at a draw, and the densities of all sites given these."""
@@ -305,11 +304,11 @@ class Program:
         def traces(local) -> tuple[Trace, Trace]:
             of_local, given, steps = _parts(keys, local, shared)
             guide_trace = at_step(self._trace_guide(params, of_local, given), self.chains, steps)
-            return self._trace_model(params, of_local, guide_trace, steps=steps), guide_trace
+            return self.in_steps(steps).trace_model(params, of_local, guide_trace), guide_trace
 
         def run(local):
             of_local, _, steps = _parts(keys, local, shared)
-            sites = self._sites(params, of_local, *traces(local), steps)
+            sites = self.in_steps(steps).sites_of(params, of_local, *traces(local))
             return combine(sites), sites.structure
 
         return map_local(run, lambda local: self._by_site(traces(local)), local)
@@ -330,7 +329,7 @@ class Program:
 
         def of_sample(params, name: str, key: Array, own: Values) -> tuple[Values, Values]:
             of_key = firsts._replace(local={**firsts.local, name: key})
-            return of_steps(self._trace_guide(params, of_key, {**shared, **own}), name, self.chains[name])
+            return of_steps(self._trace_guide(params, of_key, {**shared, **own}), self.chains[name])
 
         for name, chain in self.chains.items():
             under = [jax.vmap(partial(of_sample, each, name), axis_name=name)(*given[name]) for each in params]
@@ -348,8 +347,6 @@ class Program:
         """
         if not self.chains:
             return
-        for name, chain in self.chains.items():
-            of_steps(guide_trace, name, chain)
         latents = {
             site["name"]: site for site in sample_sites(guide_trace) if is_latent_site(site) and not is_delta(site)
         }
@@ -371,7 +368,7 @@ class Program:
 
     def _traces(self, params, keys: ParticleKeys, given: Values | None = None) -> tuple[Trace, Trace]:
         guide_trace = self._trace_guide(params, keys, given)
-        return self._trace_model(params, keys, guide_trace), guide_trace
+        return self.trace_model(params, keys, guide_trace), guide_trace
 
     def _trace_guide(self, params, keys: ParticleKeys, given: Values | None = None) -> Trace:
         # By substitution, as that reaches into control flow; a handler that stops the gradient of a draw does not.
@@ -382,15 +379,9 @@ class Program:
         guide = Given(substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params), given or {})
         return trace(substitute(guide, substitute_fn=draw)).get_trace(*self.args, **self.kwargs)
 
-    def _trace_model(
-        self,
-        params,
-        keys: ParticleKeys,
-        guide_trace: Trace,
-        more: Values | None = None,
-        steps: Mapping[str, Step] = MappingProxyType({}),
-    ) -> Trace:
-        model = at_values(NotSubstituted(self._in_steps(steps)), params, guide_trace, guide_trace, more or {})
+    def trace_model(self, params, keys: ParticleKeys, guide_trace: Trace, more: Values | None = None) -> Trace:
+        """The model at the values of a guide's trace, with which it is compared."""
+        model = at_values(NotSubstituted(self.model), params, guide_trace, guide_trace, more or {})
         model = SeedLevels(model, keys.model, {})
         model_trace = trace(model).get_trace(*self.args, **self.kwargs)
         check_traces(model_trace, guide_trace)
@@ -398,36 +389,22 @@ class Program:
         check_joint_plates(self.joint_plates, self.plate_particles, model_trace, guide_trace)
         return model_trace
 
-    def _in_steps(self, steps: Mapping[str, Step]) -> Callable:
-        """The model, whose chains are run in place at one step."""
-        return InStep(self.model, self.chains, steps) if steps else self.model
+    def in_steps(self, steps: Mapping[str, Step]) -> "Program":
+        """The program, whose chains are run in place at one step."""
+        return replace(self, model=InStep(self.model, self.chains, steps)) if steps else self
 
-    def _sites(
-        self,
-        params,
-        keys: ParticleKeys,
-        model_trace: Trace,
-        guide_trace: Trace,
-        steps: Mapping[str, Step] = MappingProxyType({}),
-    ) -> SiteDensities:
+    def sites_of(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SiteDensities:
         """Densities of sites; where the model has sites to sum out, it is traced once more, with all their values."""
         structure = self._structure(model_trace, guide_trace)
         if not summed_sites(model_trace, guide_trace):
             return SiteDensities(model_trace, guide_trace, structure)
-        model = self._at_values(params, keys, model_trace, guide_trace, steps)
+        model = self._at_values(params, keys, model_trace, guide_trace)
         enumerated = enumerate_model(model, model_trace, self.args, self.kwargs)
         return SiteDensities(model_trace, guide_trace, structure, enumerated)
 
-    def _at_values(
-        self,
-        params,
-        keys: ParticleKeys,
-        model_trace: Trace,
-        guide_trace: Trace,
-        steps: Mapping[str, Step] = MappingProxyType({}),
-    ) -> SeedLevels:
+    def _at_values(self, params, keys: ParticleKeys, model_trace: Trace, guide_trace: Trace) -> SeedLevels:
         """The model, to be enumerated at parameters and the guide's values."""
-        given = at_values(self._in_steps(steps), params, model_trace, guide_trace)
+        given = at_values(self.model, params, model_trace, guide_trace)
         return SeedLevels(Unmarked(given, given.values), keys.model, {})
 
     def _structure(self, model_trace: Trace, guide_trace: Trace) -> Structure:
@@ -436,7 +413,7 @@ class Program:
 
     def _draws(self, params, keys: ParticleKeys, given: Values | None, has_masks: bool) -> Levels[Draws]:
         guide_trace = self._trace_guide(params, keys, given)
-        model_trace = self._trace_model(params, keys, guide_trace) if has_masks else {}
+        model_trace = self.trace_model(params, keys, guide_trace) if has_masks else {}
         masks = latent_masks(model_trace, guide_trace)
         draws = {
             name: Draw(

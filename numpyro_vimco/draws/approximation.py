@@ -21,7 +21,7 @@ from numpyro.infer import SVI
 from numpyro_vimco.checks.supports_and_plates import check_plates
 from numpyro_vimco.compilation import map_arrays
 from numpyro_vimco.control_flow import Given, is_in_scan
-from numpyro_vimco.densities.chains import Chains, find_chains, marked
+from numpyro_vimco.densities.chains import Chains, find_chains, marked, numbers
 from numpyro_vimco.densities.enumeration import summed_sites
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.observed import Observed, find_observed, given_name, observed_sites, present_elements
@@ -189,17 +189,16 @@ class Approximation:
     def chains(self) -> Chains:
         """The chains that the objective has samples of."""
         particles = getattr(self.svi.loss, "chain_particles", {})
+        return self.kept("chains", lambda: self._find_chains(particles)) if particles else {}
 
-        def make() -> Chains:
-            model, guide = (substitute(fn, data=self.params) for fn in (self.svi.model, self.svi.guide))
-            return find_chains(model, guide, self.args, self.kwargs, particles)
-
-        return self.kept("chains", make) if particles else {}
+    def _find_chains(self, particles: Mapping[str, int]) -> Chains:
+        model, guide = (substitute(fn, data=self.params) for fn in (self.svi.model, self.svi.guide))
+        return find_chains(model, guide, self.args, self.kwargs, particles)
 
     @property
     def local(self) -> dict[str, int]:
         """The objective's number of local particles of each named plate, and of samples of a step of each chain."""
-        return {**self.plate_particles, **{name: chain.num_samples for name, chain in self.chains.items()}}
+        return numbers(self.plate_particles, self.chains)
 
     @property
     def joint_chain(self) -> str | None:
@@ -209,9 +208,8 @@ class Approximation:
             known = {latent for chain in self.chains.values() for latent in chain.latents}
             for name, site in self.latents().items():
                 if is_in_scan(site) and name not in known:
-                    model, guide = (substitute(fn, data=self.params) for fn in (self.svi.model, self.svi.guide))
                     try:
-                        find_chains(model, guide, self.args, self.kwargs, {name: 2})
+                        self._find_chains({name: 2})
                     except ValueError:  # it is not of first order
                         continue
                     return name

@@ -121,9 +121,12 @@ class AutoDiscrete(StructuralGuide):
             self._trace_structure(keys["model"], *args, **kwargs)
         else:
             self.take_structure(self.part_of)
-        sites = [site for site in self.prototype_trace.values() if is_latent_site(site) and is_discrete(site)]
-        if isinstance(draws := getattr(self.part_of, "prior_draws", None), dict):
-            sites = [with_prior_draws(site, draws, self.part_of.least) for site in sites]  # type: ignore[union-attr]
+        known = self.part_of or self
+        sites = [
+            with_prior_draws(site, known.prior_draws, known.least)
+            for site in self.prototype_trace.values()
+            if is_latent_site(site) and is_discrete(site)
+        ]
         if not sites:
             raise ValueError(
                 "The model has no discrete latent site for AutoDiscrete to guide. Use AutoMixed, or an automatic guide "

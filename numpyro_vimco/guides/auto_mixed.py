@@ -146,12 +146,12 @@ class AutoMixed(StructuralGuide):
     :param dict num_components: number of mixture components by site, ``{"mu": 2}``, of continuous latents and of
         counts. Defaults to that of the prior. It has no effect where another guide is given as ``continuous`` or
         ``discrete``.
-    :param chains: names of latents that the model draws inside of `scan`, one of each chain: ``{"count"}``. All latents
-        of the scan are then drawn independently over time given the latents outside of it, as
+    :param set chains: names of latents that the model draws inside of `scan`, one of each chain: ``{"count"}``. All
+        latents of the scan are then drawn independently over time given the latents outside of it, as
         ``VIMCOStar(chain_particles={"count": 16})`` needs it. Each step has parameters of its own, and couplings to the
-        latents outside, and of its latents to each other. Discrete ones begin near draws of the prior; a count begins
-        above the least value that the data admit. Defaults to none: then a scan is drawn step after step, and a path
-        is one value.
+        latents outside, and of its latents to each other. Discrete ones begin near draws of the prior. A count is never
+        proposed below the least value that the data of the first call admit, where that is certain. Defaults to none:
+        then a scan is drawn step after step, and a path is one value.
     :param kwargs: ``prefix``, ``init_loc_fn``, ``create_plates``: keyword arguments of both guides. Each
         has its own defaults; with a structure, ``init_loc_fn`` is :func:`~numpyro.infer.init_to_median`.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
@@ -210,9 +210,6 @@ class AutoMixed(StructuralGuide):
         self._sites: list[Site] = []
         self._parts: list[AutoGuide] = []
         self.plates: dict[str, numpyro.plate] = {}
-        # Of discrete latents of chains: draws of the prior, and the least values that the data admit.
-        self.prior_draws: Samples = {}
-        self.least: dict[str, np.ndarray] = {}
 
     def _setup_prototype(self, *args, **kwargs) -> None:
         # The structure is the same at each call, so that it depends on no key of the call.
@@ -277,8 +274,10 @@ class AutoMixed(StructuralGuide):
 
         :raises ValueError: naming the count; it is in a chain.
         """
+        if not self.least:
+            return
         before, now = jax.tree.leaves(self._prototype_arguments), jax.tree.leaves((args, kwargs))
-        if not self.least or (len(before) == len(now) and all(map(np.array_equal, before, now))):
+        if len(before) == len(now) and all(map(np.array_equal, before, now)):
             return
         least = least_values(self.model, args, kwargs, self.prototype_trace, self.prior_draws)
         for name, low in self.least.items():
@@ -378,8 +377,7 @@ class AutoMixed(StructuralGuide):
 
     def _forget(self) -> None:
         super()._forget()
-        self._parts, self._sites, self.plates, self.homes = [], [], {}, {}
-        self.prior_draws, self.least = {}, {}
+        self._parts, self._sites, self.plates = [], [], {}
 
     def _shared_plates(self, *args, **kwargs) -> list[numpyro.plate]:
         """The plates of this call, for both guides: they must see the same subsample."""

@@ -10,10 +10,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+import numpy as np
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
+from numpyro_vimco.arguments import listed
 from numpyro_vimco.compilation import ONCE, Compiled, at_once
 from numpyro_vimco.control_flow import Given, Scans
 from numpyro_vimco.dependence import dependence
@@ -68,6 +70,9 @@ class StructuralGuide(PrototypeGuide):
         super().__init__(WithoutMarked(model), **kwargs)
         self.chains = frozenset([chains] if isinstance(chains, str) else chains)
         self.homes: dict[str, str] = {}
+        # Of discrete latents of chains: draws of the prior, and the least values that the data admit.
+        self.prior_draws: Samples = {}
+        self.least: dict[str, np.ndarray] = {}
 
     @contextmanager
     def _known_structure(self, args: tuple, kwargs: dict) -> Iterator[None]:
@@ -95,6 +100,7 @@ class StructuralGuide(PrototypeGuide):
     def _forget(self) -> None:
         """Drop the structure that this call has found out."""
         self.prototype_trace = self._prototype_arguments = None
+        self.homes, self.prior_draws, self.least = {}, {}, {}
         self._was_traced = True
 
     def _find_homes(self, scans: dict[str, int]) -> None:
@@ -106,10 +112,9 @@ class StructuralGuide(PrototypeGuide):
         self.homes = {}
         for chain in sorted(self.chains):
             if chain not in latents:
-                names = ", ".join(map(repr, latents)) or "there are none"
                 raise ValueError(
-                    f"`chains` names '{chain}', but the latents that the model draws inside of `scan` are {names}. "
-                    "Name one latent of each chain."
+                    f"`chains` names '{chain}', but the latents that the model draws inside of `scan` are "
+                    f"{listed(latents)}. Name one latent of each chain."
                 )
             self.homes |= {name: chain for name in latents if scans[name] == scans[chain]}
 

@@ -291,7 +291,7 @@ class VIMCOStar(ImportanceWeightedELBO):
         :math:`K^T` paths through the samples of T steps count, by a recursion whose cost is :math:`T K^2` [2]. The
         guide must draw its steps independently given the other sites, as ``AutoMixed(model, chains={"count"})`` does.
         Without this argument a whole path is one particle, whose weight is a product over all steps. Defaults to none;
-        signals derived in this project (:mod:`numpyro_vimco.objectives.paths`, ``docs/mathematics.md``).
+        signals derived in this project (``docs/mathematics.md``, "Chains").
     :raises ValueError: also for fewer than two local particles, and at the first step for a plate that does not
         exist, has no latents, is nested in another named one, or whose latents a site outside of it depends on.
 
