@@ -13,18 +13,20 @@ What `scan` with history makes of a site ``x`` is NumPyro's convention: ``_PREV_
 also ``_PREV__PREV_x``, …) and ``x``, with a dimension for time, at all others. These are *parts* of the site ``x``.
 """
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 import re
 from typing import Any, NamedTuple
 
+import jax
+from jax.nn import logsumexp
 import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.primitives import Messenger
 
 from numpyro_vimco.checks.enumeration_checks import crossed_error, log_prob_shape
 from numpyro_vimco.densities.zero_weights import FLOOR
-from numpyro_vimco.private.of_funsor import import_funsor, in_logs, markov_factors, names_of_dims
+from numpyro_vimco.private.of_funsor import import_funsor, in_logs, names_of_dims
 from numpyro_vimco.sites import Trace, is_marked, sample_sites
 
 Group = list[dict]
@@ -203,7 +205,7 @@ def axes_of(site: dict) -> Axes:
 
 
 def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset, plates: frozenset) -> list:
-    """Factors of sites in `scan`, as :func:`numpyro.contrib.funsor.infer_util.log_density` eliminates time.
+    """Factors of sites in `scan`, with time summed over.
 
     :param in_time: sites with a dimension for time, and their factors.
     :param plates: all that are summed over.
@@ -211,35 +213,58 @@ def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset
     if not in_time:
         return []
     funsor = import_funsor()
+    ops, sum_product = funsor.ops, funsor.sum_product.sum_product
     names_of = {site["name"]: frozenset(names_of_dims(site).values()) for site in group}
-    by_time: dict[Any, list] = defaultdict(list)
-    previous: dict[Any, frozenset] = defaultdict(frozenset)
+    by_time: dict[str, list] = defaultdict(list)
+    previous: dict[str, frozenset] = defaultdict(frozenset)
     for site, factor in in_time:
-        time = funsor.Variable(_time(site), factor.inputs[_time(site)])
+        time = str(_time(site))
         by_time[time].append(factor)
         previous[time] |= {name for name in names_of[site["name"]] if name.startswith("_PREV_")}
     found = []
     for time, factors in by_time.items():
         before = previous[time]
-        # What the chain is of: the states before, the present ones, and the plates that these are in. The rest is
-        # eliminated at each time. If nothing is from before, time is a plate.
-        chain = frozenset().union(before, *({root(name), *names_of[root(name)]} for name in before))
-        history = max(map(_lag, before), default=0)
-        if history == 0:
+        if not before:  # time is a plate
             found += factors
             continue
+        # What the chain is of: the states before, the present ones, and the plates that these are in. The rest is
+        # eliminated at each time.
+        chain = frozenset().union(before, *({root(name), *names_of[root(name)]} for name in before))
+        eliminated = (sums | plates) - chain
+        with funsor.interpretations.lazy:
+            at_each = sum_product(ops.logaddexp, ops.add, factors, eliminate=eliminated, plates=plates)
         with in_logs():
-            found += markov_factors(
-                {time: factors},
-                {time: before},
-                {time: chain},
-                sums,
-                plates,
-                history,
-                funsor.ops.logaddexp,
-                funsor.ops.add,
-            )
+            at_each = funsor.optimizer.apply_optimizer(at_each)
+        found.append(_summed_backward(at_each, time, before))
     return found
+
+
+def _summed_backward(factor: Any, time: str, before: frozenset[str]) -> Any:
+    r"""A factor :math:`\psi` in time without its states s but those before the first time, :math:`\beta_1`, where
+
+    .. math:: \beta_t(s_{t-1}) = \log \sum_{s_t} \exp(\psi_t(s_{t-1}, s_t) + \beta_{t+1}(s_t)).
+
+    No site after a `scan` depends on its last states, as that is refused; so :math:`\beta` is 0 after the last time.
+    With a history the states before are several.
+
+    :param before: names of the states before.
+    """
+    funsor = import_funsor()
+    states = sorted({root(name) for name in before})
+    earlier = [f"{'_PREV_' * lag}{state}" for lag in range(max(map(_lag, before)), 0, -1) for state in states]
+    rest = [name for name in factor.inputs if name not in {time, *earlier, *states}]
+    sizes = {name: factor.inputs[name].size if name in factor.inputs else 1 for name in (*earlier, *states, *rest)}
+    tables = factor.align(tuple(name for name in (time, *sizes) if name in factor.inputs)).data
+    tables = tables.reshape(-1, *sizes.values())
+    present = tuple(range(len(earlier), len(earlier) + len(states)))
+
+    def step(later: Array, table: Array) -> tuple[Array, None]:
+        return logsumexp(table + later.reshape((1,) * len(states) + later.shape), axis=present), None
+
+    kept = [name for name in (*earlier, *rest) if name in factor.inputs]
+    last = jnp.zeros([sizes[name] for name in (*earlier, *rest)], tables.dtype)
+    first = jax.lax.scan(step, last, tables, reverse=True)[0].reshape([sizes[name] for name in kept])
+    return funsor.Tensor(first, OrderedDict((name, factor.inputs[name]) for name in kept))
 
 
 def _time(site: dict) -> str | None:

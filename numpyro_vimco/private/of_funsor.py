@@ -11,7 +11,6 @@ from functools import cache
 from types import ModuleType
 
 PARTS = (
-    "numpyro.contrib.funsor.infer_util.compute_markov_factors",
     "funsor.interpretations.DispatchedInterpretation",
     "funsor.interpretations.PrioritizedInterpretation",
     "funsor.cnf.Contraction",
@@ -54,13 +53,6 @@ def in_logs():
         return bin_op(lhs, rhs).reduce(red_op, reduced_vars)
 
     return PrioritizedInterpretation(base, eager)
-
-
-def markov_factors(*args) -> list:
-    """Factors in time without it: as NumPyro's ``compute_markov_factors``."""
-    from numpyro.contrib.funsor.infer_util import compute_markov_factors
-
-    return compute_markov_factors(*args)
 
 
 def names_of_dims(site: dict) -> dict[int, str]:
