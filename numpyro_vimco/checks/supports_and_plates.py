@@ -6,7 +6,7 @@
 Every message names the argument, the site or the plate, says what is wrong, and what to do instead.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import warnings
 
 import jax.numpy as jnp
@@ -84,6 +84,12 @@ class NotSubstituted(Messenger):
                     "that the value would be ignored. Use a handler that makes it known: "
                     f"numpyro.handlers.condition(model, {{'{name}': value}})."
                 )
+
+
+def check_score_sites(names: Collection[str], latents: Collection[str]) -> None:
+    """Raise for ``score_sites`` that the guide does not sample."""
+    for name in sorted(set(names) - set(latents)):
+        raise ValueError(f"`score_sites` names '{name}', but the latents of the guide are {listed(latents)}.")
 
 
 def check_traces(model_trace: Trace, guide_trace: Trace) -> None:

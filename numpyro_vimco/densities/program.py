@@ -21,6 +21,7 @@ from numpyro_vimco.checks.supports_and_plates import (
     NotSubstituted,
     check_joint_plates,
     check_plate_particles,
+    check_score_sites,
     check_traces,
 )
 from numpyro_vimco.control_flow import Given
@@ -73,6 +74,7 @@ class Program:
         to all sites may be subsampled.
     :ivar chains: the chains whose latents have samples of their own at each step; ``model`` and ``guide`` are then
         :func:`.chains.marked`.
+    :ivar score_sites: more sites through whose samples no gradient flows.
 
     All methods raise the errors of :mod:`numpyro_vimco.checks.supports_and_plates`.
     """
@@ -86,6 +88,13 @@ class Program:
     joint_plates: frozenset[str]
     linear: bool
     chains: Chains = field(default_factory=dict)
+    score_sites: frozenset[str] = frozenset()
+
+    def _is_by_score(self, site: dict) -> bool:
+        return self.by_score(site) or (is_latent_site(site) and site["name"] in self.score_sites)
+
+    def _is_drawn(self, site: dict) -> bool:
+        return is_drawn(site) or self._is_by_score(site)
 
     @property
     def local(self) -> dict[str, int]:
@@ -141,7 +150,7 @@ class Program:
         def traces(local) -> tuple[Trace, Trace, Trace]:
             of_local, given, steps = _parts(keys, local, values.shared)
             frozen = live = self._trace_guide(fixed, of_local, given)
-            if any(not is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
+            if any(not self._is_drawn(site) or site["scale"] is not None for site in sample_sites(frozen)):
                 live = self._trace_guide(params, of_local, given)
             frozen, live = (at_step(tr, self.chains, steps, i) for i, tr in enumerate((frozen, live)))
             return self.in_steps(steps).trace_model(params, of_local, live), frozen, live
@@ -150,8 +159,8 @@ class Program:
             of_local, _, steps = _parts(keys, local, values.shared)
             model_trace, frozen, live = traces(local)
             sites = self.in_steps(steps).sites_of(params, of_local, model_trace, frozen)
-            rest = sites.of_guide_rest(is_drawn, live)
-            log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(is_drawn), rest)
+            rest = sites.of_guide_rest(self._is_drawn, live)
+            log_weight = map_levels(lambda p, q, r: p - q - r, sites.of_model(), sites.of_guide(self._is_drawn), rest)
             return log_weight, sites.structure
 
         return map_local(log_weights, lambda local: self._by_site(traces(local)[:2]), local)
@@ -178,7 +187,8 @@ class Program:
             keys = self._first(rng_key)
             model_trace, guide_trace = self._traces(params, keys)
             latents = [site for site in sample_sites(guide_trace) if is_latent_site(site)]
-            path = any(is_drawn(site) and not self.by_score(site) for site in latents)
+            check_score_sites(self.score_sites, [site["name"] for site in latents])
+            path = any(self._is_drawn(site) and not self._is_by_score(site) for site in latents)
             masks = any(mask_of(model_trace[s["name"]]["fn"]) for s in latents if s["name"] in model_trace)
             if auxiliary_sites(model_trace, guide_trace):
                 check_auxiliary(model_trace, guide_trace, self.parents_of_deltas(params, rng_key))
@@ -196,6 +206,17 @@ class Program:
 
         jax.eval_shape(look, params, rng_key)
         return found[0]
+
+    def path_sites(self, params: dict[str, Any], rng_key: Array) -> list[str]:
+        """The continuous latents through whose samples gradients flow."""
+        found: list[str] = []
+
+        def look(params) -> None:
+            latents = filter(is_latent_site, sample_sites(self._trace_guide(params, self._first(rng_key))))
+            found.extend(site["name"] for site in latents if not self._is_by_score(site) and not is_delta(site))
+
+        jax.eval_shape(look, params)
+        return found
 
     def parents_of_deltas(self, params: dict[str, Any], rng_key: Array) -> dict[str, set[str]]:
         """Of each latent guide site that is a Delta, the parameters and drawn sites that its value depends on."""
@@ -363,8 +384,8 @@ class Program:
                     raise guide_outside_error(name, str(found[0]), parent)
 
     def _densities(self, sites: SiteDensities) -> Levels[Densities]:
-        rest = sites.of_guide_rest(self.by_score)
-        return map_levels(Densities, sites.of_model(), rest, sites.of_guide(self.by_score))
+        rest = sites.of_guide_rest(self._is_by_score)
+        return map_levels(Densities, sites.of_model(), rest, sites.of_guide(self._is_by_score))
 
     def _traces(self, params, keys: ParticleKeys, given: Values | None = None) -> tuple[Trace, Trace]:
         guide_trace = self._trace_guide(params, keys, given)
@@ -373,7 +394,7 @@ class Program:
     def _trace_guide(self, params, keys: ParticleKeys, given: Values | None = None) -> Trace:
         # By substitution, as that reaches into control flow; a handler that stops the gradient of a draw does not.
         def draw(site: dict):
-            if site["value"] is None and self.by_score(site):
+            if site["value"] is None and self._is_by_score(site):
                 return stop_gradient(with_fixed_parameters(site["fn"])(*site["args"], **site["kwargs"]))
 
         guide = Given(substitute(SeedLevels(self.guide, keys.guide, keys.local), data=params), given or {})
@@ -417,10 +438,10 @@ class Program:
         masks = latent_masks(model_trace, guide_trace)
         draws = {
             name: Draw(
-                site["value"], guide_log_prob(site, masks) if self.by_score(site) else None, site["fn"].event_dim
+                site["value"], guide_log_prob(site, masks) if self._is_by_score(site) else None, site["fn"].event_dim
             )
             for name, site in guide_trace.items()
-            if is_drawn(site)
+            if self._is_drawn(site)
         }
         return self.by_level(guide_trace, draws)
 

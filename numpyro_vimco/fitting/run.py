@@ -4,6 +4,7 @@
 """Several fits of one posterior, side by side: :func:`run` takes the steps, recovers, and estimates evidences."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 import warnings
@@ -135,6 +136,11 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
     approx = Approximation.of(svi, taken(params, kept), len(kept), args, kwargs)
     approx.kept(_params_of, lambda: params_of)
     if isinstance(svi.loss, ImportanceWeightedELBO):
+        found = svi.loss.with_score_sites(approx.params, svi.model, svi.guide, *args, **approx.kwargs)
+        if found is not svi.loss:
+            svi = copy(svi)
+            svi.loss = found
+            approx = replace(approx, svi=svi)
         # In the steps the inverse temperature is traced, and values cannot be compared.
         if approx.subsampled:
             svi.loss.check(approx.params, svi.model, svi.guide, *args, **approx.kwargs)

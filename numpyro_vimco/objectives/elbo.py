@@ -4,6 +4,7 @@
 """Importance-weighted objectives for :class:`numpyro.infer.SVI`."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from numbers import Real
@@ -24,6 +25,7 @@ from numpyro_vimco.objectives import control_variates, gradients
 from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.elements import value_checks
 from numpyro_vimco.objectives.gradients import Weights
+from numpyro_vimco.objectives.jumping import jumping_sites
 from numpyro_vimco.randomness import SeedPlates, split
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
 
@@ -88,6 +90,12 @@ class ImportanceWeightedELBO(ELBO):
         transforms of a base that is not on the real line) keep plain gradients. False is the plain gradient for all,
         in one pass of guide and model: for flows whose inverse is slow or missing (`AutoBNAFNormal`), and for
         `forward_mode_differentiation` of a model with a `while_loop`. Without path sites both are the same.
+    :param score_sites: names of latents that use the score function although their distribution has a reparameterised
+        sampler, because the density jumps where they pass a threshold, are rounded, or become an index. A pathwise
+        gradient does not see a jump, and is biased. Defaults to None: such latents are looked for before the first
+        step, where the data are not traced, and a warning names those that are found
+        (:mod:`numpyro_vimco.checks.jumps` says how, and what may be missed). A set, which may be empty, is taken as it
+        is, without a search.
     :param joint_plates: names of plates whose elements share one weight, although the plates are common to all sites:
         for elements that are not independent (a random walk along the plate). Defaults to none. Other elements that
         depend on each other are an error that names the plate, where values are concrete.
@@ -112,6 +120,7 @@ class ImportanceWeightedELBO(ELBO):
     alpha: float
     doubly_reparameterized: bool
     joint_plates: frozenset[str]
+    score_sites: frozenset[str] | None
     chunk_size: int | None
     particle_sharding: Sharding | None
     plate_particles: Mapping[str, int] = MappingProxyType({})
@@ -126,6 +135,7 @@ class ImportanceWeightedELBO(ELBO):
         vectorize_particles: bool | Callable = True,
         *,
         doubly_reparameterized: bool = True,
+        score_sites: Collection[str] | None = None,
         joint_plates: Collection[str] = (),
         chunk_size: int | None = None,
         particle_sharding: Sharding | None = None,
@@ -140,6 +150,8 @@ class ImportanceWeightedELBO(ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.alpha = float(alpha)
         self.doubly_reparameterized = doubly_reparameterized
+        names = [score_sites] if isinstance(score_sites, str) else score_sites
+        self.score_sites = None if names is None else frozenset(names)
         self.joint_plates = frozenset([joint_plates] if isinstance(joint_plates, str) else joint_plates)
         self.chunk_size = chunk_size
         self.particle_sharding = particle_sharding
@@ -177,6 +189,9 @@ class ImportanceWeightedELBO(ELBO):
         :raises NotImplementedError: for mutable sites.
         """
         check_key(rng_key)
+        if self.score_sites is None:
+            found = self.with_score_sites(param_map, model, guide, *args, **kwargs)
+            return found.loss(rng_key, param_map, model, guide, *args, **kwargs)
         plate_key, rng_key = split(rng_key)
         program = self.program(model, guide, args, kwargs, plate_key)
         kinds = program.kinds(param_map, rng_key)
@@ -201,6 +216,24 @@ class ImportanceWeightedELBO(ELBO):
         """A copy whose :meth:`loss` does not look at values; :meth:`check` did."""
         other = copy(self)
         other.checks_values = False
+        return other
+
+    def with_score_sites(
+        self, param_map: dict[str, Any], model: Callable, guide: Callable, *args, **kwargs
+    ) -> "ImportanceWeightedELBO":
+        """
+        A copy with the ``score_sites`` at which the density is seen to jump, if they are not given. A warning names
+        them. The parameters are those of :meth:`loss`, without a key.
+        """
+        if self.score_sites is not None:
+            return self
+        other = copy(self)
+        other.score_sites = frozenset()
+        is_traced = _has_tracers((args, kwargs))
+        with nullcontext() if is_traced else jax.ensure_compile_time_eval():
+            program = other.program(model, guide, args, kwargs, jax.random.key(0))
+            found = jumping_sites(program, {} if _has_tracers(param_map) else param_map, is_traced)
+        other.score_sites = frozenset(found)
         return other
 
     def check(self, param_map: dict[str, Any], model: Callable, guide: Callable, *args, **kwargs) -> None:
@@ -230,6 +263,7 @@ class ImportanceWeightedELBO(ELBO):
             joint_plates=self.joint_plates,
             linear=self.alpha == 1,
             chains=chains,
+            score_sites=self.score_sites or frozenset(),
         )
 
     def check_program(self, program: Program, params: dict[str, Any], rng_key: Array) -> None:
@@ -321,6 +355,7 @@ class VIMCOStar(ImportanceWeightedELBO):
         vectorize_particles: bool | Callable = True,
         *,
         doubly_reparameterized: bool = True,
+        score_sites: Collection[str] | None = None,
         joint_plates: Collection[str] = (),
         plate_particles: Mapping[str, int] | None = None,
         chain_particles: Mapping[str, int] | None = None,
@@ -332,6 +367,7 @@ class VIMCOStar(ImportanceWeightedELBO):
             num_particles,
             vectorize_particles,
             doubly_reparameterized=doubly_reparameterized,
+            score_sites=score_sites,
             joint_plates=joint_plates,
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,
@@ -373,6 +409,7 @@ class VIMCO(ImportanceWeightedELBO):
         *,
         baseline: str = "geometric",
         doubly_reparameterized: bool = True,
+        score_sites: Collection[str] | None = None,
         joint_plates: Collection[str] = (),
         chunk_size: int | None = None,
         particle_sharding: Sharding | None = None,
@@ -384,6 +421,7 @@ class VIMCO(ImportanceWeightedELBO):
             num_particles,
             vectorize_particles,
             doubly_reparameterized=doubly_reparameterized,
+            score_sites=score_sites,
             joint_plates=joint_plates,
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,
@@ -418,7 +456,8 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
     the negative bound at α = 0, of which the guide's update is *not* the gradient; it is biased at finite N and
     consistent as N grows.
 
-    The parameters are those of :class:`ImportanceWeightedELBO` without ``alpha`` and ``doubly_reparameterized``.
+    The parameters are those of :class:`ImportanceWeightedELBO` without ``alpha``, ``doubly_reparameterized`` and
+    ``score_sites``.
 
     **References**
 
@@ -441,6 +480,7 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
             num_particles,
             vectorize_particles,
             doubly_reparameterized=False,
+            score_sites=(),
             joint_plates=joint_plates,
             chunk_size=chunk_size,
             particle_sharding=particle_sharding,

@@ -69,7 +69,7 @@ def value_checks(program: Program, kinds: Kinds) -> Callable[[Params], None]:
         sites.
     """
     # Nothing is differentiated. So all objectives and diagnostics have one compiled check.
-    program = replace(program, by_score=lambda site: False)
+    program = replace(program, by_score=lambda site: False, score_sites=frozenset())
     checks = []
     if kinds.elements > 1 or kinds.masks:
         checks.append(_elements_check(program, kinds))
@@ -251,6 +251,12 @@ def _draw(program: Program, params: Params, rng_key: Array, source: Array) -> tu
             other = values.get(site["name"], drawn)
             values[site["name"]] = jnp.where(source == GUIDE, drawn, other.astype(drawn.dtype))
     return sites, values
+
+
+def draw_anywhere(program: Program, params: Params, rng_key: Array, source: Array) -> Values:
+    """Values of the guide's latents from a source."""
+    sites, values = _draw(program, params, rng_key, source)
+    return {name: values[name] for name in sites.guide_trace if name in values}
 
 
 def _two_draws(

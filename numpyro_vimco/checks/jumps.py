@@ -1,0 +1,150 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Densities that jump: where a latent passes a threshold, is rounded, or becomes an index.
+
+A pathwise gradient is the mean of derivatives, and a jump has none: it is biased, and no error says so. A latent can
+only make a density jump if it flows into a comparison, a rounding or an index, which the jaxpr of the density shows
+(:func:`candidates`). Most of these do no harm: a spline written with ``where`` has kinks, and functions such as
+``ndtr`` change from one formula to another where both have the same value. So the density is then followed along lines
+between draws, and its steepest part is bisected: the difference over a continuous part vanishes as the part shrinks,
+that over a jump does not (:func:`jumps`). A jump that no line crosses, or one that is lost beside a steeper part, is
+missed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Literal
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Values = dict[str, Array]
+
+# Parts of a line between two draws that are bisected, how often, and how many lines.
+PARTS, BISECTIONS, LINES = 64, 18, 8
+# Of a difference over a part: the least that is a jump, in nats, and its rounding error as a share of the density; and
+# how much of it is left after the last bisections, of which a continuous density keeps 2^-6.
+LEAST, ROUNDING, LAST, KEPT = 1e-3, 2e-5, 6, 0.5
+# Log-densities count down to this: zero beside what is possible is a jump.
+FLOOR = -1e4
+
+COMPARISONS = {"lt", "le", "gt", "ge", "lt_to", "le_to"}
+ROUNDINGS = {"floor", "ceil", "round", "sign", "argmax", "argmin", "rem", "nextafter", "top_k"}
+
+
+def candidates(fn: Callable[[Values], Any], values: Values) -> dict[str, str]:
+    """The values that flow into a comparison, a rounding or an index on which the outputs of a function depend.
+
+    :return: by name, the first such operation that was found.
+    """
+    closed = jax.make_jaxpr(fn)(values)
+    names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(values)]
+    found: dict[str, str] = {}
+    for _, jumping in _flow(closed, [({name}, {}) for name in names]):
+        found = {**jumping, **found}
+    return found
+
+
+# Of a variable: the inputs that it depends on smoothly, and those that it jumps at, with the operation.
+_Flow = tuple[set[str], dict[str, str]]
+
+
+def _union(flows: Sequence[_Flow]) -> _Flow:
+    smooth: set[str] = set()
+    jumping: dict[str, str] = {}
+    for of_smooth, of_jumping in flows:
+        smooth |= of_smooth
+        jumping = {**of_jumping, **jumping}
+    return smooth, jumping
+
+
+def _flow(closed: ClosedJaxpr, inputs: Sequence[_Flow]) -> list[_Flow]:
+    """From the flows of the inputs of a jaxpr to those of its outputs."""
+    known: dict[Any, _Flow] = dict(zip(closed.jaxpr.invars, inputs))
+
+    def of(var: Any) -> _Flow:
+        return (set(), {}) if isinstance(var, Literal) else known.get(var, (set(), {}))
+
+    for eqn in closed.jaxpr.eqns:
+        known |= zip(eqn.outvars, _of_equation(eqn, [of(var) for var in eqn.invars]))
+    return [of(var) for var in closed.jaxpr.outvars]
+
+
+def _of_equation(eqn: Any, flows: list[_Flow]) -> list[_Flow]:
+    name, params = eqn.primitive.name, eqn.params
+    both = _union(flows)
+    if name == "scan":
+        return _fixed_point(params["jaxpr"], flows, params["num_consts"], params["num_carry"])
+    if name == "while":
+        split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        body = _fixed_point(params["body_jaxpr"], flows[split[0] :], params["body_nconsts"], len(eqn.outvars))
+        ends = _flow(params["cond_jaxpr"], [*flows[: split[0]], *body])
+        return [_union([flow, _jump(_union(ends), name)]) for flow in body]
+    if name == "cond":
+        chosen = _jump(flows[0], name)
+        branches = [_flow(branch, flows[1:]) for branch in params["branches"]]
+        return [_union([chosen, *parts]) for parts in zip(*branches)]
+    inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
+    if inner is not None:
+        closed = inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ())
+        return _flow(closed, flows)
+    if name in COMPARISONS | ROUNDINGS:
+        smooth = both[0] if name == "rem" else set()
+        return [(smooth, _jump(both, name)[1])] * len(eqn.outvars)
+    if name in ("eq", "ne", "is_finite"):  # true or false but at single values
+        return [(set(), both[1])]
+    if name == "sort":
+        keys = _jump(_union(flows[: params["num_keys"]]), name)
+        return [flow if i < params["num_keys"] else _union([flow, keys]) for i, flow in enumerate(flows)]
+    if name == "select_n":
+        return [_union([(set(), flows[0][1]), *flows[1:]])]
+    if all(jnp.issubdtype(var.aval.dtype, jnp.integer) for var in eqn.outvars) and both[0]:
+        return [_jump(both, name)] * len(eqn.outvars)
+    return [both] * len(eqn.outvars)
+
+
+def _jump(flow: _Flow, name: str) -> _Flow:
+    """What an operation that jumps makes of its input."""
+    return set(), {**dict.fromkeys(flow[0], name), **flow[1]}
+
+
+def _fixed_point(closed: ClosedJaxpr, flows: list[_Flow], num_consts: int, num_carry: int) -> list[_Flow]:
+    """The flows out of a loop, whose carry is among its own inputs."""
+    end = num_consts + num_carry
+    consts, carry, rest = flows[:num_consts], flows[num_consts:end], flows[end:]
+    while True:
+        found = _flow(closed, [*consts, *carry, *rest])
+        new = [_union(pair) for pair in zip(carry, found)]
+        if [(len(a), len(b)) for a, b in new] == [(len(a), len(b)) for a, b in carry]:
+            return [*new, *found[num_carry:]]
+        carry = new
+
+
+def jumps(log_density: Callable[[Array], Float[Array, ""]], first: Array, second: Array) -> Bool[Array, ""]:
+    """Whether a log-density jumps on the line between two values of a latent.
+
+    The parts of the line are bisected side by side; each keeps the half over which the density differs more.
+    """
+    evaluate = jax.vmap(lambda t: jnp.maximum(log_density(first + t * (second - first)), FLOOR))
+    ends = jnp.linspace(0.0, 1.0, PARTS + 1)
+    values = evaluate(ends)
+    begin = ends[:-1], ends[1:], values[:-1], values[1:]
+
+    def bisect(state: tuple, _: None) -> tuple[tuple, Array]:
+        low, high, of_low, of_high = state
+        middle = (low + high) / 2
+        of_middle = evaluate(middle)
+        is_left = jnp.abs(of_middle - of_low) > jnp.abs(of_high - of_middle)
+        state = (
+            jnp.where(is_left, low, middle),
+            jnp.where(is_left, middle, high),
+            jnp.where(is_left, of_low, of_middle),
+            jnp.where(is_left, of_middle, of_high),
+        )
+        return state, jnp.abs(state[3] - state[2])
+
+    (_, _, of_low, of_high), differences = jax.lax.scan(bisect, begin, length=BISECTIONS)
+    size = LEAST + ROUNDING * (jnp.abs(of_low) + jnp.abs(of_high))
+    return jnp.any((differences[-1] > size) & (differences[-1] > KEPT * differences[-1 - LAST]))

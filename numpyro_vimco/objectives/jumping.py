@@ -1,0 +1,80 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Latents of a program at which its density jumps: see :mod:`numpyro_vimco.checks.jumps`."""
+
+from typing import Any
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from numpyro_vimco.checks.jumps import LINES, candidates, jumps
+from numpyro_vimco.compilation import ONCE, Compiled
+from numpyro_vimco.densities.densities import log_prob_of
+from numpyro_vimco.densities.program import Program, Values
+from numpyro_vimco.objectives.elements import NUM_SOURCES, draw_anywhere
+from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import sample_sites
+
+
+def jumping_sites(program: Program, params: dict[str, Any], is_traced: bool) -> list[str]:
+    """The path sites of a guide at which the log-weight jumps. A warning names them.
+
+    :param is_traced: whether the arguments of model and guide hold values that JAX traces, so that nothing can be
+        compared; a warning then names those at which it may jump.
+    """
+    key = jax.random.key(0)
+    names = program.path_sites(params, key)
+    if not names:
+        return []
+
+    def log_weight(values: Values) -> Array:
+        sites = program.sites(params, key, values)
+        total: Any = 0.0
+        for tr, log_prob_of_site, sign in (
+            (sites.guide_trace, sites.of_guide_site, -1),
+            (sites.model_trace, log_prob_of, 1),
+        ):
+            for site in sample_sites(tr):
+                total = total + sign * jnp.sum(log_prob_of_site(site))
+        return total
+
+    shapes = jax.eval_shape(lambda key: draw_anywhere(program, params, key, jnp.array(0)), key)
+    found = candidates(log_weight, {name: shapes[name] for name in names if name in shapes})
+    if found and is_traced:
+        some = next(iter(found))
+        warnings.warn(
+            f"The latent '{some}' flows into `{found[some]}`, where the density may jump. JAX traces the arguments, so "
+            "that this cannot be tried. If it jumps, pathwise gradients are biased: pass "
+            f"`score_sites={{'{some}'}}`. If it does not, pass `score_sites=()`.",
+            stacklevel=5,
+        )
+        return []
+    if not found:
+        return []
+
+    def look(params: dict[str, Any], rng_key: Array) -> list[Array]:
+        def on_line(inputs: tuple[Array, Array]) -> list[Array]:
+            keys = split(inputs[0])
+            first, second = (draw_anywhere(program, params, key, inputs[1]) for key in keys)
+
+            def of(name: str) -> Array:
+                return jumps(lambda value: log_weight({**first, name: value}), first[name], second[name])
+
+            return [of(name) for name in found]
+
+        lines = split(rng_key, LINES), jnp.arange(LINES) % NUM_SOURCES
+        return [x.any() for x in jax.lax.map(on_line, lines)]
+
+    are_jumps = Compiled(look, ONCE)(params, key)
+    jumping = [name for name, is_jump in zip(found, are_jumps) if is_jump]
+    for name in jumping:
+        warnings.warn(
+            f"The density jumps where the latent '{name}' flows into `{found[name]}`. No pathwise gradient sees that, "
+            "so that this latent uses the score function. "
+            f"`score_sites={{{', '.join(map(repr, jumping))}}}` says so without a search, and this warning.",
+            stacklevel=5,
+        )
+    return jumping

@@ -1,0 +1,216 @@
+"""Densities that jump at a continuous latent: found, with kinks told apart, and given unbiased gradients."""
+
+import itertools
+import warnings
+
+import jax
+from jax import random
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.handlers import seed
+from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoNormal
+import optax
+import pytest
+from scipy import stats
+
+from helpers import initial_params
+from numpyro_vimco import AutoMixed, VIMCOStar, fit
+
+X = np.linspace(-2.0, 2.0, 15)
+Y = np.where(X > 0.3, 1.0, -1.0) + 0.3 * np.cos(7 * X)
+
+
+def program(mean):
+    """A latent z, and data whose mean is a function of it."""
+
+    def model():
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(mean(z), 1.0), obs=Y)
+
+    return model
+
+
+def in_loop(z):
+    return jax.lax.fori_loop(0, 3, lambda _, total: total + (X > z), jnp.zeros(15))
+
+
+def in_scan(z):
+    return jax.lax.scan(lambda total, x: (total + jnp.where(x > total, 1.0, 0.0), total), z, X)[1]
+
+
+def hidden(z):
+    return jax.jit(lambda z: jax.lax.cond(z > 0.1, lambda: 1.0, lambda: 0.0))(z) * jnp.ones(15)
+
+
+def spline(z):
+    return jnp.where(z > X, (X - z) ** 2, 0.0)
+
+
+JUMPS = {
+    "threshold": lambda z: jnp.where(X > z, 1.0, -1.0),
+    "heaviside": lambda z: jnp.heaviside(X - z, 0.5),
+    "boolean": lambda z: (X > z).astype(float),
+    "floor": lambda z: jnp.floor(3 * z) * X,
+    "round": lambda z: jnp.round(3 * z) * X,
+    "sign": lambda z: jnp.sign(X - z),
+    "remainder": lambda z: (z + X) % 1.0,
+    "index": lambda z: jnp.asarray(X)[jnp.clip(jnp.asarray(4 * z + 7, int), 0, 14)] * jnp.ones(15),
+    "searchsorted": lambda z: jnp.searchsorted(jnp.asarray(X), z) * jnp.ones(15),
+    "argsort": lambda z: jnp.asarray(X)[jnp.argsort(jnp.array([z, 0.0, 0.4]))[0]] * jnp.ones(15),
+    "loop": in_loop,
+    "scan": in_scan,
+    "cond": hidden,
+}
+KINKS = {
+    "linear": lambda z: z * X,
+    "relu": lambda z: jax.nn.relu(X - z),
+    "absolute value": lambda z: jnp.abs(X - z),
+    "clip": lambda z: jnp.clip(z * X, -1.0, 1.0),
+    "spline by where": spline,
+    "sort": lambda z: jnp.sort(jnp.array([z, 0.0, 0.4]))[1] * X,
+    "interpolation": lambda z: jnp.interp(z, X, X**2) * jnp.ones(15),
+    "normal distribution function": lambda z: jax.scipy.special.ndtr(z * X),
+    "logarithm of it": lambda z: jax.scipy.special.log_ndtr(5 * z * X),
+    "softplus": lambda z: jax.nn.softplus(z * X),
+    "maximum": lambda z: jnp.maximum(z, X),
+    "data against data": lambda z: z * jnp.where(X > 0, 1.0, -1.0),
+    "logsumexp": lambda z: jax.nn.logsumexp(jnp.stack([z * X, z + X]), axis=0),
+}
+
+
+def found(model, guide=None, **kwargs):
+    objective = VIMCOStar(num_particles=4, **kwargs)
+    guide = AutoNormal(model) if guide is None else guide
+    params = initial_params(model, guide)
+    return objective.with_score_sites(params, model, guide).score_sites
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_jumps_are_found(name):
+    with pytest.warns(UserWarning, match="The density jumps where the latent 'z' flows into `"):
+        assert found(program(JUMPS[name])) == {"z"}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_kinks_are_none(name):
+    assert found(program(KINKS[name])) == set()
+
+
+def two_latents():
+    cut = numpyro.sample("cut", dist.Normal(0.0, 1.0))
+    with numpyro.plate("side", 2):
+        level = numpyro.sample("level", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(jnp.where(X > cut, level[1], level[0]), 0.5), obs=Y)
+
+
+def test_only_the_latent_that_jumps_is_named_and_what_is_said_is_taken():
+    with pytest.warns(UserWarning, match=r"score_sites=\{'cut'\}"):
+        assert found(two_latents) == {"cut"}
+    assert found(two_latents, score_sites=()) == set()
+    assert found(two_latents, score_sites="level") == {"level"}
+    objective = VIMCOStar(num_particles=4, score_sites={"cuts"})
+    guide = AutoNormal(two_latents)
+    with pytest.raises(
+        ValueError, match=r"`score_sites` names 'cuts', but the latents of the guide are 'cut', 'level'"
+    ):
+        objective.loss(random.key(0), initial_params(two_latents, guide), two_latents, guide)
+
+
+def test_where_arguments_are_traced_a_warning_says_that_nothing_was_tried():
+    def model(x):
+        cut = numpyro.sample("cut", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(jnp.where(x > cut, 1.0, 0.0), 0.5), obs=Y)
+
+    guide = AutoNormal(model)
+    seed(guide, 0)(X)
+    params = {"cut_auto_loc": jnp.array(0.0), "cut_auto_scale": jnp.array(0.1)}
+    with pytest.warns(UserWarning, match="JAX traces the arguments"):
+        jax.jit(lambda x: VIMCOStar(num_particles=4).loss(random.key(0), params, model, guide, x))(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VIMCOStar(num_particles=4, score_sites={"cut"}).loss(random.key(0), params, model, guide, X)
+
+
+@pytest.mark.parametrize("doubly_reparameterized", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_gradient_is_that_of_the_exact_bound(doubly_reparameterized, alpha, x64):
+    """A threshold and a smooth latent; the exact bound of two particles is by quadrature.
+
+    400,000 draws; 5.5 standard errors are passed less than once in ten million runs. Pathwise gradients of the
+    threshold alone are off by more than 60 of these.
+    """
+    x = np.array([-1.0, 0.2, 0.8])
+    y = np.array([0.1, 0.2, 1.3])
+
+    def model():
+        cut = numpyro.sample("cut", dist.Normal(0.0, 1.0))
+        slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(jnp.where(x > cut, 1.0, 0.0) + slope * x, 0.7), obs=y)
+
+    def guide():
+        loc = numpyro.param("loc", jnp.array(0.3))
+        scale = numpyro.param("scale", jnp.array(0.6), constraint=dist.constraints.positive)
+        cut = numpyro.sample("cut", dist.Normal(loc, scale))
+        numpyro.sample("slope", dist.Normal(numpyro.param("slope_loc", jnp.array(0.2)) + 0.5 * cut, 0.5))
+
+    params = {"loc": 0.3, "scale": 0.6, "slope_loc": 0.2}
+    # Gauss-Legendre between the data, where the density is smooth; two particles are four dimensions: the slope is
+    # drawn given the cut, so that the nodes of both are its own.
+    edges = np.array([-5.0, -1.0, 0.2, 0.8, 5.0])
+    nodes, weights = np.polynomial.legendre.leggauss(12)
+    cut = np.concatenate([(b - a) / 2 * nodes + (a + b) / 2 for a, b in itertools.pairwise(edges)])
+    of_cut = np.concatenate([(b - a) / 2 * weights for a, b in itertools.pairwise(edges)])
+    e, of_e = np.polynomial.hermite_e.hermegauss(10)
+    of_e = of_e / of_e.sum()
+
+    def bound(loc, scale, slope_loc):
+        c = cut[:, None]
+        slope = slope_loc + 0.5 * c + 0.5 * e
+        log_q = stats.norm.logpdf(c, loc, scale) + stats.norm.logpdf(slope, slope_loc + 0.5 * c, 0.5)
+        log_p = stats.norm.logpdf(c) + stats.norm.logpdf(slope)
+        for xi, yi in zip(x, y):
+            log_p = log_p + stats.norm.logpdf(yi, (xi > c) + slope * xi, 0.7)
+        probability = (of_cut[:, None] * stats.norm.pdf(c, loc, scale) * of_e).ravel()
+        log_w = (log_p - log_q).ravel()
+        if alpha == 1:
+            return probability @ log_w
+        both = np.logaddexp((1 - alpha) * log_w[:, None], (1 - alpha) * log_w) - np.log(2)
+        return probability @ both @ probability / (1 - alpha)
+
+    h = 1e-4
+    wanted = {
+        name: (bound(**{**params, name: params[name] + h}) - bound(**{**params, name: params[name] - h})) / (2 * h)
+        for name in params
+    }
+    objective = VIMCOStar(alpha, 2, score_sites={"cut"}, doubly_reparameterized=doubly_reparameterized)
+
+    def gradient(key):
+        return jax.grad(lambda params: -objective.loss(key, params, model, guide))(params)
+
+    draws = jax.jit(lambda keys: jax.lax.map(gradient, keys, batch_size=10_000))(random.split(random.key(0), 400_000))
+    for name, values in draws.items():
+        error = values.std() / np.sqrt(len(values))
+        assert abs(values.mean() - wanted[name]) < 5.5 * error + 1e-5, name
+        assert error < 0.01
+
+
+@pytest.mark.long
+def test_fit_of_a_threshold():
+    """The verdict is "good", and the ESS above a half, where pathwise gradients had 7%."""
+    svi = SVI(two_latents, AutoMixed(two_latents), optax.adam(0.02), VIMCOStar(0.5, 64))
+    with pytest.warns(UserWarning, match="latent 'cut'"):
+        posterior = fit(svi, random.key(0), 2000, progress_bar=False)
+    cut = np.linspace(-6, 6, 20_001)
+    side = np.searchsorted(np.sort(X), cut)
+    log_p = stats.norm.logpdf(cut)
+    for i, x in enumerate(range(16)):
+        for part in (Y[:x], Y[x:]):
+            cov = 0.25 * np.eye(len(part)) + 1.0
+            log_p[side == i] += stats.multivariate_normal.logpdf(part, cov=cov) if len(part) else 0.0
+    log_evidence = np.log(np.sum(np.exp(log_p)) * (cut[1] - cut[0]))
+    assert posterior.verdict == "good"
+    assert abs(posterior.log_evidence - log_evidence) < 5.5 * posterior.log_evidence_std_error
+    assert posterior.ess / posterior.diagnostics.num_draws > 0.5
