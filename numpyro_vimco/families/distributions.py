@@ -81,12 +81,13 @@ class IntervalCategorical(dist.CategoricalLogits):
 
 class DiscretizedLogistic(dist.Distribution):
     r"""
-    The integers k ≥ ``low``, with the probability that a logistic variable, known to be above ``low`` - ½, rounds to
-    k. With :math:`\sigma` the logistic function, :math:`a = (k - \frac12 - loc) / scale`,
-    :math:`b = (k + \frac12 - loc) / scale` and :math:`a_0` the value of a at ``low``,
+    The integers k from ``low`` to ``high``, with the probability that a logistic variable, known to be from ``low`` - ½
+    to ``high`` + ½, rounds to k. With :math:`\sigma` the logistic function, :math:`a = (k - \frac12 - loc) / scale`,
+    :math:`b = (k + \frac12 - loc) / scale`, and :math:`a_0` and :math:`b_1` what a is at ``low`` and b at ``high``,
 
-    .. math:: P(k) = \frac{\sigma(b) - \sigma(a)}{\sigma(-a_0)}
-                   = \frac{\sigma(b) \, \sigma(-a) \, (1 - e^{-1/scale})}{\sigma(-a_0)},
+    .. math:: P(k) = \frac{\sigma(b) - \sigma(a)}{\sigma(b_1) - \sigma(a_0)}
+                   = \frac{\sigma(b) \, \sigma(-a) \, (1 - e^{-1/scale})}
+                          {\sigma(b_1) \, \sigma(-a_0) \, (1 - e^{-(high - low + 1)/scale})},
 
     where the second form, in logarithms, loses no digits in the tails. As ``scale`` falls to 0 it becomes the one
     integer next to ``loc``: it can be narrower than a Poisson distribution of the same mean, and wider. Its upper tail
@@ -101,24 +102,30 @@ class DiscretizedLogistic(dist.Distribution):
     :param loc: centre of the logistic distribution.
     :param scale: its scale, positive; its standard deviation is :math:`\pi/\sqrt 3 \approx 1.8` times that.
     :param low: smallest integer. Defaults to 0.
+    :param high: largest integer. Defaults to None, for no such bound.
     """
 
     arg_constraints = {
         "loc": constraints.real,
         "scale": constraints.positive,
         "low": constraints.dependent(is_discrete=True, event_dim=0),
+        "high": constraints.dependent(is_discrete=True, event_dim=0),
     }
-    pytree_data_fields = ("loc", "scale", "low")
+    pytree_data_fields = ("loc", "scale", "low", "high")
 
-    def __init__(self, loc, scale, low=0, *, validate_args=None):
-        self.loc, self.scale, self.low = promote_shapes(loc, scale, low)
-        shape = jnp.broadcast_shapes(jnp.shape(loc), jnp.shape(scale), jnp.shape(low))
+    def __init__(self, loc, scale, low=0, high=None, *, validate_args=None):
+        bounds = (low,) if high is None else (low, high)
+        self.loc, self.scale, self.low, *highest = promote_shapes(loc, scale, *bounds)
+        self.high = highest[0] if highest else None
+        shape = jnp.broadcast_shapes(*map(jnp.shape, (loc, scale, *bounds)))
         super().__init__(batch_shape=shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self):
-        """All integers from ``low`` on."""
-        return constraints.integer_greater_than(self.low)
+        """All integers from ``low`` to ``high``."""
+        if self.high is None:
+            return constraints.integer_greater_than(self.low)
+        return constraints.integer_interval(self.low, self.high)
 
     @property
     def _whole(self):
@@ -131,9 +138,16 @@ class DiscretizedLogistic(dist.Distribution):
         return ((value - self._whole) - (0.5 + rest)) / self.scale
 
     @property
-    def _log_above(self):
-        """Log-probability that the logistic variable is above ``low`` - ½."""
-        return log_sigmoid(-self._standardized(self.low))
+    def _log_parts(self):
+        """Log-probabilities that the logistic variable is below, within and above the bounds; None without one."""
+        lowest = self._standardized(self.low)
+        if self.high is None:
+            return log_sigmoid(lowest), log_sigmoid(-lowest), None
+        highest = self._standardized(self.high + 1)
+        within = (
+            log_sigmoid(highest) + log_sigmoid(-lowest) + _log_expm1_of_minus((self.high - self.low + 1) / self.scale)
+        )
+        return log_sigmoid(lowest), within, log_sigmoid(-highest)
 
     def sample(self, key, sample_shape=()):
         """Draw integers of shape ``(*sample_shape, *batch)``."""
@@ -143,25 +157,36 @@ class DiscretizedLogistic(dist.Distribution):
     def log_prob(self, value):
         """Log-probability in nats."""
         below, width = self._standardized(value), 1 / self.scale
-        return log_sigmoid(below + width) + log_sigmoid(-below) + jnp.log(-jnp.expm1(-width)) - self._log_above
+        log_prob = log_sigmoid(below + width) + log_sigmoid(-below) + _log_expm1_of_minus(width) - self._log_parts[1]
+        return log_prob if self.high is None else jnp.where(value > self.high, -jnp.inf, log_prob)
 
     def icdf(self, q):
         """The smallest integer whose cumulative probability is at least ``q``, from 0 to below 1.
 
-        :raises ValueError: for another ``q``, unless it is traced: no integer has a cumulative probability of 1.
+        :raises ValueError: for another ``q``, unless it is traced: without ``high``, no integer has a cumulative
+            probability of 1.
         """
-        if not_jax_tracer(q) and not np.all((np.asarray(q) >= 0) & (np.asarray(q) < 1)):
+        if self.high is None and not_jax_tracer(q) and not np.all((np.asarray(q) >= 0) & (np.asarray(q) < 1)):
             raise ValueError(
                 f"`q` is {q}, but a DiscretizedLogistic has quantiles from 0 to below 1: it has no largest integer."
             )
         return self._icdf(q)
 
     def _icdf(self, q):
-        log_survival = jnp.log1p(-q) + self._log_above
-        logit = jnp.log(-jnp.expm1(log_survival)) - log_survival
+        below, within, above = self._log_parts
+        log_survival = jnp.log1p(-q) + within
+        if above is not None:
+            log_survival = jnp.logaddexp(above, log_survival)
+        logit = jnp.logaddexp(below, jnp.log(q) + within) - log_survival
         difference = jnp.ceil(self.loc - jnp.floor(self.loc) + self.scale * logit - 0.5)
         largest = jnp.iinfo(jnp.result_type(int)).max - jnp.maximum(self._whole, 0)
-        return jnp.maximum(self._whole + jnp.minimum(difference.astype(largest.dtype), largest), self.low)
+        value = jnp.maximum(self._whole + jnp.minimum(difference.astype(largest.dtype), largest), self.low)
+        return value if self.high is None else jnp.minimum(value, self.high)
+
+
+def _log_expm1_of_minus(x):
+    """log(1 - exp(-x)) for positive x."""
+    return jnp.log(-jnp.expm1(-x))
 
 
 class DiscretizedLogisticMixture(dist.Distribution):
@@ -172,6 +197,7 @@ class DiscretizedLogisticMixture(dist.Distribution):
     :param loc: centres, as in :class:`DiscretizedLogistic`, of the same shape.
     :param scale: scales, of the same shape.
     :param low: smallest integer, of a shape that broadcasts to ``batch``. Defaults to 0.
+    :param high: largest integer, of such a shape. Defaults to None, for no such bound.
     """
 
     arg_constraints = {
@@ -179,22 +205,26 @@ class DiscretizedLogisticMixture(dist.Distribution):
         "loc": constraints.real_vector,
         "scale": constraints.independent(constraints.positive, 1),
         "low": constraints.dependent(is_discrete=True, event_dim=0),
+        "high": constraints.dependent(is_discrete=True, event_dim=0),
     }
-    pytree_data_fields = ("logits", "loc", "scale", "low")
+    pytree_data_fields = ("logits", "loc", "scale", "low", "high")
 
-    def __init__(self, logits, loc, scale, low=0, *, validate_args=None):
+    def __init__(self, logits, loc, scale, low=0, high=None, *, validate_args=None):
         self.logits, self.loc, self.scale = jnp.broadcast_arrays(logits, loc, scale)
-        self.low = low
+        self.low, self.high = low, high
         super().__init__(batch_shape=self.logits.shape[:-1], validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self):
-        """All integers from ``low`` on."""
-        return constraints.integer_greater_than(self.low)
+        """All integers from ``low`` to ``high``."""
+        if self.high is None:
+            return constraints.integer_greater_than(self.low)
+        return constraints.integer_interval(self.low, self.high)
 
     @property
     def _components(self):
-        return DiscretizedLogistic(self.loc, self.scale, jnp.asarray(self.low)[..., None])
+        low, high = (None if bound is None else jnp.asarray(bound)[..., None] for bound in (self.low, self.high))
+        return DiscretizedLogistic(self.loc, self.scale, low, high)
 
     def sample(self, key, sample_shape=()):
         """Draw integers of shape ``(*sample_shape, *batch)``."""

@@ -21,6 +21,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.util import not_jax_tracer
 
 from numpyro_vimco.compilation import at_once
+from numpyro_vimco.families.bounds import Bounds, base
 from numpyro_vimco.families.components import Components, components_of_prior, spread_components
 from numpyro_vimco.families.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, IntervalCategorical
 from numpyro_vimco.families.units import PositiveInUnits, concrete
@@ -57,8 +58,11 @@ class Boolean:
         """
         return {"logits": constraints.real}
 
-    def distribution(self, logits: Array) -> dist.Distribution:
-        """The distribution with these parameters."""
+    def distribution(self, logits: Array, within: Bounds | None = None) -> dist.Distribution:
+        """The distribution with these parameters.
+
+        :param within: what its values are cut to. A Boolean has no bounds that move.
+        """
         return dist.BernoulliLogits(logits)
 
     def shifted(self, shifts: Array, logits: Array) -> dict[str, Array]:
@@ -98,7 +102,11 @@ class Interval:
     def constraints(self, start, stem):
         return {"logits": constraints.real_vector}
 
-    def distribution(self, logits):
+    def distribution(self, logits, within=None):
+        if within is not None:
+            values = np.asarray(self.low)[..., None] + np.arange(self.num_values)
+            outside = (values < within.low[..., None]) | (values > within.high[..., None])
+            logits = jnp.where(outside, jnp.finfo(logits.dtype).min, logits)
         return IntervalCategorical(logits, self.low, self.high)
 
     def shifted(self, shifts, logits):
@@ -133,7 +141,7 @@ class Count:
     Location and scale are positive, so that a step of an optimiser changes them by a fraction of what they are. Methods
     and attributes are those of :class:`Boolean`.
 
-    :ivar low: smallest value, an integer, or an array with one for each element.
+    :ivar low: smallest value, an integer, or an array with one for each element. Where bounds move, draws may be less.
     :ivar loc: median of the prior above ``low``, for each element.
     :ivar scale: scale of the prior, for each element.
     """
@@ -183,8 +191,8 @@ class Count:
         log = np.log if isinstance(loc, np.ndarray) else jnp.log
         return {"loc": PositiveInUnits(log(loc), unit, f"{stem}_scale"), "scale": constraints.positive}
 
-    def distribution(self, loc, scale):
-        return DiscretizedLogistic(self.low + loc, scale, self.low)
+    def distribution(self, loc, scale, within=None):
+        return DiscretizedLogistic(self.low + loc, scale, *(within or (self.low,)))
 
     def shifted(self, shifts, loc, scale):
         of_loc = _relative(loc, scale) * shifts[..., 0]
@@ -204,7 +212,7 @@ class Count:
     def features(self, value):
         # A difference of integers loses no digits.
         centre = jnp.round(jnp.mean(self.low + self.loc)).astype(jnp.result_type(int))
-        above = (value - self.low).astype(float)
+        above = jnp.maximum(value - self.low, 0).astype(float)
         standardized = (value - centre) / jnp.mean(self.scale)
         logarithm = jnp.log1p(above) - jnp.log1p(jnp.mean(self.loc))
         return jnp.stack([standardized, logarithm, 1 / (1 + above), (above == 0).astype(float)], axis=-1)
@@ -232,8 +240,9 @@ class CountMixture(Count):
         location = {name: start[name] for name in ("loc", "scale")}
         return {"logits": constraints.real_vector, **super().constraints(location, stem)}
 
-    def distribution(self, logits, loc, scale):
-        return DiscretizedLogisticMixture(logits, jnp.asarray(self.low)[..., None] + loc, scale, self.low)
+    def distribution(self, logits, loc, scale, within=None):
+        loc = jnp.asarray(self.low)[..., None] + loc
+        return DiscretizedLogisticMixture(logits, loc, scale, *(within or (self.low,)))
 
     def shifted(self, shifts, logits, loc, scale):
         return {"logits": logits, **super().shifted(shifts[..., None, :], loc=loc, scale=scale)}
@@ -271,18 +280,18 @@ class PriorDraws(dist.Distribution):
         return jnp.log((number + 1) / len(self.draws))  # in proportion
 
 
-def with_prior_draws(site: dict, draws: dict[str, Array], least: dict[str, np.ndarray]) -> dict:
-    """A discrete site whose distribution are draws of its prior, above the least value that the data admit.
+def with_prior_draws(site: dict, draws: dict[str, Array], covers: dict[str, constraints.Constraint]) -> dict:
+    """A discrete site whose distribution are draws of its prior.
 
     :param draws: by site; others stay as they are.
+    :param covers: the support of each site; draws below it are at its smallest value.
     """
     name = site["name"]
-    if name not in draws or site["fn"].event_dim:
+    if name not in draws:
         return site
-    support = site["fn"].support
-    if name in least:
-        support = constraints.integer_greater_than(least[name])
-    return {**site, "fn": PriorDraws(jnp.maximum(draws[name], least.get(name, draws[name])), support)}
+    support = covers[name]
+    low = getattr(support, "lower_bound", draws[name])
+    return {**site, "fn": PriorDraws(jnp.maximum(draws[name], low), support).to_event(site["fn"].event_dim)}
 
 
 def has_common_bounds(family: Family) -> bool:
@@ -302,8 +311,7 @@ def family_of(site: dict, rng_key: Array, number: int | None = None) -> Family:
         support = site["fn"].support
     except NotImplementedError:
         raise _no_automatic_guide_error(site) from None
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base(support)
     if isinstance(support, type(constraints.boolean)):
         return Boolean()
     if isinstance(support, constraints.integer_interval):
@@ -320,6 +328,44 @@ def bounds_error(site: dict, why: str) -> ValueError:
         "IntervalCategorical(logits, low, high) of numpyro_vimco.distributions, say; "
         f"AutoMixed(numpyro.handlers.block(model, hide=['{site['name']}'])) can guide the others."
     )
+
+
+def moving_support_error(site: dict, why: str) -> ValueError:
+    """A site whose support depends on latents that a guide does not draw before it.
+
+    :param why: that is so.
+    """
+    name = site["name"]
+    if not site["fn"].support.is_discrete:
+        return ValueError(
+            f"The support of the continuous site '{name}' depends on other latents, and {why}, so that the guide "
+            "cannot know it. Write the model with a site whose support is fixed (Uniform(0, 1), say) and scale it, or "
+            f"write a guide by hand for this site; AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide "
+            "the others."
+        )
+    return ValueError(
+        f"The bounds of the discrete site '{name}' depend on other latents, and {why}, so that the guide cannot know "
+        "its support. Write one by hand that draws these latents first, and then the site within the same bounds:\n\n"
+        f"    others = AutoMixed(numpyro.handlers.block(model, hide=['{name}']))\n\n"
+        "    def guide(*args, **kwargs):\n"
+        "        latents = others(*args, **kwargs)\n"
+        f"{_within_bounds(site)}"
+    )
+
+
+def _within_bounds(site: dict) -> str:
+    """Lines of a guide by hand that draw a site above a bound that other latents decide."""
+    name, shape, event_dim = site["name"], jnp.shape(site["value"]), site["fn"].event_dim
+    is_interval = isinstance(base(site["fn"].support), constraints.integer_interval)
+    event = f".to_event({event_dim})" if event_dim else ""
+    lines = [
+        "from numpyro_vimco.distributions import DiscretizedLogistic",
+        f"{'low, high' if is_interval else 'low'} = ...  # from the latents",
+        f"loc = numpyro.param('{name}_loc', jnp.ones({shape}), constraint=dist.constraints.positive)",
+        f"q = DiscretizedLogistic(low + loc, 1.0, {'low, high' if is_interval else 'low'})",
+        f"numpyro.sample('{name}', q{event})  # in its plates",
+    ]
+    return "".join(f"        {line}\n" for line in lines)
 
 
 def _no_automatic_guide_error(site: dict) -> NotImplementedError:

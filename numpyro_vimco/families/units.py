@@ -14,6 +14,7 @@ fit, up to rounding.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -121,17 +122,30 @@ def units_of(guide_trace: Mapping[str, dict]) -> dict[str, RealInUnits]:
     return {name: constraint for name, constraint in found.items() if isinstance(constraint, RealInUnits)}
 
 
-def prior_draws(model: Callable, args: tuple, kwargs: dict, names: Iterable[str]) -> dict[str, Array]:
+def unconstrained(site: dict) -> Array:
+    """The value of a continuous latent in unconstrained space."""
+    return biject_to(site["fn"].support).inv(site["value"])
+
+
+def prior_draws(
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    names: Iterable[str],
+    value: Callable[[dict], Array] = itemgetter("value"),
+) -> dict[str, Array]:
     """Draws of the prior of some latents, of shape ``(draws, *shape)``, the same at each call.
 
     An improper prior gives NumPyro's ``init_to_uniform``.
+
+    :param value: what is returned of a site.
     """
     names = list(names)
 
     def draw(rng_key: Array) -> dict[str, Array]:
         with block():
             tr = trace(FromPrior(seed(model, rng_key))).get_trace(*args, **kwargs)
-        return {name: tr[name]["value"] for name in names}
+        return {name: value(tr[name]) for name in names}
 
     size = sum(np.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(draw, jax.random.key(0))))
     number = int(np.clip(PRIOR_SIZE // max(size, 1), 20, PRIOR_DRAWS))

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
-from numpyro.distributions import constraints
 from numpyro.infer import init_to_median
 
 from numpyro_vimco.compilation import at_once
@@ -123,7 +122,7 @@ class AutoDiscrete(StructuralGuide):
             self.take_structure(self.part_of)
         known = self.part_of or self
         sites = [
-            with_prior_draws(site, known.prior_draws, known.least)
+            with_prior_draws(site, known.prior_draws, known.covers)
             for site in self.prototype_trace.values()
             if is_latent_site(site) and is_discrete(site)
         ]
@@ -144,7 +143,7 @@ class AutoDiscrete(StructuralGuide):
             return {k: self._full_size(site, v, event_dim) for k, v in found.items()}
 
         self._start = at_once(lambda: {site["name"]: start(site) for site in sites})
-        self._check_bounds(*args, **kwargs)
+        self._check_bounds()
         self.sites = discrete_sites(self.prototype_trace, self.families, self._start)
         if self.structure == "autoregressive":
             self.sites = self._couple(self.sites, *args, **kwargs)
@@ -153,22 +152,12 @@ class AutoDiscrete(StructuralGuide):
         super()._forget()
         self.families, self._start, self.sites = {}, {}, []
 
-    def _sampler(self) -> Sampler:
-        return Sampler(tuple(self.sites), self.prefix, self.coupling_speed, self.rank)
+    def _sampler(self, args: tuple, kwargs: dict) -> Sampler:
+        support = self._support_at(args, kwargs)
+        return Sampler(tuple(self.sites), self.prefix, self.coupling_speed, self.rank, support)
 
-    def _check_bounds(self, *args, **kwargs) -> None:
+    def _check_bounds(self) -> None:
         """Raise for bounds that are not known for every element at every call."""
-        latents = {name: site["value"] for name, site in self.prototype_trace.items() if is_latent_site(site)}
-        if moving := self._moving_supports(self.families, latents, *args, **kwargs):
-            raise ValueError(
-                f"The bounds of the discrete site '{moving[0]}' depend on other latents, so that no automatic guide "
-                "can know its support. Write one by hand that draws these latents first, and then the site within the "
-                "same bounds:\n\n"
-                f"    others = AutoMixed(numpyro.handlers.block(model, hide={moving}))\n\n"
-                "    def guide(*args, **kwargs):\n"
-                "        latents = others(*args, **kwargs)\n"
-                f"{''.join(_within_bounds(self.prototype_trace[name]) for name in moving)}"
-            )
         for name, family in self.families.items():
             site = self.prototype_trace[name]
             subsampled = [f for f in site["cond_indep_stack"] if f.size != self._full_plate_size(f.name)]
@@ -182,7 +171,7 @@ class AutoDiscrete(StructuralGuide):
         :return: the samples, keyed by site.
         """
         with self._known_structure(args, kwargs):
-            return self._draw_in_guide(self._sampler(), *args, **kwargs)
+            return self._draw_in_guide(self._sampler(args, kwargs), *args, **kwargs)
 
     def _params(self, name: str, params: dict[str, Any]) -> dict[str, Any]:
         return {k: params[f"{name}_{self.prefix}_{k}"] for k in self._start[name]}
@@ -191,7 +180,7 @@ class AutoDiscrete(StructuralGuide):
         """As in NumPyro. Deterministic sites are included if all latents of the model are discrete."""
         with self._known_structure(args, kwargs):
             draw_key, rng_key = split(rng_key)
-            samples = self._draw_at_params(self._sampler(), draw_key, params, sample_shape)
+            samples = self._draw_at_params(self._sampler(args, kwargs), draw_key, params, sample_shape)
             return self._with_deterministic(rng_key, params, samples, sample_shape, args, kwargs)
 
     def median(self, params) -> dict[str, Array]:
@@ -214,35 +203,3 @@ class AutoDiscrete(StructuralGuide):
                 ndim = jnp.ndim(self.prototype_trace[name]["value"])
                 result[name] = family.quantile(q.reshape(-1, *(1,) * ndim), **self._params(name, params))
         return result
-
-
-def _within_bounds(site: dict) -> str:
-    """Lines of a guide by hand that draw a site within bounds that other latents decide, by the kind of its support."""
-    name, shape, support, event_dim = site["name"], jnp.shape(site["value"]), site["fn"].support, site["fn"].event_dim
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    low, high = ("low", "high") if not shape else ("low[..., None]", "high[..., None]")
-    if not isinstance(support, constraints.integer_interval):
-        bounds, proposal = "low", "DiscretizedLogistic(low + loc, 1.0, low)"
-        lines = [
-            "from numpyro_vimco.distributions import DiscretizedLogistic",
-            f"loc = numpyro.param('{name}_loc', jnp.ones({shape}), constraint=dist.constraints.positive)",
-        ]
-    elif isinstance(support.lower_bound, int) and support.lower_bound == 0:
-        bounds, proposal = "high", "dist.Binomial(high, logits=logits)"
-        lines = [f"logits = numpyro.param('{name}_logits', jnp.full({shape}, 0.1))"]
-    else:
-        bounds, proposal = "low, high", "IntervalCategorical(logits, values[0], values[-1])"
-        lines = [
-            "from numpyro_vimco.distributions import IntervalCategorical",
-            "values = jnp.arange(least, largest + 1)  # all that it can ever have",
-            f"logits = numpyro.param('{name}_logits', jnp.zeros((*{shape}, len(values))))",
-            f"logits = jnp.where((values < {low}) | (values > {high}), -1e9, logits)",
-        ]
-    event = f".to_event({event_dim})" if event_dim else ""
-    lines = [
-        f"{bounds} = ...  # from the latents",
-        *lines,
-        f"numpyro.sample('{name}', {proposal}{event})  # in its plates",
-    ]
-    return "".join(f"        {line}\n" for line in lines)

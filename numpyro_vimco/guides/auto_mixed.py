@@ -30,7 +30,7 @@ from numpyro.infer.autoguide import (
 from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.families.components import Components, components_of_prior, spread_components
-from numpyro_vimco.families.units import concrete, location_and_scale, prior_draws
+from numpyro_vimco.families.units import concrete, location_and_scale, prior_draws, unconstrained
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
 from numpyro_vimco.guides.automatic import AutoNormalFromPrior, is_normal, set_up, values_of
 from numpyro_vimco.guides.least import least_values
@@ -225,10 +225,8 @@ class AutoMixed(StructuralGuide):
         names = {**discrete, **continuous}
         for name in self.num_components.keys() - names.keys():
             raise ValueError(f"`num_components` names '{name}', but the latents are {', '.join(map(repr, names))}.")
-        self._check_continuous(continuous, {**discrete, **continuous}, *args, **kwargs)
-        if counts := [name for name in discrete if name in self.homes]:
-            self.prior_draws = prior_draws(self.model, args, kwargs, counts)
-            self.least = least_values(self.model, args, kwargs, self.prototype_trace, self.prior_draws)
+        for name in continuous:
+            check_no_point_mass(self.prototype_trace[name])
         arguments = self._arguments
         if given := values_of(self.init_loc_fn):
             # One value for each element: a guide of NumPyro has as many locations as it is given.
@@ -279,7 +277,8 @@ class AutoMixed(StructuralGuide):
         before, now = jax.tree.leaves(self._prototype_arguments), jax.tree.leaves((args, kwargs))
         if len(before) == len(now) and all(map(np.array_equal, before, now)):
             return
-        least = least_values(self.model, args, kwargs, self.prototype_trace, self.prior_draws)
+        draws = {name: self.prior_draws[name] for name in self.least}
+        least = least_values(self.model, args, kwargs, self.prototype_trace, draws)
         for name, low in self.least.items():
             if name not in least or least[name].shape != low.shape or (least[name] < low).any():
                 raise ValueError(
@@ -332,9 +331,9 @@ class AutoMixed(StructuralGuide):
 
         def units() -> dict[str, list[Array]]:
             found = {}
-            for name, draws in prior_draws(self.model, args, kwargs, names).items():
+            for name, draws in prior_draws(self.model, args, kwargs, names, unconstrained).items():
                 site = self.prototype_trace[name]
-                both = location_and_scale(jax.vmap(biject_to(site["fn"].support).inv)(draws))
+                both = location_and_scale(draws)
                 event_dim = unconstrained_event_dim(self._parts[-1], name)
                 found[name] = [self._full_size(site, x, event_dim) for x in both]
             return found
@@ -360,20 +359,9 @@ class AutoMixed(StructuralGuide):
 
         return at_once(components)
 
-    def _sampler(self) -> Sampler:
-        return Sampler(tuple(self._sites), self.prefix, self.coupling_speed, self.rank)
-
-    def _check_continuous(self, names: Iterable[str], latents: Samples, *args, **kwargs) -> None:
-        """Raise for continuous sites that no Normal in a fixed unconstrained space can propose."""
-        for name in names:
-            check_no_point_mass(self.prototype_trace[name])
-        for name in self._moving_supports(names, latents, *args, **kwargs):
-            raise ValueError(
-                f"The support of the continuous site '{name}' depends on another latent, so that no automatic guide "
-                "can know it. Write the model with a site whose support is fixed (Uniform(0, 1), say) and scale it, or "
-                "write a guide by hand for this site; "
-                f"AutoMixed(numpyro.handlers.block(model, hide=['{name}'])) can guide the others."
-            )
+    def _sampler(self, args: tuple, kwargs: dict) -> Sampler:
+        support = self._support_at(args, kwargs)
+        return Sampler(tuple(self._sites), self.prefix, self.coupling_speed, self.rank, support)
 
     def _forget(self) -> None:
         super()._forget()
@@ -391,7 +379,7 @@ class AutoMixed(StructuralGuide):
         """
         with self._known_structure(args, kwargs):
             if self._sites:
-                return self._draw_in_guide(self._sampler(), *args, **kwargs)
+                return self._draw_in_guide(self._sampler(args, kwargs), *args, **kwargs)
             if len(self._parts) == 1:
                 return self._parts[0](*args, **kwargs)
             self.plates = self._plates_of_call(*args, **kwargs)
@@ -407,7 +395,7 @@ class AutoMixed(StructuralGuide):
                 return self._parts[0].sample_posterior(rng_key, params, *args, sample_shape=sample_shape, **kwargs)
             *keys, rng_key = split(rng_key, 3)
             if self._sites:
-                samples = self._draw_at_params(self._sampler(), keys[0], params, sample_shape)
+                samples = self._draw_at_params(self._sampler(args, kwargs), keys[0], params, sample_shape)
             else:
                 samples = {}
                 for part, key in zip(self._parts, keys):

@@ -116,14 +116,22 @@ def in_steps(sites: Iterable[Site], homes: Mapping[str, str]) -> list[Site]:
     return found
 
 
-def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list[Site]:
+def autoregressive(
+    sites: Iterable[Site], graph: Graph, local: set[str], bounded_by: Mapping[str, frozenset[str]]
+) -> list[Site]:
     """Each site depends on those before it that the model couples it to.
 
-    The order: sites that are in fewer local plates first; among these, discrete ones first.
+    The order: sites that are in fewer local plates first; among these, discrete ones first. A site comes after those
+    that its support depends on.
+
+    :param bounded_by: these, by site.
     """
     order = sorted(conditional(sites), key=lambda site: (len(plates(site) & local), isinstance(site, ContinuousSite)))
     result: list[Site] = []
-    for site in order:
+    while order:
+        drawn = {site.name for site in result}
+        site = next(site for site in order if bounded_by.get(site.name, frozenset()) <= drawn)
+        order.remove(site)
         parents = graph.parents(site.name, (other.name for other in result))
         dims = tuple(frame.dim for frame in site.site["cond_indep_stack"] if frame.name in local)
         reached = [other for other in result if plates(other) & local <= plates(site) & local]
@@ -131,6 +139,7 @@ def autoregressive(sites: Iterable[Site], graph: Graph, local: set[str]) -> list
             site,
             elements=replace(site.elements, local_dims=dims),
             coupled=tuple(other.name for other in reached if other.name in parents),
+            has_moving_support=site.name in bounded_by,
             # A mixture has no couplings of its elements.
             is_coupled_within=getattr(site, "components", None) is None and graph.is_coupled_within(site.name),
         )

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
+from numpyro.distributions import constraints
+from numpyro.distributions.constraints import Constraint
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
@@ -18,15 +20,18 @@ from numpyro.primitives import Messenger
 from numpyro_vimco.arguments import listed
 from numpyro_vimco.compilation import ONCE, Compiled, at_once
 from numpyro_vimco.control_flow import Given, Scans
-from numpyro_vimco.dependence import dependence
+from numpyro_vimco.families.bounds import Moving, covering, is_of_integers, moving_supports, supports_of
 from numpyro_vimco.families.couplings import Graph, draws_anywhere, local_plates, log_densities
+from numpyro_vimco.families.families import moving_support_error
 from numpyro_vimco.families.supports import check_draws, check_has_support
+from numpyro_vimco.families.units import prior_draws
 from numpyro_vimco.guides.automatic import set_up
+from numpyro_vimco.guides.least import least_values
 from numpyro_vimco.guides.plan import autoregressive, gated, steps_of
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.private.of_numpyro import PrototypeGuide
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import Trace, is_latent_site, is_marked
+from numpyro_vimco.sites import Trace, is_discrete, is_latent_site, is_marked
 
 
 class WithoutMarked(Messenger):
@@ -69,8 +74,14 @@ class StructuralGuide(PrototypeGuide):
     def __init__(self, model: Callable, chains: Collection[str] = (), **kwargs):
         super().__init__(WithoutMarked(model), **kwargs)
         self.chains = frozenset([chains] if isinstance(chains, str) else chains)
+        self._set_unknown()
+
+    def _set_unknown(self) -> None:
         self.homes: dict[str, str] = {}
-        # Of discrete latents of chains: draws of the prior, and the least values that the data admit.
+        # Supports that depend on latents; and of discrete latents the supports to propose from, draws of priors that
+        # are ones given other latents, and the least values that the data admit.
+        self.moving: dict[str, Moving] = {}
+        self.covers: dict[str, Constraint] = {}
         self.prior_draws: Samples = {}
         self.least: dict[str, np.ndarray] = {}
 
@@ -100,7 +111,7 @@ class StructuralGuide(PrototypeGuide):
     def _forget(self) -> None:
         """Drop the structure that this call has found out."""
         self.prototype_trace = self._prototype_arguments = None
-        self.homes, self.prior_draws, self.least = {}, {}, {}
+        self._set_unknown()
         self._was_traced = True
 
     def _find_homes(self, scans: dict[str, int]) -> None:
@@ -172,6 +183,40 @@ class StructuralGuide(PrototypeGuide):
                 )
         self._set_frames({frame.name: frame for frame in frames}, full_sizes)
         self._prototype_arguments, self.begun = (args, kwargs), frozenset(begun)
+        self._find_supports(*args, **kwargs)
+
+    def _find_supports(self, *args, **kwargs) -> None:
+        """Find supports that depend on latents, and those to propose from.
+
+        :raises ValueError: for a support that the guide can neither see nor cover.
+        """
+        latents = {name: site["value"] for name, site in self.prototype_trace.items() if is_latent_site(site)}
+        discrete = [name for name in latents if is_discrete(self.prototype_trace[name])]
+        self.covers = {name: self.prototype_trace[name]["fn"].support for name in discrete}
+        supports = supports_of(self.model, args, kwargs)
+        self.moving = moving_supports(supports, latents)
+        for name in self.moving:
+            if name not in discrete and (why := self._unseen(name)):
+                raise moving_support_error(self.prototype_trace[name], why)
+        named = [name for name in discrete if name in self.homes or name in self.moving]
+        named = [name for name in named if is_of_integers(self.covers[name])]
+        if not named:
+            return
+        self.prior_draws = prior_draws(self.model, args, kwargs, named)
+        left = [name for name in named if name in self.moving]
+        while left:
+            # Those of circles cover each other's values last.
+            name = next((x for x in left if not self.moving[x].parents & (set(left) - {x})), left[0])
+            left.remove(name)
+            others = {other: support for other, support in self.covers.items() if other not in {name, *left}}
+            cover = covering(name, self.moving[name], supports, latents, others, self.prior_draws)
+            is_sure = isinstance(cover, constraints.integer_interval) or not self.moving[name].has_moving_low
+            if not is_sure and (why := self._unseen(name)):
+                raise moving_support_error(self.prototype_trace[name], why)
+            self.covers[name] = cover
+        if counts := {name: self.prior_draws[name] for name in named if name in self.homes}:
+            self.least = least_values(self.model, args, kwargs, self.prototype_trace, counts)
+        self.covers |= {name: constraints.integer_greater_than(least) for name, least in self.least.items()}
 
     def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
         """Sites in the order in which an autoregressive guide draws them, each with the sites it is coupled to."""
@@ -187,7 +232,29 @@ class StructuralGuide(PrototypeGuide):
         graph = Graph.of(evaluate, values)
         local = local_plates(graph, self.prototype_trace, evaluate, draws_anywhere(self.model, args, kwargs, values))
         local |= {steps_of(chain) for chain in self.chains}
-        return gated(autoregressive(sites, graph, local), Compiled(evaluate, ONCE), values, partial(at_once, others))
+        seen = {name: moving.parents for name, moving in self.moving.items() if not self._unseen(name)}
+        ordered = autoregressive(sites, graph, local, seen)
+        return gated(ordered, Compiled(evaluate, ONCE), values, partial(at_once, others))
+
+    def _unseen(self, name: str) -> str | None:
+        """Why the guide does not draw a site after all those that its support depends on; None if it does."""
+        if name in self.homes:
+            return "the steps of a chain are drawn independently"
+        if self.structure != "autoregressive":
+            return f"structure='{self.structure}' draws it independently"
+        reached: set[str] = set()
+        todo = [name]
+        while todo:
+            moving = self.moving.get(todo.pop())
+            todo += (moving.parents if moving else frozenset()) - reached
+            reached |= set(todo)
+        if name in reached:
+            return "they are the same site at other times"
+        for site in (name, *self.moving[name].parents):
+            for frame in self.prototype_trace[site]["cond_indep_stack"]:
+                if frame.size != self._full_plate_size(frame.name):
+                    return f"the plate '{frame.name}' is subsampled"
+        return None
 
     def _check_marginals(self, sites: Iterable[Site]) -> None:
         """Raise unless all sites are independent.
@@ -212,15 +279,13 @@ class StructuralGuide(PrototypeGuide):
             draw = jax.vmap(draw)
         return draw(split(rng_key, sample_shape) if sample_shape else rng_key)
 
-    def _moving_supports(self, names: Iterable[str], latents: dict[str, Array], *args, **kwargs) -> list[str]:
-        """The sites whose support depends on latents."""
-
-        def supports(latents):
-            with block():
-                tr = trace(Given(seed(self.model, 0), latents)).get_trace(*args, **kwargs)
-            return {name: jax.tree.leaves(tr[name]["fn"].support) for name in names}
-
-        return [name for name, found in dependence(supports, latents).items() if found]
+    def _support_at(self, args: tuple, kwargs: dict) -> Callable[[str, Samples], Constraint]:
+        """A function from a site, and the values of those that its support depends on, to its support."""
+        if not args and not kwargs:
+            args, kwargs = self._prototype_arguments
+        values = {name: site["value"] for name, site in self.prototype_trace.items() if is_latent_site(site)}
+        supports = supports_of(self.model, args, kwargs)
+        return lambda name, given: supports({**values, **given})[name]
 
     def _with_deterministic(self, rng_key, params, samples, sample_shape, args, kwargs) -> dict[str, Array]:
         """Samples, and the deterministic sites that follow from them if they are all the latents."""

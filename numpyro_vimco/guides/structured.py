@@ -10,7 +10,7 @@ outside of a local plate has size 1 there, and broadcasts over the plate's eleme
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from numpyro_vimco.families.autoregressive import (
     FullCoupling,
     LowRankCoupling,
 )
+from numpyro_vimco.families.bounds import Bounds
 from numpyro_vimco.families.components import Components
 from numpyro_vimco.families.distributions import InsideSimplex
 from numpyro_vimco.families.families import Count, CountMixture, Family, jitter
@@ -48,6 +49,8 @@ FULL_ENTRIES, RANK = 2**17, 8
 # of a count three scales of its prior from the median. Beyond, scales would grow without bound, and a fit that wants
 # them larger would drive the count there.
 LARGEST = 3.0
+# Of more discrete sites than this, log scales are saturated as those of the elements of one site are.
+FEW = 2
 
 
 class Statements(Protocol):
@@ -126,6 +129,7 @@ class Site(ABC):
     :ivar elements: the order of its elements.
     :ivar coupled: earlier sites that it depends on through couplings.
     :ivar is_coupled_within: whether its elements depend on each other.
+    :ivar has_moving_support: whether the values that it can have depend on earlier sites.
     """
 
     name: str
@@ -135,6 +139,7 @@ class Site(ABC):
     elements: Elements
     coupled: tuple[str, ...] = ()
     is_coupled_within: bool = False
+    has_moving_support: bool = False
 
     @property
     @abstractmethod
@@ -158,12 +163,14 @@ class Sampler:
     :ivar prefix: prefix of the names of parameters.
     :ivar speed: factor on couplings.
     :ivar rank: rank of couplings; None for full matrices up to :data:`FULL_ENTRIES`.
+    :ivar support: from the name of a site, and the values of earlier ones, to its support in the model.
     """
 
     sites: tuple[Site, ...]
     prefix: str
     speed: float
     rank: int | None
+    support: Callable[[str, Samples], constraints.Constraint]
 
     def run(self, statements: Statements) -> Samples:
         """Draw all sites."""
@@ -188,6 +195,10 @@ class Earlier:
     def param(self, site: Site, name: str, start: Any, **kwargs) -> Array:
         """A parameter of a site."""
         return self.statements.param(f"{site.name}_{self.sampler.prefix}_{name}", start, **kwargs)
+
+    def support(self, site: Site) -> constraints.Constraint:
+        """The support of a site at the values that have been drawn."""
+        return self.sampler.support(site.name, self.values) if site.has_moving_support else site.site["fn"].support
 
     def shifts(
         self,
@@ -295,22 +306,26 @@ class DiscreteSite(Site):
             total = jnp.sum(jnp.stack(jnp.broadcast_arrays(*shifts.values())), axis=0)
             shifted = family.shifted(total, **{k: elements.gather(v) for k, v in params.items()})
             params = {k: elements.scatter(value, shape) for k, value in shifted.items()}
-        fn = family.distribution(**params)
+        bounds = Bounds.of(earlier.support(self), shape) if self.has_moving_support else None
+        fn = family.distribution(**params, within=bounds)
         if within is not None:
-            fn = self._autoregressive(params, within, shape)
+            fn = self._autoregressive(params, within, shape, bounds)
         value = earlier.statements.sample(self.name, fn.to_event(self.event_dim))
         return value, elements.gather(family.features(value))
 
-    def _autoregressive(self, params: Samples, within: Coupling, shape: tuple[int, ...]) -> dist.Distribution:
+    def _autoregressive(
+        self, params: Samples, within: Coupling, shape: tuple[int, ...], bounds: Bounds | None
+    ) -> dist.Distribution:
         gather = self.elements.gather
         family = self.family.over(lambda of_elements: gather(np.broadcast_to(of_elements, shape)))
         ordered = {k: gather(value) for k, value in params.items()}
+        cut = None if bounds is None else bounds.map(gather)
 
         def conditional(values: Array) -> dist.Distribution:
             features = limited(family.features(values), self._largest)
-            return family.distribution(**family.shifted(within.apply(features), **ordered))
+            return family.distribution(**family.shifted(within.apply(features), **ordered), within=cut)
 
-        start = gather(jnp.broadcast_to(jnp.asarray(self.family.low), shape))
+        start = gather(jnp.broadcast_to(jnp.asarray(self.family.low), shape)) if cut is None else cut.low
         return AutoregressiveDiscrete(conditional, self.elements, self.family.support, start, shape)
 
 
@@ -377,7 +392,7 @@ class ContinuousSite(Site):
                 elements.gather(jnp.broadcast_to(x, gate.shape)) for x in (loc, unit, shift, spread, gate)
             )
             fn = AutoregressiveNormal(loc_of, unit_of, shift_of, spread_of, gate_of, within, elements, gate.shape)
-        transform = inside(biject_to(self.site["fn"].support))
+        transform = inside(biject_to(earlier.support(self)))
         fn = dist.TransformedDistribution(fn.to_event(self.event_dim), transform)
         value = earlier.statements.sample(self.name, fn)
         return value, elements.gather(gate * (transform.inv(value) - loc) / unit)[..., None]
@@ -427,7 +442,7 @@ class ContinuousSite(Site):
             site = earlier.sites[name]
             assert isinstance(site, DiscreteSite)
             shift = jnp.sum(weights * limited(features, LARGEST), axis=-1)
-            if features.shape[-1] > site.family.num_features:
+            if features.shape[-1] > site.family.num_features or len(self.own) > FEW:
                 of_several = of_several + shift
             else:
                 of_one = of_one + shift
