@@ -1,14 +1,18 @@
-# make demo       variable selection on real data: prints, and saves, what it finds
-# make test       lint, type check and the tests that take seconds: 6 minutes on 2 cores, 4 once programs are compiled
-# make test-long  the others: examples, pages, posteriors with a known truth
-# make test-all   all tests on Python 3.11 and 3.13, which are the oldest and the newest, as far as they are found; those
-#                 of `make test` also with the oldest NumPyro, JAX and ArviZ that pyproject.toml admits
-# make slow       measures all tests, and writes tests/slow.txt, the list of those that are long as they take over 2 s
-# make docs       these pages as a site in docs/_build, warnings as errors
-# make outputs    what pages and examples print, and their pictures, written into docs/ anew
-# make benchmark  the tables of benchmarks/
-# make posteriors all methods on posteriors with a known truth, and their page: hours
-# make dist       wheel and sdist in dist/, tested in an environment of their own
+# make demo          variable selection on real data: prints, and saves, what it finds
+# make test          lint, type check and the tests that take seconds: 6 minutes on 2 cores, 4 once programs are compiled
+# make test-long     the others: examples, pages, posteriors with a known truth
+# make test-all      all tests on Python 3.11 and 3.13, which are the oldest and the newest, as far as they are found;
+#                    and `make test-oldest`
+# make test-oldest   the tests that take seconds, with the oldest NumPyro, JAX and ArviZ that pyproject.toml admits
+# make test-nightly  the same tests with JAX of last night and NumPyro of its main branch, as an early warning
+# make slow          measures all tests, and writes tests/slow.txt, the list of those that are long as they take over 2 s
+# make docs          these pages as a site in docs/_build, warnings as errors
+# make publish-docs  the site, pushed into the folder DOCS_VERSION of the branch gh-pages
+# make outputs       what pages and examples print, and their pictures, written into docs/ anew
+# make benchmark     the tables of benchmarks/
+# make posteriors    all methods on posteriors with a known truth, and their page: hours
+# make dist          wheel and sdist in dist/, tested in an environment of their own
+# make check-tag     whether TAG is v and the version of the package, and the changelog has a section for it
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +20,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test test-long test-all pytest slow lint docs outputs benchmark posteriors dist clean
+.PHONY: demo test test-long test-all test-oldest test-nightly pytest slow lint ruff mypy docs publish-docs outputs \
+  benchmark posteriors dist check-tag clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/variable_selection.py
@@ -36,9 +41,13 @@ slow: $(INSTALLED)
 	  awk '{t = $$1; $$1 = ""; s[$$0] += t} END {for (k in s) if (s[k] > 2) print substr(k, 2)}' | \
 	  grep -vE '^tests/test_(docs|errors|package)\.py' | sort > tests/slow.txt
 
-lint: $(INSTALLED)
+lint: ruff mypy
+
+ruff: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+mypy: $(INSTALLED)
 	$(BIN)/mypy
 
 # One virtual environment for each Python found, on the PATH or under pyenv.
@@ -56,8 +65,20 @@ test-all:
 	done; \
 	test -n "$$found" || { echo "neither Python 3.11 nor 3.13 found"; exit 1; }; \
 	echo "== oldest versions, $$($$oldest --version)"; \
-	sed -n 's/^dependencies = //p' pyproject.toml | grep -o '[a-z]*>=[0-9.]*' | sed 's/>=/==/' > .oldest.txt; \
-	$(MAKE) --no-print-directory pytest PYTHON=$$oldest VENV=.venv-oldest CONSTRAINTS='--constraint .oldest.txt'
+	$(MAKE) --no-print-directory test-oldest PYTHON=$$oldest
+
+test-oldest:
+	sed -n 's/^dependencies = //p' pyproject.toml | grep -o '[a-z]*>=[0-9.]*' | sed 's/>=/==/' > .oldest.txt
+	$(MAKE) --no-print-directory pytest VENV=.venv-oldest CONSTRAINTS='--constraint .oldest.txt'
+
+# Where this index or GitHub cannot be reached: `make test-nightly JAX_INDEX= NUMPYRO=numpyro` tests the newest releases.
+JAX_INDEX ?= --extra-index-url https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/
+NUMPYRO ?= git+https://github.com/pyro-ppl/numpyro
+
+test-nightly:
+	$(MAKE) --no-print-directory .venv-nightly/.installed VENV=.venv-nightly
+	.venv-nightly/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --pre $(JAX_INDEX) jax jaxlib '$(NUMPYRO)'
+	$(MAKE) --no-print-directory pytest VENV=.venv-nightly
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks
@@ -72,6 +93,27 @@ posteriors: $(INSTALLED)
 docs: $(DOCS_INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
 	@echo "Open docs/_build/index.html"
+
+# A folder for each version, `main` or a tag, and a page that lists them. The branch is made if there is none.
+DOCS_VERSION ?= main
+AS_DOCS := git -c user.name=docs -c user.email=docs@example.org
+publish-docs: export DOCS_VERSION := $(DOCS_VERSION)
+
+publish-docs: docs
+	test -n "$(DOCS_VERSION)"
+	rm -rf .gh-pages && git worktree prune
+	git fetch --quiet --depth 1 origin +gh-pages:gh-pages || \
+	  git branch gh-pages $$($(AS_DOCS) commit-tree -m 'No pages yet' $$(git mktree < /dev/null))
+	git worktree add --quiet .gh-pages gh-pages
+	rm -rf .gh-pages/$(DOCS_VERSION)
+	cp -R docs/_build .gh-pages/$(DOCS_VERSION)
+	rm -rf .gh-pages/$(DOCS_VERSION)/.doctrees .gh-pages/$(DOCS_VERSION)/.jupyter_cache
+	cd .gh-pages && touch .nojekyll && \
+	  { echo '<!doctype html><title>numpyro_vimco</title><h1>numpyro_vimco</h1>'; \
+	    ls -d */ | sort -rV | sed 's|\(.*\)/|<p><a href="\1/">\1</a>|'; } > index.html
+	cd .gh-pages && git add --all && (git diff --cached --quiet || $(AS_DOCS) commit --quiet -m "$(DOCS_VERSION)")
+	git push --quiet origin gh-pages
+	git worktree remove --force .gh-pages
 
 # Of examples that take minutes docs/experiments.md and docs/which_objective.md have the results.
 SHORT := variable_selection coal_mining occupancy turtles signal_and_noise mixture_selection
@@ -97,6 +139,11 @@ dist: $(INSTALLED)
 	rm -r .venv-dist/numpyro_vimco-*/numpyro_vimco
 	cd .venv-dist/numpyro_vimco-*/ && ../bin/python -m pytest -n 2
 
+check-tag:
+	@test "$(TAG)" = "v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' numpyro_vimco/__init__.py)" || \
+	  { echo "TAG is '$(TAG)', and not v and the version in numpyro_vimco/__init__.py"; exit 1; }
+	@grep -q "^## \[$(TAG:v%=%)\]" CHANGELOG.md || { echo "CHANGELOG.md has no section [$(TAG:v%=%)]"; exit 1; }
+
 $(INSTALLED): EXTRAS := examples,test
 $(DOCS_INSTALLED): EXTRAS := docs
 $(INSTALLED) $(DOCS_INSTALLED): pyproject.toml
@@ -106,4 +153,4 @@ $(INSTALLED) $(DOCS_INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .oldest.txt .pytest_cache .ruff_cache .mypy_cache dist docs/_build docs/notebooks docs/jupyter_execute
+	rm -rf .venv .venv-* .gh-pages .oldest.txt .pytest_cache .ruff_cache .mypy_cache dist docs/_build docs/notebooks docs/jupyter_execute

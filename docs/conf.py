@@ -1,5 +1,6 @@
 """How Sphinx builds these pages: `make docs`. Nothing is fetched at build time, and the pages need no network."""
 
+import os
 from pathlib import Path
 import sys
 from xml.etree.ElementTree import tostring
@@ -57,7 +58,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "secondary_sidebar_items": {"**": ["page-toc"], **{page: [] for page in WIDE}},
 }
-html_title = f"numpyro_vimco {release}"
+html_title = f"numpyro_vimco {os.getenv('DOCS_VERSION', release)}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
