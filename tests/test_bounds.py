@@ -46,6 +46,18 @@ def truncated_counts():
     numpyro.sample("number", AtLeast(kind, low))
 
 
+def parts_of_a_total():
+    total = numpyro.sample("total", dist.Poisson(2.0))
+    parts = numpyro.sample("parts", dist.Multinomial(total, jnp.array([0.2, 0.3, 0.5]), total_count_max=30))
+    numpyro.sample("y", dist.Normal(parts[0] - parts[2], 1.0), obs=0.3)
+
+
+def parts_of_known_totals():
+    with numpyro.plate("row", 2):
+        parts = numpyro.sample("parts", dist.DirichletMultinomial(jnp.ones(3), jnp.array([3, 2]), total_count_max=3))
+        numpyro.sample("y", dist.Normal(parts[:, 1], 1.0), obs=jnp.array([1.0, 0.0]))
+
+
 class AtLeast(dist.Distribution):
     """A user's distribution: a count of at least ``low``."""
 
@@ -81,6 +93,8 @@ def moved(guide, rng_key):
         (counts, {"number": (2,), "left": (2,)}, 5),
         (parts_of_one_event, {"number": (), "left": (2,)}, 5),
         (truncated_counts, {"low": (), "number": ()}, 5),
+        (parts_of_a_total, {"total": (), "parts": (3,)}, 4),
+        (parts_of_known_totals, {"parts": (2, 3)}, 3),
     ],
 )
 @pytest.mark.parametrize("kind", [AutoMixed, AutoDiscrete])

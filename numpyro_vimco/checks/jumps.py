@@ -34,7 +34,7 @@ COMPARISONS = {"lt", "le", "gt", "ge", "lt_to", "le_to"}
 ROUNDINGS = {"floor", "ceil", "round", "sign", "argmax", "argmin", "rem", "nextafter", "top_k"}
 
 
-def candidates(fn: Callable[[Values], Any], values: Values) -> dict[str, str]:
+def candidates(fn: Callable[[Values], Any], values: dict[str, Any]) -> dict[str, str]:
     """The values that flow into a comparison, a rounding or an index on which the outputs of a function depend.
 
     :return: by name, the first such operation that was found.

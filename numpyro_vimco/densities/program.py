@@ -207,16 +207,14 @@ class Program:
         jax.eval_shape(look, params, rng_key)
         return found[0]
 
-    def path_sites(self, params: dict[str, Any], rng_key: Array) -> list[str]:
-        """The continuous latents through whose samples gradients flow."""
-        found: list[str] = []
+    def path_samples(self, params: dict[str, Any], rng_key: Array) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of the samples of the guide that gradients flow through."""
 
-        def look(params) -> None:
+        def look(params) -> Values:
             latents = filter(is_latent_site, sample_sites(self._trace_guide(params, self._first(rng_key))))
-            found.extend(site["name"] for site in latents if not self._is_by_score(site) and not is_delta(site))
+            return {s["name"]: s["value"] for s in latents if not self._is_by_score(s) and not is_delta(s)}
 
-        jax.eval_shape(look, params)
-        return found
+        return jax.eval_shape(look, params)
 
     def parents_of_deltas(self, params: dict[str, Any], rng_key: Array) -> dict[str, set[str]]:
         """Of each latent guide site that is a Delta, the parameters and drawn sites that its value depends on."""

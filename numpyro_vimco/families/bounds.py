@@ -48,6 +48,19 @@ class Bounds(NamedTuple):
             return cls(low, None)
         return cls(low, jnp.maximum(low, jnp.broadcast_to(support.upper_bound, shape)))
 
+    @classmethod
+    def of_rest(cls, total: Array, values: Array, number: int) -> "Bounds":
+        """The bounds of counts with a given sum, each given those before it: what is left; the last one takes it.
+
+        :param total: of each count its sum, of shape ``(*local, n)``.
+        :param values: the counts, of the same shape.
+        :param number: of counts that have a sum together; these are neighbours.
+        """
+        rows = values.reshape(*values.shape[:-1], -1, number)
+        left = jnp.maximum(total.reshape(rows.shape) - (jnp.cumsum(rows, axis=-1) - rows), 0)
+        low = jnp.where(jnp.arange(number) == number - 1, left, 0)
+        return cls(low.reshape(values.shape), left.reshape(values.shape))
+
     def map(self, fn: Callable[[Array], Array]) -> "Bounds":
         """Both bounds, rearranged."""
         return Bounds(fn(self.low), None if self.high is None else fn(self.high))
@@ -70,6 +83,16 @@ def base(support: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
+
+
+def has_total(support: Any) -> bool:
+    """Whether a support has counts with a given sum, as that of a Multinomial."""
+    return isinstance(base(support), type(constraints.multinomial(1)))
+
+
+def total_of(support: Any) -> Array:
+    """The sum of counts."""
+    return jnp.asarray(base(support).upper_bound)
 
 
 def is_of_integers(support: Any) -> bool:
@@ -104,11 +127,13 @@ def moving_supports(supports: Callable[[Samples], dict[str, Constraint]], latent
         }
 
     found: dict[str, Moving] = {}
+    support_of = supports(latents)
     by_leaf: Mapping[Any, set[str]] = dependence(leaves, latents)
     for (name, i), parents in by_leaf.items():
         if parents:
             before = found.get(name, Moving(frozenset(), False))
-            found[name] = Moving(before.parents | parents, before.has_moving_low or i == 0)
+            is_low = i == 0 and not has_total(support_of[name])
+            found[name] = Moving(before.parents | parents, before.has_moving_low or is_low)
     return found
 
 

@@ -14,6 +14,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.primitives import CondIndepStackFrame
 
 from numpyro_vimco.families.autoregressive import Elements
+from numpyro_vimco.families.bounds import has_total
 from numpyro_vimco.families.components import Components
 from numpyro_vimco.families.couplings import Graph
 from numpyro_vimco.families.families import Boolean, Family, Interval, has_common_bounds
@@ -33,7 +34,13 @@ def discrete_sites(tr: Trace, families: dict[str, Family], starts: dict[str, Sam
         elements = Elements(jnp.ndim(tr[name]["value"]) - event_dim, event_dim, ())
         sites.append(
             DiscreteSite(
-                name=name, site=tr[name], start=starts[name], event_dim=event_dim, elements=elements, family=family
+                name=name,
+                site=tr[name],
+                start=starts[name],
+                event_dim=event_dim,
+                elements=elements,
+                family=family,
+                has_total=has_total(tr[name]["fn"].support),
             )
         )
     return sites

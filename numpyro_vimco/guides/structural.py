@@ -20,7 +20,7 @@ from numpyro.primitives import Messenger
 from numpyro_vimco.arguments import listed
 from numpyro_vimco.compilation import ONCE, Compiled, at_once
 from numpyro_vimco.control_flow import Given, Scans
-from numpyro_vimco.families.bounds import Moving, covering, is_of_integers, moving_supports, supports_of
+from numpyro_vimco.families.bounds import Moving, covering, has_total, is_of_integers, moving_supports, supports_of
 from numpyro_vimco.families.couplings import Graph, draws_anywhere, local_plates, log_densities
 from numpyro_vimco.families.families import moving_support_error
 from numpyro_vimco.families.supports import check_draws, check_has_support
@@ -196,14 +196,18 @@ class StructuralGuide(PrototypeGuide):
         supports = supports_of(self.model, args, kwargs)
         self.moving = moving_supports(supports, latents)
         for name in self.moving:
-            if name not in discrete and (why := self._unseen(name)):
+            is_needed = name not in discrete or has_total(self.covers[name])
+            if is_needed and (why := self._unseen(name)):
                 raise moving_support_error(self.prototype_trace[name], why)
         named = [name for name in discrete if name in self.homes or name in self.moving]
         named = [name for name in named if is_of_integers(self.covers[name])]
+        totals = [name for name in discrete if has_total(self.covers[name])]
+        self.covers |= dict.fromkeys(totals, constraints.integer_greater_than(0))
+        named += totals
         if not named:
             return
         self.prior_draws = prior_draws(self.model, args, kwargs, named)
-        left = [name for name in named if name in self.moving]
+        left = [name for name in named if name in self.moving and name not in totals]
         while left:
             # Those of circles cover each other's values last.
             name = next((x for x in left if not self.moving[x].parents & (set(left) - {x})), left[0])

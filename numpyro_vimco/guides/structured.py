@@ -34,7 +34,7 @@ from numpyro_vimco.families.autoregressive import (
     FullCoupling,
     LowRankCoupling,
 )
-from numpyro_vimco.families.bounds import Bounds
+from numpyro_vimco.families.bounds import Bounds, total_of
 from numpyro_vimco.families.components import Components
 from numpyro_vimco.families.distributions import InsideSimplex
 from numpyro_vimco.families.families import Count, CountMixture, Family, jitter
@@ -263,9 +263,14 @@ class Earlier:
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteSite(Site):
-    """A discrete site: its elements are of one family, with parameters that earlier elements shift."""
+    """A discrete site: its elements are of one family, with parameters that earlier elements shift.
+
+    :ivar has_total: whether its last dimension has a sum that is given, as that of a Multinomial. The counts are drawn
+        one after the other: each is at most what is left, and the last one takes it.
+    """
 
     family: Family
+    has_total: bool = False
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -276,7 +281,7 @@ class DiscreteSite(Site):
     @property
     def depends(self) -> bool:
         """Whether any element depends on another, on an earlier site, or on its mixture component."""
-        return isinstance(self.family, CountMixture) or super().depends
+        return isinstance(self.family, CountMixture) or self.has_total or super().depends
 
     @property
     def _largest(self) -> float | None:
@@ -306,26 +311,35 @@ class DiscreteSite(Site):
             total = jnp.sum(jnp.stack(jnp.broadcast_arrays(*shifts.values())), axis=0)
             shifted = family.shifted(total, **{k: elements.gather(v) for k, v in params.items()})
             params = {k: elements.scatter(value, shape) for k, value in shifted.items()}
-        bounds = Bounds.of(earlier.support(self), shape) if self.has_moving_support else None
-        fn = family.distribution(**params, within=bounds)
-        if within is not None:
-            fn = self._autoregressive(params, within, shape, bounds)
+        fn = self._distribution(earlier.support(self), params, within, shape)
         value = earlier.statements.sample(self.name, fn.to_event(self.event_dim))
         return value, elements.gather(family.features(value))
 
-    def _autoregressive(
-        self, params: Samples, within: Coupling, shape: tuple[int, ...], bounds: Bounds | None
+    def _distribution(
+        self, support: constraints.Constraint, params: Samples, within: Coupling | None, shape: tuple[int, ...]
     ) -> dist.Distribution:
+        """The distribution of all elements.
+
+        :param within: couplings of elements to each other.
+        """
+        bounds = Bounds.of(support, shape) if self.has_moving_support and not self.has_total else None
+        if within is None and not self.has_total:
+            return self.family.distribution(**params, within=bounds)
         gather = self.elements.gather
         family = self.family.over(lambda of_elements: gather(np.broadcast_to(of_elements, shape)))
         ordered = {k: gather(value) for k, value in params.items()}
-        cut = None if bounds is None else bounds.map(gather)
+        cut = bounds and bounds.map(gather)
+        total = gather(jnp.broadcast_to(total_of(support)[..., None], shape)) if self.has_total else None
 
         def conditional(values: Array) -> dist.Distribution:
-            features = limited(family.features(values), self._largest)
-            return family.distribution(**family.shifted(within.apply(features), **ordered), within=cut)
+            shifted = ordered
+            if within is not None:
+                features = limited(family.features(values), self._largest)
+                shifted = family.shifted(within.apply(features), **ordered)
+            of_values = cut if total is None else Bounds.of_rest(total, values, shape[-1])
+            return family.distribution(**shifted, within=of_values)
 
-        start = gather(jnp.broadcast_to(jnp.asarray(self.family.low), shape)) if cut is None else cut.low
+        start = gather(jnp.broadcast_to(jnp.asarray(self.family.low), shape))
         return AutoregressiveDiscrete(conditional, self.elements, self.family.support, start, shape)
 
 

@@ -26,8 +26,8 @@ def jumping_sites(program: Program, params: dict[str, Any], is_traced: bool) -> 
         compared; a warning then names those at which it may jump.
     """
     key = jax.random.key(0)
-    names = program.path_sites(params, key)
-    if not names:
+    samples = program.path_samples(params, key)
+    if not samples:
         return []
 
     def log_weight(values: Values) -> Array:
@@ -41,8 +41,7 @@ def jumping_sites(program: Program, params: dict[str, Any], is_traced: bool) -> 
                 total = total + sign * jnp.sum(log_prob_of_site(site))
         return total
 
-    shapes = jax.eval_shape(lambda key: draw_anywhere(program, params, key, jnp.array(0)), key)
-    found = candidates(log_weight, {name: shapes[name] for name in names if name in shapes})
+    found = candidates(log_weight, samples)
     if found and is_traced:
         some = next(iter(found))
         warnings.warn(
