@@ -1,45 +1,99 @@
-"""A population of counts, seen each year: chains of samples beside its exact posterior.
+"""Time series of counts: chains of samples beside exact posteriors.
 
-python benchmarks/chains.py [--years 30] [--samples 4 8 16] [--seeds 2] [--num-steps 2000]
+python benchmarks/chains.py [population] [survivors] [epidemic] [--steps-in-time 30] [--samples 1 4 8 16] [--seeds 3]
 
-N_1 ~ Poisson(initial), N_t ~ Poisson(growth N_{t-1} + 1), y_t ~ Binomial(N_t, detection). Growth, detection and initial
-abundance are unknown. The truth is a sum over all counts below 220, at each point of a grid of the three. For each
-number K of samples of a step: the verdict, the error of the log evidence in nats, the largest error of the mean of a
-global latent in posterior standard deviations, the ESS, and seconds of processor and of wall for `fit` with its verdict
-and 4,000 draws, compilation counted. K = 1 is a fit without `chain_particles`, in which a path is one particle.
+- *population*: N_1 ~ Poisson(initial), N_t ~ Poisson(growth N_{t-1} + 1), y_t ~ Binomial(N_t, detection).
+- *survivors*: S_t ~ Binomial(N_{t-1}, survival), R_t ~ Poisson(gain), N_t = S_t + R_t, y_t ~ Binomial(N_t, detection):
+  two latents of one step, of which one is bounded by the step before it.
+- *epidemic*: new_t ~ Binomial(50 - I_{t-1}, 1 - exp(-contact I_{t-1} / 50)), still_t ~ Binomial(I_{t-1}, stay), I_t =
+  new_t + still_t, y_t ~ Binomial(new_t, reported): chain-binomial, who recovers can fall ill again.
+
+Three numbers of each are unknown. The truth is a sum over all states, at each point of a grid of the three. For each
+number K of samples of a step and each seed: the verdict, the error of the log evidence in nats, the largest error of
+the mean of a global latent in posterior standard deviations, the ESS, and seconds of processor and of wall for `fit`
+with its verdict and 4,000 draws, compilation counted. K = 1 is a fit without `chain_particles`: a path is one particle.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.infer import SVI
 import optax
+from scipy.special import expit
 from scipy.stats import binom, norm, poisson
 
 from numpyro_vimco import AutoMixed, VIMCOStar, fit
 
-GLOBALS = ("growth", "detection", "initial")
-LARGEST = 220
+SIZE = 50  # of the population of the epidemic
 
 
-def simulated(years):
-    rng = np.random.default_rng(1)
-    counts = [rng.poisson(30)]
-    for _ in range(years - 1):
-        counts.append(rng.poisson(0.97 * counts[-1] + 1.0))
-    return rng.binomial(counts, 0.5)
+def share(name, loc=0.0, scale=0.5):
+    """A number between 0 and 1 whose logit is Normal."""
+    sigmoid = dist.transforms.SigmoidTransform()
+    return numpyro.sample(name, dist.TransformedDistribution(dist.Normal(loc, scale), sigmoid))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A series of counts with an exact posterior.
+
+    :ivar model: from the data; its global latents are those of ``priors``.
+    :ivar chain: a latent of its `scan`.
+    :ivar simulate: from a number of steps to data.
+    :ivar priors: of each global latent its transform from a Normal, and location and scale of that.
+    :ivar grid: the ends of its grid, and its number of points, before the transform.
+    :ivar log_likelihoods: from data, one value of the first two global latents, and an array of the third, to an array.
+    """
+
+    model: Callable
+    chain: str
+    simulate: Callable
+    priors: dict[str, tuple[Callable, float, float]]
+    grid: dict[str, tuple[float, float, int]]
+    log_likelihoods: Callable
+
+    def exact(self, seen):
+        """Log evidence in nats, and mean and standard deviation of each global latent."""
+        points = {name: np.linspace(*self.grid[name]) for name in self.priors}
+        values = {name: transform(points[name]) for name, (transform, _, _) in self.priors.items()}
+        first, second, third = values.values()
+        log_p = np.array([[self.log_likelihoods(seen, a, b, third) for b in second] for a in first])
+        for i, (name, (_, loc, scale)) in enumerate(self.priors.items()):
+            log_p += norm.logpdf(points[name], loc, scale).reshape([-1 if j == i else 1 for j in range(3)])
+        cell = np.prod([x[1] - x[0] for x in points.values()])
+        weight = np.exp(log_p - log_p.max())
+        log_evidence = np.log(weight.sum() * cell) + log_p.max()
+        weight /= weight.sum()
+        moments = {}
+        for i, (name, value) in enumerate(values.items()):
+            marginal = weight.sum(tuple(j for j in range(3) if j != i))
+            assert max(marginal[0], marginal[-1]) < 1e-4 * marginal.max(), f"the grid of {name} is too short"
+            moments[name] = marginal @ value, np.sqrt(marginal @ (value - marginal @ value) ** 2)
+        return log_evidence, moments
+
+
+def forward(first, transition, emissions):
+    """Log-likelihoods for emissions of shape (steps, points, states), by a recursion over all states."""
+    alpha, total = first * emissions[0], 0.0
+    for emission in emissions[1:]:
+        sums = alpha.sum(-1, keepdims=True)
+        total = total + np.log(sums[..., 0])
+        alpha = (alpha / sums) @ transition * emission
+    return total + np.log(alpha.sum(-1))
 
 
 def population(seen):
     growth = numpyro.sample("growth", dist.LogNormal(0.0, 0.2))
-    sigmoid = dist.transforms.SigmoidTransform()
-    detection = numpyro.sample("detection", dist.TransformedDistribution(dist.Normal(0.0, 0.5), sigmoid))
     initial = numpyro.sample("initial", dist.LogNormal(3.0, 0.5))
+    detection = share("detection")
 
     def year(expected, seen):
         count = numpyro.sample("count", dist.Poisson(expected))
@@ -49,53 +103,129 @@ def population(seen):
     scan(year, initial, seen)
 
 
-def log_likelihoods(seen, growth, detection, initial):
-    """At all pairs of detection and initial abundance, by a forward recursion over all counts."""
-    counts = np.arange(LARGEST)
+def population_data(steps):
+    rng = np.random.default_rng(1)
+    counts = [rng.poisson(30)]
+    for _ in range(steps - 1):
+        counts.append(rng.poisson(0.97 * counts[-1] + 1.0))
+    return rng.binomial(counts, 0.5)
+
+
+def of_population(seen, growth, initial, detection):
+    counts = np.arange(220)
     transition = poisson.pmf(counts, growth * counts[:, None] + 1.0)
-    emission = binom.pmf(seen[:, None], counts, detection[:, None, None])
-    forward = poisson.pmf(counts, initial[:, None]) * emission[:, None, 0]
-    total = np.zeros(forward.shape[:2])
-    for year in range(1, len(seen)):
-        sums = forward.sum(-1)
-        total += np.log(sums)
-        forward = (forward / sums[..., None]) @ transition * emission[:, None, year]
-    return total + np.log(forward.sum(-1))
+    return forward(poisson.pmf(counts, initial), transition, binom.pmf(seen[:, None, None], counts, detection[:, None]))
 
 
-def exact(seen, points=(46, 44, 40)):
-    """Log evidence in nats, and mean and standard deviation of each global latent."""
-    ends = (-0.3, 0.15), (-1.9, 2.4), (1.8, 5.2)
-    grids = [np.linspace(*end, number) for end, number in zip(ends, points)]
-    of_grid = np.exp(grids[0]), 1 / (1 + np.exp(-grids[1])), np.exp(grids[2])
-    log_p = np.stack([log_likelihoods(seen, growth, *of_grid[1:]) for growth in of_grid[0]])
-    log_p += norm.logpdf(grids[0], 0, 0.2)[:, None, None] + norm.logpdf(grids[1], 0, 0.5)[:, None]
-    log_p += norm.logpdf(grids[2], 3, 0.5)
-    cell = np.prod([grid[1] - grid[0] for grid in grids])
-    weight = np.exp(log_p - log_p.max())
-    log_evidence = np.log(weight.sum() * cell) + log_p.max()
-    weight /= weight.sum()
-    moments = {}
-    for i, name in enumerate(GLOBALS):
-        marginal = weight.sum(tuple(j for j in range(3) if j != i))
-        mean = marginal @ of_grid[i]
-        moments[name] = mean, np.sqrt(marginal @ (of_grid[i] - mean) ** 2)
-    return log_evidence, moments
+def survivors(seen):
+    survival, gain = share("survival", 1.0), numpyro.sample("gain", dist.LogNormal(2.5, 0.5))
+    detection = share("detection")
+
+    def year(alive, seen):
+        left = numpyro.sample("survivors", dist.Binomial(alive, survival))
+        new = numpyro.sample("recruits", dist.Poisson(gain))
+        numpyro.sample("seen", dist.Binomial(left + new, detection), obs=seen)
+        return left + new, None
+
+    scan(year, 40, seen)
 
 
-def main(years, samples, seeds, num_steps):
-    seen = simulated(years)
-    log_evidence, moments = exact(seen)
-    print(f"{years} years; exact log evidence {log_evidence:.3f} nats")
+def survivors_data(steps):
+    rng, alive, seen = np.random.default_rng(2), 40, []
+    for _ in range(steps):
+        alive = rng.binomial(alive, 0.7) + rng.poisson(12)
+        seen.append(rng.binomial(alive, 0.5))
+    return np.array(seen)
+
+
+def of_survivors(seen, survival, gain, detection):
+    counts = np.arange(130)
+    left = binom.pmf(counts, counts[:, None], survival)
+    transition = left @ poisson.pmf(counts - counts[:, None], gain)
+    emissions = binom.pmf(seen[:, None, None], counts, detection[:, None])
+    return forward(transition[40], transition, emissions)
+
+
+def epidemic(seen):
+    contact, stay = numpyro.sample("contact", dist.LogNormal(0.0, 0.5)), share("stay")
+    reported = share("reported", 0.5)
+
+    def week(ill, seen):
+        risk = 1 - jnp.exp(-contact * ill / SIZE)
+        new = numpyro.sample("new", dist.Binomial(SIZE - ill, risk))
+        still = numpyro.sample("still", dist.Binomial(ill, stay))
+        numpyro.sample("seen", dist.Binomial(new, reported), obs=seen)
+        return new + still, None
+
+    scan(week, 3, seen)
+
+
+def epidemic_data(steps):
+    rng, ill, seen = np.random.default_rng(3), 3, []
+    for _ in range(steps):
+        new = rng.binomial(SIZE - ill, 1 - np.exp(-1.1 * ill / SIZE))
+        ill = new + rng.binomial(ill, 0.5)
+        seen.append(rng.binomial(new, 0.6))
+    return np.array(seen)
+
+
+def of_epidemic(seen, contact, stay, reported):
+    ill = np.arange(SIZE + 1)
+    new = binom.pmf(ill, SIZE - ill[:, None], 1 - np.exp(-contact * ill[:, None] / SIZE))
+    still = binom.pmf(ill, ill[:, None], stay)
+    later = ill - ill[:, None]  # who is still ill, of those ill now and new
+    joint = new[:, :, None] * np.where(later >= 0, still[:, np.maximum(later, 0)], 0)
+    alpha, total = np.zeros((len(reported), SIZE + 1)), 0.0
+    alpha[:, 3] = 1.0
+    for y in seen:
+        alpha = np.einsum("rn,rnm->rm", binom.pmf(y, ill, reported[:, None]), np.tensordot(alpha, joint, axes=1))
+        sums = alpha.sum(-1, keepdims=True)
+        total, alpha = total + np.log(sums[:, 0]), alpha / sums
+    return total
+
+
+PROBLEMS = {
+    "population": Problem(
+        population,
+        "count",
+        population_data,
+        {"growth": (np.exp, 0.0, 0.2), "initial": (np.exp, 3.0, 0.5), "detection": (expit, 0.0, 0.5)},
+        {"growth": (-0.3, 0.15, 46), "initial": (1.6, 5.4, 40), "detection": (-2.2, 2.6, 44)},
+        of_population,
+    ),
+    "survivors": Problem(
+        survivors,
+        "survivors",
+        survivors_data,
+        {"survival": (expit, 1.0, 0.5), "gain": (np.exp, 2.5, 0.5), "detection": (expit, 0.0, 0.5)},
+        {"survival": (-1.2, 3.4, 36), "gain": (0.6, 4.2, 40), "detection": (-2.4, 2.4, 40)},
+        of_survivors,
+    ),
+    "epidemic": Problem(
+        epidemic,
+        "new",
+        epidemic_data,
+        {"contact": (np.exp, 0.0, 0.5), "stay": (expit, 0.0, 0.5), "reported": (expit, 0.5, 0.5)},
+        {"contact": (-1.8, 2.2, 32), "stay": (-2.4, 2.4, 32), "reported": (-2.0, 3.0, 32)},
+        of_epidemic,
+    ),
+}
+
+
+def run(name, steps_in_time, samples, seeds, num_particles, num_steps):
+    problem = PROBLEMS[name]
+    seen = problem.simulate(steps_in_time)
+    log_evidence, moments = problem.exact(seen)
+    print(f"{name}, {steps_in_time} steps in time; exact log evidence {log_evidence:.3f} nats; {num_steps:,} steps")
     print(
         f"{'K':>4} {'seed':>4} {'verdict':>8} {'evidence':>16} {'largest':>8} {'ESS':>6} {'processor':>10} {'wall':>6}"
     )
     for number in samples:
         for seed in range(seeds):
             begin = time.process_time(), time.perf_counter()
-            chains = {"count": number} if number > 1 else {}
-            objective = VIMCOStar(0.5, 8, chain_particles=chains)
-            svi = SVI(population, AutoMixed(population, chains=chains.keys()), optax.adam(0.02), objective)
+            chains = {problem.chain: number} if number > 1 else {}
+            objective = VIMCOStar(0.5, num_particles, chain_particles=chains)
+            svi = SVI(problem.model, AutoMixed(problem.model, chains=chains.keys()), optax.adam(0.02), objective)
             posterior = fit(svi, jax.random.key(seed), num_steps, seen, progress_bar=False)
             verdict = posterior.verdict
             drawn = posterior.to_arviz(num_samples=4000, groups=(), progress_bar=False).posterior
@@ -111,9 +241,13 @@ def main(years, samples, seeds, num_steps):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--years", type=int, default=30)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problems", nargs="*", default=list(PROBLEMS), choices=[*PROBLEMS, []])
+    parser.add_argument("--steps-in-time", type=int, default=30)
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num-particles", type=int, default=8)
     parser.add_argument("--num-steps", type=int, default=2000)
-    main(**vars(parser.parse_args()))
+    args = vars(parser.parse_args())
+    for problem in args.pop("problems"):
+        run(problem, **args)

@@ -81,6 +81,20 @@ KINKS = {
 }
 
 
+@pytest.mark.parametrize("name, jumping", [("threshold", {"z"}), ("spline by where", set())])
+def test_many_data(name, jumping):
+    """The density is about -10^5 nats, with six digits."""
+
+    def model():
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        mean = {**JUMPS, **KINKS}[name](z)
+        numpyro.sample("y", dist.Normal(mean, 1.0), obs=np.tile(Y, (3_000, 1)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found(model) == jumping
+
+
 def found(model, guide=None, **kwargs):
     objective = VIMCOStar(num_particles=4, **kwargs)
     guide = AutoNormal(model) if guide is None else guide

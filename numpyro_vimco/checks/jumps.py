@@ -27,8 +27,8 @@ PARTS, BISECTIONS, LINES = 64, 18, 8
 # Of a difference over a part: the least that is a jump, in nats, and its rounding error as a share of the density; and
 # how much of it is left after the last bisections, of which a continuous density keeps 2^-6.
 LEAST, ROUNDING, LAST, KEPT = 1e-3, 2e-5, 6, 0.5
-# Log-densities count down to this: zero beside what is possible is a jump.
-FLOOR = -1e4
+# Log-densities count down to so many nats below the largest: zero beside what is possible is a jump.
+RANGE = 1e4
 
 COMPARISONS = {"lt", "le", "gt", "ge", "lt_to", "le_to"}
 ROUNDINGS = {"floor", "ceil", "round", "sign", "argmax", "argmin", "rem", "nextafter", "top_k"}
@@ -127,9 +127,16 @@ def jumps(log_density: Callable[[Array], Float[Array, ""]], first: Array, second
 
     The parts of the line are bisected side by side; each keeps the half over which the density differs more.
     """
-    evaluate = jax.vmap(lambda t: jnp.maximum(log_density(first + t * (second - first)), FLOOR))
+    on_line = jax.vmap(lambda t: log_density(first + t * (second - first)))
     ends = jnp.linspace(0.0, 1.0, PARTS + 1)
-    values = evaluate(ends)
+    values = on_line(ends)
+    floor = jnp.nanmax(jnp.where(jnp.isfinite(values), values, -jnp.inf)) - RANGE
+
+    def evaluate(t: Array) -> Array:
+        found = on_line(t)
+        return jnp.where(found > floor, found, floor)
+
+    values = jnp.where(values > floor, values, floor)
     begin = ends[:-1], ends[1:], values[:-1], values[1:]
 
     def bisect(state: tuple, _: None) -> tuple[tuple, Array]:
