@@ -116,7 +116,7 @@ publish-docs: docs
 	git worktree remove --force .gh-pages
 
 # Of examples that take minutes docs/experiments.md and docs/which_objective.md have the results.
-SHORT := variable_selection coal_mining occupancy turtles signal_and_noise mixture_selection
+SHORT := variable_selection coal_mining occupancy turtles cranes signal_and_noise mixture_selection
 PAGES := README.md docs/quick_start.md docs/occupancy.md docs/checking_a_fit.md docs/bad_to_good.md
 
 outputs: $(INSTALLED)

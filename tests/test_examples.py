@@ -32,6 +32,18 @@ def test_coal_mining(tmp_path):
 
 
 @pytest.mark.long
+def test_cranes(tmp_path):
+    """A growth of four per cent a year, as the logarithm of the last count over the first says; forecasts that hold."""
+    posterior, draws, forecast = run("cranes", "--num-steps=1000", f"--output={tmp_path}")
+    module = load_example("cranes")
+    assert abs(float(draws["growth"].mean()) - (183 / 18) ** (1 / 60)) < 0.02
+    low, high = np.quantile(forecast, [0.005, 0.995], axis=0)
+    assert ((low <= module.LATER) & (module.LATER <= high)).all()
+    assert (draws["alive"].values >= module.SEEN).all()
+    assert (tmp_path / "cranes.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
 def test_gaussian_mixture(tmp_path):
     joint, local, truth = run("gaussian_mixture", "--num-steps=200", f"--output={tmp_path}")
     assert joint + 10 < local < truth
