@@ -6,7 +6,7 @@
 import os
 import warnings
 
-import jaxlib
+import jaxlib.version
 
 from numpyro_vimco.guides import AutoDiscrete, AutoMixed
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
@@ -27,7 +27,7 @@ __all__ = [
     "plots",
 ]
 
-if jaxlib.__version__ == "0.10.2" and "xla_cpu_experimental_ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
+if jaxlib.version.__version__ == "0.10.2" and "xla_cpu_experimental_ynn_fusion_type" not in os.getenv("XLA_FLAGS", ""):
     warnings.warn(
         "jaxlib 0.10.2 computes wrong sums of large arrays on CPUs, without a word "
         "(https://github.com/jax-ml/jax/issues/39103), and so wrong densities of many particles, of any NumPyro model. "

@@ -178,7 +178,7 @@ def test_the_compiler_sums_right():
 
 
 def test_warning_of_a_compiler_that_does_not(monkeypatch):
-    monkeypatch.setattr(jaxlib, "__version__", "0.10.2")
+    monkeypatch.setattr(jaxlib.version, "__version__", "0.10.2")
     with pytest.warns(UserWarning, match="computes wrong sums"):
         importlib.reload(numpyro_vimco)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")

@@ -127,7 +127,11 @@ def jumps(log_density: Callable[[Array], Float[Array, ""]], first: Array, second
 
     The parts of the line are bisected side by side; each keeps the half over which the density differs more.
     """
-    on_line = jax.vmap(lambda t: log_density(first + t * (second - first)))
+
+    def at(t: Array) -> Array:
+        return log_density(first + t * (second - first))
+
+    on_line: Callable[[Array], Array] = jax.vmap(at)
     ends = jnp.linspace(0.0, 1.0, PARTS + 1)
     values = on_line(ends)
     floor = jnp.nanmax(jnp.where(jnp.isfinite(values), values, -jnp.inf)) - RANGE

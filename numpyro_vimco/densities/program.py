@@ -127,7 +127,7 @@ class Program:
         """Draw all local particles, and all samples of chains, given the shared sites."""
         keys = particle_keys(rng_key, self.local)
 
-        def draws(local):
+        def draws(local: Any) -> tuple[Levels[Any], None]:
             return Levels(None, self._draws(params, keys._replace(local=local), given, has_masks).local), None
 
         def by_site(local):

@@ -24,6 +24,7 @@ and it is large only where *no* guide proposes enough: what one start lost, anot
    and Effective Importance Sampling*, for mixtures with fixed shares
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,10 +109,10 @@ class Mixture:
             of_start, defensive = self.local_counts(plate)
             guide_key, defence_key = split(key)
 
-            def from_guide(params, rng_key, plate=plate):
+            def from_guide(params: Params, rng_key: Array, plate: str = plate) -> Values:
                 return values_of(self.defence.trace_guide(params, rng_key, shared), plate)
 
-            def defended(rng_key, plate=plate, from_guide=from_guide):
+            def defended(rng_key: Array, plate: str = plate, from_guide: Callable[..., Values] = from_guide) -> Values:
                 if plate in self.approx.chains:
                     return from_guide(self.approx.first_params, rng_key)
                 return self.defence.draw_local(plate, params, rng_key, latents)

@@ -213,12 +213,12 @@ class AutoregressiveDiscrete(dist.Distribution):
         1. Song et al. 2021, *Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving*,
            arXiv 2002.03629
         """
-        draw = self._sample
+        draw: Callable[[Array], Array] = self._sample
         for _ in sample_shape:
             draw = jax.vmap(draw)
         return draw(split(key, sample_shape) if sample_shape else key)
 
-    def sample_rest(self, key, value, kept):
+    def sample_rest(self, key: Array, value: Array, kept: Array) -> Array:
         """Draw the elements after those that are kept, given these.
 
         :param value: of shape ``batch``.
@@ -226,7 +226,7 @@ class AutoregressiveDiscrete(dist.Distribution):
         """
         return self._sample(key, self.elements.gather(value), self.elements.gather(kept))
 
-    def _sample(self, key, value=0, kept=False):
+    def _sample(self, key: Array, value: Array | int = 0, kept: Array | bool = False) -> Array:
         def improve(state):
             values, _, passes = state
             new = jnp.where(kept, value, lax.stop_gradient(self.conditional(values).sample(key)))
@@ -273,14 +273,14 @@ class AutoregressiveNormal(dist.Distribution):
     def sample(self, key, sample_shape=()):
         """Draw values of shape ``(*sample_shape, *batch)``, differentiable."""
 
-        def draw(noise):
+        def draw(noise: Array) -> Array:
             return self._at(self.elements.gather(noise))
 
         for _ in sample_shape:
             draw = jax.vmap(draw)
         return draw(random.normal(key, sample_shape + self.batch_shape))
 
-    def sample_rest(self, key, value, kept):
+    def sample_rest(self, key: Array, value: Array, kept: Array) -> Array:
         """As of :class:`AutoregressiveDiscrete`."""
         e, mean = self._standardized(value)
         noise = self.elements.gather(random.normal(key, self.batch_shape))

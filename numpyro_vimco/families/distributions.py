@@ -6,6 +6,7 @@
 from jax import lax, random
 from jax.nn import log_sigmoid, log_softmax, logsumexp
 import jax.numpy as jnp
+from jaxtyping import Array
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
@@ -16,6 +17,9 @@ from numpyro.util import not_jax_tracer
 from numpyro_vimco.randomness import split
 
 __all__ = ["DiscretizedLogistic", "IntervalCategorical"]
+
+Integers = Array | np.ndarray | int
+Reals = Array | np.ndarray | float
 
 
 class IntervalCategorical(dist.CategoricalLogits):
@@ -37,7 +41,9 @@ class IntervalCategorical(dist.CategoricalLogits):
     }
     pytree_data_fields = ("low", "high")
 
-    def __init__(self, logits, low, high, *, validate_args=None):
+    def __init__(
+        self, logits: Array | np.ndarray, low: Integers, high: Integers, *, validate_args: bool | None = None
+    ) -> None:
         self.low, self.high = low, high
         size = jnp.asarray(high - low + 1)[..., None]
         index = jnp.arange(jnp.shape(logits)[-1]).reshape(*(1,) * (size.ndim - 1), -1)
@@ -64,7 +70,7 @@ class IntervalCategorical(dist.CategoricalLogits):
         found = jnp.take_along_axis(log_probs, jnp.clip(index, 0, log_probs.shape[-1] - 1), axis=-1)[..., 0]
         return jnp.where((value >= self.low) & (value <= self.high), found, -jnp.inf)
 
-    def icdf(self, q):
+    def icdf(self, q: Reals) -> Array:
         """The smallest integer whose cumulative probability is at least ``q``."""
         cumulative = jnp.cumsum(self.probs, axis=-1)
         return jnp.minimum(self.low + jnp.sum(cumulative < jnp.asarray(q)[..., None], axis=-1), self.high)
@@ -113,7 +119,15 @@ class DiscretizedLogistic(dist.Distribution):
     }
     pytree_data_fields = ("loc", "scale", "low", "high")
 
-    def __init__(self, loc, scale, low=0, high=None, *, validate_args=None):
+    def __init__(
+        self,
+        loc: Reals,
+        scale: Reals,
+        low: Integers = 0,
+        high: Integers | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
         bounds = (low,) if high is None else (low, high)
         self.loc, self.scale, self.low, *highest = promote_shapes(loc, scale, *bounds)
         self.high = highest[0] if highest else None
@@ -132,7 +146,7 @@ class DiscretizedLogistic(dist.Distribution):
         """The integer below ``loc``."""
         return jnp.floor(lax.stop_gradient(self.loc)).astype(jnp.result_type(int))
 
-    def _standardized(self, value):
+    def _standardized(self, value: Integers) -> Array:
         """(value - ½ - loc) / scale; a difference of integers loses no digits."""
         rest = self.loc - jnp.floor(lax.stop_gradient(self.loc))
         return ((value - self._whole) - (0.5 + rest)) / self.scale
@@ -144,9 +158,8 @@ class DiscretizedLogistic(dist.Distribution):
         if self.high is None:
             return log_sigmoid(lowest), log_sigmoid(-lowest), None
         highest = self._standardized(self.high + 1)
-        within = (
-            log_sigmoid(highest) + log_sigmoid(-lowest) + _log_expm1_of_minus((self.high - self.low + 1) / self.scale)
-        )
+        width = (self.high - self.low + 1) / self.scale
+        within = log_sigmoid(highest) + log_sigmoid(-lowest) + _log_expm1_of_minus(width)
         return log_sigmoid(lowest), within, log_sigmoid(-highest)
 
     def sample(self, key, sample_shape=()):
@@ -172,7 +185,7 @@ class DiscretizedLogistic(dist.Distribution):
             )
         return self._icdf(q)
 
-    def _icdf(self, q):
+    def _icdf(self, q: Reals) -> Array:
         below, within, above = self._log_parts
         log_survival = jnp.log1p(-q) + within
         if above is not None:
@@ -184,7 +197,7 @@ class DiscretizedLogistic(dist.Distribution):
         return value if self.high is None else jnp.minimum(value, self.high)
 
 
-def _log_expm1_of_minus(x):
+def _log_expm1_of_minus(x: Array) -> Array:
     """log(1 - exp(-x)) for positive x."""
     return jnp.log(-jnp.expm1(-x))
 
@@ -209,7 +222,16 @@ class DiscretizedLogisticMixture(dist.Distribution):
     }
     pytree_data_fields = ("logits", "loc", "scale", "low", "high")
 
-    def __init__(self, logits, loc, scale, low=0, high=None, *, validate_args=None):
+    def __init__(
+        self,
+        logits: Array,
+        loc: Array,
+        scale: Array,
+        low: Integers = 0,
+        high: Integers | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
         self.logits, self.loc, self.scale = jnp.broadcast_arrays(logits, loc, scale)
         self.low, self.high = low, high
         super().__init__(batch_shape=self.logits.shape[:-1], validate_args=validate_args)
@@ -223,8 +245,8 @@ class DiscretizedLogisticMixture(dist.Distribution):
 
     @property
     def _components(self):
-        low, high = (None if bound is None else jnp.asarray(bound)[..., None] for bound in (self.low, self.high))
-        return DiscretizedLogistic(self.loc, self.scale, low, high)
+        high = None if self.high is None else jnp.asarray(self.high)[..., None]
+        return DiscretizedLogistic(self.loc, self.scale, jnp.asarray(self.low)[..., None], high)
 
     def sample(self, key, sample_shape=()):
         """Draw integers of shape ``(*sample_shape, *batch)``."""

@@ -102,11 +102,11 @@ class Interval:
     def constraints(self, start, stem):
         return {"logits": constraints.real_vector}
 
-    def distribution(self, logits, within=None):
+    def distribution(self, logits: Array, within: Bounds | None = None) -> IntervalCategorical:
         if within is not None:
             values = np.asarray(self.low)[..., None] + np.arange(self.num_values)
-            outside = (values < within.low[..., None]) | (values > within.high[..., None])
-            logits = jnp.where(outside, jnp.finfo(logits.dtype).min, logits)
+            low, high = (jnp.asarray(bound)[..., None] for bound in within)
+            logits = jnp.where((values < low) | (values > high), jnp.finfo(logits.dtype).min, logits)
         return IntervalCategorical(logits, self.low, self.high)
 
     def shifted(self, shifts, logits):
@@ -185,20 +185,20 @@ class Count:
     def start(self, site, given):
         return {"loc": self.loc if given is None else jnp.maximum(given - self.low, 0.5), "scale": self.scale}
 
-    def constraints(self, start, stem):
+    def constraints(self, start: dict[str, Array], stem: str) -> dict[str, constraints.Constraint]:
         loc, scale = concrete(start["loc"]), concrete(start["scale"])
         unit = _relative(loc, scale)
         log = np.log if isinstance(loc, np.ndarray) else jnp.log
         return {"loc": PositiveInUnits(log(loc), unit, f"{stem}_scale"), "scale": constraints.positive}
 
-    def distribution(self, loc, scale, within=None):
+    def distribution(self, loc: Array, scale: Array, within: Bounds | None = None) -> dist.Distribution:
         return DiscretizedLogistic(self.low + loc, scale, *(within or (self.low,)))
 
-    def shifted(self, shifts, loc, scale):
+    def shifted(self, shifts: Array, loc: Array, scale: Array) -> dict[str, Array]:
         of_loc = _relative(loc, scale) * shifts[..., 0]
         return {"loc": loc * jnp.exp(of_loc), "scale": scale * jnp.exp(shifts[..., 1])}
 
-    def over(self, arrange):
+    def over(self, arrange: Callable[[Any], Any]) -> "Count":
         low = arrange(self.low) if isinstance(self.low, np.ndarray) else self.low
         return Count(low, self.loc, self.scale)
 
@@ -240,17 +240,17 @@ class CountMixture(Count):
         location = {name: start[name] for name in ("loc", "scale")}
         return {"logits": constraints.real_vector, **super().constraints(location, stem)}
 
-    def distribution(self, logits, loc, scale, within=None):
+    def distribution(self, logits, loc, scale, within=None):  # type: ignore[override]
         loc = jnp.asarray(self.low)[..., None] + loc
         return DiscretizedLogisticMixture(logits, loc, scale, *(within or (self.low,)))
 
-    def shifted(self, shifts, logits, loc, scale):
+    def shifted(self, shifts, logits, loc, scale):  # type: ignore[override]
         return {"logits": logits, **super().shifted(shifts[..., None, :], loc=loc, scale=scale)}
 
     def over(self, arrange):
         return CountMixture(super().over(arrange).low, self.loc, self.scale, self.components)
 
-    def quantile(self, q, **params):
+    def quantile(self, q, **params):  # type: ignore[override]
         raise NotImplementedError("The guide of a count with several components has no closed quantiles.")
 
 
@@ -387,7 +387,7 @@ def _no_automatic_guide_error(site: dict) -> NotImplementedError:
     )
 
 
-def _relative(loc: Array, scale: Array) -> Array:
+def _relative(loc: Array | np.ndarray, scale: Array | np.ndarray) -> Array | np.ndarray:
     """The unit of the logarithm of a count's location: a step moves it by a share of its scale, and of itself at most.
 
     By a share of itself, a large count would leave what the data allow.

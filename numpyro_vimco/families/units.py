@@ -102,10 +102,8 @@ class PositiveInUnits(RealInUnits):
         return jnp.minimum(params[self.scale] / params[name] / self.unit, 1)
 
 
-@biject_to.register(RealInUnits)
-@biject_to.register(PositiveInUnits)
-def _(constraint: RealInUnits) -> Transform:
-    return constraint.transform()
+biject_to.register(RealInUnits, RealInUnits.transform)
+biject_to.register(PositiveInUnits, PositiveInUnits.transform)
 
 
 def concrete(x: Array) -> Array | np.ndarray:

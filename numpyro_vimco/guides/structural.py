@@ -276,7 +276,7 @@ class StructuralGuide(PrototypeGuide):
         return sampler.run(InGuide(self._plates_of_call(*args, **kwargs)))
 
     def _draw_at_params(self, sampler: Sampler, rng_key: Array, params: Samples, sample_shape: tuple) -> Samples:
-        def draw(rng_key):
+        def draw(rng_key: Array) -> Samples:
             return sampler.run(FromParams(params, split_by_name(rng_key, [site.name for site in sampler.sites])))
 
         for _ in sample_shape:

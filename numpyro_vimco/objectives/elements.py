@@ -25,9 +25,9 @@ from numpyro_vimco.checks.enumeration_checks import masked_sum_error, table_erro
 from numpyro_vimco.checks.independence import Sum, any_draw, are_dependent
 from numpyro_vimco.checks.supports_and_plates import elements_error, masked_latent_error
 from numpyro_vimco.densities.densities import SiteDensities, log_prob_of
-from numpyro_vimco.densities.levels import level_of
+from numpyro_vimco.densities.levels import Values, level_of
 from numpyro_vimco.densities.plates import Structure
-from numpyro_vimco.densities.program import Kinds, Program, Values
+from numpyro_vimco.densities.program import Kinds, Program
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_delta, is_latent_site, log_prob_at_value, mask_of, sample_sites, states
 

@@ -190,7 +190,7 @@ def _sample(program: Program, vectorize: Callable, params: dict[str, Any], keys:
         if not program.local:
             return {}, {}
         given = {**values, **shared_path}
-        local = vectorize(lambda particle: program.draw_local(params, *particle, has_masks), (keys, given))
+        local = vectorize(lambda pair: program.draw_local(params, pair[0], pair[1], has_masks), (keys, given))
         return {plate: _differentiable(draws) for plate, draws in local.items()}, local
 
     shared_path = {name: values[name] for name, draw in shared.items() if draw.is_path}
@@ -305,7 +305,7 @@ def _with_gradient_jvp(primals, tangents):
     _, dots, _ = tangents
     value, cotangents = _first_derivative_only((value, cotangents), tensors)
     products = jax.tree.map(lambda cotangent, dot: jnp.sum(cotangent * dot), cotangents, dots)
-    return value, sum(jax.tree.leaves(products)).astype(value.dtype)
+    return value, jnp.asarray(sum(jax.tree.leaves(products)), value.dtype)
 
 
 @jax.custom_jvp

@@ -13,7 +13,8 @@ from jaxtyping import Array
 from numpyro_vimco.checks.jumps import LINES, candidates, jumps
 from numpyro_vimco.compilation import ONCE, Compiled
 from numpyro_vimco.densities.densities import log_prob_of
-from numpyro_vimco.densities.program import Program, Values
+from numpyro_vimco.densities.levels import Values
+from numpyro_vimco.densities.program import Program
 from numpyro_vimco.objectives.elements import NUM_SOURCES, draw_anywhere
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import sample_sites
