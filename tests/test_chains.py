@@ -22,6 +22,8 @@ from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 from numpyro_vimco.control_variates import vimco_star_signal
 from numpyro_vimco.densities.levels import Levels
 from numpyro_vimco.densities.plates import Structure
+from numpyro_vimco.draws.approximation import Approximation, taken
+from numpyro_vimco.draws.pooling import propose_pooled
 from numpyro_vimco.objectives.gradients import weigh
 from numpyro_vimco.objectives.paths import draw_path, path_shares
 
@@ -395,6 +397,62 @@ def test_least_values_of_counts():
     guide = AutoMixed(model, chains={"count"})
     SVI(model, guide, optax.adam(0.01), VIMCOStar(chain_particles={"count": 3})).init(random.key(0))
     np.testing.assert_array_equal(guide.least["count"], [3, 0, 12, 0])
+
+
+def explosive(seen):
+    growth = numpyro.sample("growth", dist.LogNormal(0.0, 0.3))
+
+    def year(expected, seen):
+        count = numpyro.sample("count", dist.Poisson(expected))
+        numpyro.sample("seen", dist.Binomial(count, 0.5), obs=seen)
+        return growth * count + 1.0, None
+
+    scan(year, 20.0, seen)
+
+
+def test_a_guide_of_counts_begins_near_the_data_of_each_step():
+    """After sixty years the prior reaches e^20; its draws that count beside the data of a step are of their size."""
+    seen = 10 + np.arange(60) % 7
+    guide = AutoMixed(explosive, chains={"count"})
+    svi = SVI(explosive, guide, optax.adam(0.01), VIMCOStar(num_particles=4, chain_particles={"count": 8}))
+    state = svi.init(random.key(0), seen)
+    loc = guide.least["count"] + svi.get_params(state)["count_auto_loc"]
+    scale = svi.get_params(state)["count_auto_scale"]
+    assert (loc >= seen).all() and np.median(loc / seen) < 4 and (loc < 20 * seen).all()
+    assert np.median(scale / seen) < 2 and (scale < 20 * seen).all()
+
+
+def test_draws_of_the_prior_are_weighted_by_the_data_of_their_step():
+    """A count of mean 10, half of which is seen: what is not seen is Poisson of mean 5, by 200 weighted draws."""
+    seen = np.array([2, 5, 9])
+
+    def model():
+        def step(carry, seen):
+            count = numpyro.sample("count", dist.Poisson(10.0))
+            numpyro.sample("seen", dist.Binomial(count, 0.5), obs=seen)
+            return count, None
+
+        scan(step, 0, seen)
+
+    guide = AutoMixed(model, chains={"count"})
+    SVI(model, guide, optax.adam(0.01), VIMCOStar(chain_particles={"count": 3})).init(random.key(0))
+    draws = np.asarray(guide.prior_draws["count"])
+    assert (draws >= seen).all()
+    # At least 25 draws count: 5.5 standard errors of their mean are 5.5 sqrt(5 / 25) = 2.5; those of 10 are 3 to 8 off.
+    assert (np.abs(draws.mean(0) - seen - 5) < 2.5).all()
+
+
+def test_a_pool_of_fewer_starts_is_another_program():
+    """A start may fail after draws of all were compiled: what is kept of their trace must not be traced."""
+    x = np.array([3, 5, 4])
+    guide = AutoMixed(explosive, chains={"count"})
+    svi = SVI(explosive, guide, optax.adam(0.01), VIMCOStar(0.5, 4, chain_particles={"count": 4}))
+    fitted = fit(svi, random.key(0), 2, x, num_starts=3, recover=False, progress_bar=False)
+    params = fitted.starts.params
+    approx = Approximation.of(svi, params, 3, (x,), {})
+    for number in (3, 2):
+        some = approx.at(taken(params, np.arange(number)), number, 0)
+        assert np.isfinite(propose_pooled(some, random.key(1), 8).log_weight).any()
 
 
 def test_other_data_need_another_guide():

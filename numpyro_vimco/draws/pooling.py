@@ -25,7 +25,7 @@ and it is large only where *no* guide proposes enough: what one start lost, anot
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -70,11 +70,13 @@ class Mixture:
     :ivar approx: for its structure.
     :ivar defence: of each guide.
     :ivar num_starts: number of guides.
+    :ivar first_params: where they began, if there are chains.
     """
 
     approx: Approximation
     defence: Defence
     num_starts: int
+    first_params: Params = field(default_factory=dict)
 
     def local_counts(self, level: str) -> tuple[int, int]:
         """How many local particles of a level each start takes, one at least; and how many are defensive.
@@ -114,7 +116,7 @@ class Mixture:
 
             def defended(rng_key: Array, plate: str = plate, from_guide: Callable[..., Values] = from_guide) -> Values:
                 if plate in self.approx.chains:
-                    return from_guide(self.approx.first_params, rng_key)
+                    return from_guide(self.first_params, rng_key)
                 return self.defence.draw_local(plate, params, rng_key, latents)
 
             keys = split(guide_key, (self.num_starts, of_start))
@@ -143,7 +145,7 @@ class Mixture:
         number_of_guides = self.num_starts
         if self.approx.chains:  # the last guide is the one where it began
             number_of_guides += 1
-            starts = {name: _with_last(leaf, self.approx.first_params.get(name)) for name, leaf in starts.items()}
+            starts = {name: _with_last(leaf, self.first_params.get(name)) for name, leaf in starts.items()}
         levels = jax.vmap(under, axis_size=number_of_guides)(starts)
         log_p, alone, mixture = jax.tree.map(lambda x: x[: self.num_starts], levels.shared)
         mixture = logsumexp(mixture, axis=0) - np.log(self.num_starts)
@@ -230,7 +232,7 @@ def by_start(approx: Approximation) -> Sampler:
 
 def _pooled(approx: Approximation, defence: Defence) -> Sampler:
     plates, num_starts, event_dims = approx.local, approx.num_starts, approx.event_dims
-    mixture = Mixture(approx, defence, num_starts)
+    mixture = Mixture(approx, defence, num_starts, approx.first_params if approx.chains else {})
 
     def draw(starts: Params, rng_key: Array, chosen_start: Array) -> WeightedDraw:
         (own_key,) = split(rng_key, 1)  # a level deeper than `each_start`, whose draws of the same key are others

@@ -1,11 +1,14 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The least values of counts in chains that the data admit: a survey of 12 animals, and no fewer were there.
+"""What the data of a step say of the latents of a chain, before a fit.
 
-A guide that proposes impossible values at one step of a chain has no possible path. Bounds are taken only where they
-hold for sure, as what lies below them is never proposed: the observed site depends on no other discrete latent, and
-trials at other values of all steps agree.
+The least values of counts: a survey of 12 animals, and no fewer were there. A guide that proposes impossible values at
+one step of a chain has no possible path. Bounds are taken only where they hold for sure, as what lies below them is
+never proposed: the observed site depends on no other discrete latent, and trials at other values of all steps agree.
+
+And where a guide begins: at draws of the prior, weighted by the data of their own step. Draws of the prior alone spread
+over orders of magnitude where a population grows by an unknown rate for sixty years.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +28,8 @@ from numpyro_vimco.sites import Trace, is_discrete, is_latent_site, support_of
 LARGEST, POINTS, SUBSETS = 2**24, 32, 4
 # Less than the log-density of what is possible.
 FLOOR = -1e30
+# Weights of draws of the prior are raised to the largest of these powers with which so many draws count.
+POWERS, EFFECTIVE = (*(0.5**i for i in range(16)), 0.0), 25
 
 Samples = dict[str, Array]
 
@@ -64,6 +69,66 @@ def least_values(
         if least is not None:
             found[name] = least
     return found
+
+
+def near_data(
+    model: Callable, args: tuple, kwargs: dict, tr: Trace, homes: Mapping[str, str], draws: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Draws of the latents of chains, each step from draws of the prior in proportion to the density of its data.
+
+    The data of a step are observed sites that depend on latents of the chain, and on no other discrete ones. They must
+    have the shape of the latents, so that each element has its own weights.
+
+    :param homes: the chain of each latent.
+    :param draws: of the prior of all latents, jointly, with a leading axis.
+    """
+    latents = {name: site["value"] for name, site in tr.items() if is_latent_site(site)}
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((latents, draws))):
+        return {}
+    evaluate = log_densities(model, args, kwargs)
+    factors = dependence(evaluate, latents)
+    discrete = {name for name in latents if is_discrete(tr[name])}
+    found: dict[str, Array] = {}
+    for chain in sorted(set(homes.values())):
+        own = {name for name in discrete if homes.get(name) == chain}
+        shapes = {jnp.shape(latents[name]) for name in own}
+        data = [
+            site
+            for site, parents in factors.items()
+            if tr[site]["is_observed"] and parents & own and parents & discrete <= own
+        ]
+        data = [site for site in data if {jnp.shape(tr[site]["value"])} == shapes]
+        if not data:
+            continue
+
+        def of_data(values: Samples, data: list[str] = data) -> Array:
+            densities = evaluate(values)
+            return sum(densities[site] for site in data)  # type: ignore[return-value]
+
+        log_weight = np.asarray(Compiled(jax.vmap(of_data), ONCE)(dict(draws)), float)
+        is_possible = np.isfinite(log_weight) & (log_weight > FLOOR)
+        index = _resampled(np.where(is_possible, log_weight, -np.inf))
+        found |= {name: jnp.asarray(np.take_along_axis(np.asarray(draws[name]), index, axis=0)) for name in own}
+    return found
+
+
+def _resampled(log_weight: np.ndarray) -> np.ndarray:
+    """For each element, numbers of draws in proportion to tempered weights; all draws as they are where none counts."""
+    number = len(log_weight)
+    largest = log_weight.max(0)
+    relative = np.where(np.isneginf(largest), 0, log_weight - np.where(np.isneginf(largest), 0, largest))
+    possible = ~np.isneginf(relative)
+    weight = np.zeros_like(relative)
+    is_left = np.ones(largest.shape, bool)
+    for power in POWERS:
+        tempered = np.where(possible, np.exp(power * np.where(possible, relative, 0)), 0)
+        ess = tempered.sum(0) ** 2 / (tempered**2).sum(0)
+        is_enough = is_left & ((ess >= np.minimum(EFFECTIVE, 0.99 * possible.sum(0))) | (power == 0))
+        weight = np.where(is_enough, tempered, weight)
+        is_left &= ~is_enough
+    cumulative = np.cumsum(weight, axis=0) / weight.sum(0)
+    index = np.stack([((i + 0.5) / number > cumulative).sum(0) for i in range(number)])
+    return np.minimum(index, number - 1)
 
 
 def _least(possible: Callable, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:

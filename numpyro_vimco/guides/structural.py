@@ -26,7 +26,7 @@ from numpyro_vimco.families.families import moving_support_error
 from numpyro_vimco.families.supports import check_draws, check_has_support
 from numpyro_vimco.families.units import prior_draws
 from numpyro_vimco.guides.automatic import set_up
-from numpyro_vimco.guides.least import least_values
+from numpyro_vimco.guides.least import least_values, near_data
 from numpyro_vimco.guides.plan import autoregressive, gated, steps_of
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.private.of_numpyro import PrototypeGuide
@@ -206,7 +206,8 @@ class StructuralGuide(PrototypeGuide):
         named += totals
         if not named:
             return
-        self.prior_draws = prior_draws(self.model, args, kwargs, named)
+        draws = prior_draws(self.model, args, kwargs, latents)
+        self.prior_draws = {name: draws[name] for name in named}
         left = [name for name in named if name in self.moving and name not in totals]
         while left:
             # Those of circles cover each other's values last.
@@ -220,6 +221,8 @@ class StructuralGuide(PrototypeGuide):
             self.covers[name] = cover
         if counts := {name: self.prior_draws[name] for name in named if name in self.homes}:
             self.least = least_values(self.model, args, kwargs, self.prototype_trace, counts)
+        if self.homes:
+            self.prior_draws |= near_data(self.model, args, kwargs, self.prototype_trace, self.homes, draws)
         self.covers |= {name: constraints.integer_greater_than(least) for name, least in self.least.items()}
 
     def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
