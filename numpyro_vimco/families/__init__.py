@@ -4,6 +4,6 @@
 """The distributions of one latent in a guide, and where it begins.
 
 `families` chooses one for a support, `distributions` has those of integers, `components` mixtures, `autoregressive`
-those whose elements are coupled, `couplings` finds which latents the model couples, `units` the units of locations,
-`supports` refuses priors that cannot be followed.
+those whose elements are coupled, `bounds` supports that depend on other latents, `couplings` finds which latents the
+model couples, `units` the units of locations, `supports` refuses priors that cannot be followed.
 """

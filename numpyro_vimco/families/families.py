@@ -372,10 +372,7 @@ def _no_automatic_guide_error(site: dict) -> NotImplementedError:
     """A discrete site with a support that there is no automatic guide for."""
     name, fn = site["name"], site["fn"]
     shape, kind = jnp.shape(site["value"]), type(unwrapped(fn)).__name__
-    if "Multinomial" in kind:
-        proposal = "dist.Multinomial(total_count, logits=logits)"
-    else:
-        proposal = f"dist.Bernoulli(logits=logits).to_event({fn.event_dim})  # or what fits the site's support"
+    proposal = f"dist.Bernoulli(logits=logits).to_event({fn.event_dim})  # or what fits the site's support"
     return NotImplementedError(
         f"There is no automatic guide for site '{name}', a {kind} of shape {shape}. Write one "
         "by hand, in the plates of the site, beside an automatic guide for the other latents:\n\n"

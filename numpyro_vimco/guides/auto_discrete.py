@@ -34,6 +34,8 @@ class AutoDiscrete(StructuralGuide):
     integers from low to high, categories        categorical, with a logit for each value    ``{site}_{prefix}_logits``
     integers from low on                         discretised logistic,                       ``{site}_{prefix}_loc``,
                                                  :class:`.distributions.DiscretizedLogistic` ``{site}_{prefix}_scale``
+    counts with a given sum (Multinomial)        the same, one after the other, each at most the same
+                                                 what is left; the last one takes the rest
     ============================================ =========================================== =========================
 
     With ``structure="mean_field"`` all elements are independent. With ``"autoregressive"`` they are drawn one after the
@@ -49,6 +51,10 @@ class AutoDiscrete(StructuralGuide):
     a guide of two: a mixture of discretised logistic distributions, with ``{site}_{prefix}_logits`` for their weights.
     They begin at the prior's components. ``num_components`` asks for a number at any count: these begin side by side
     within the prior.
+
+    Where a support depends on other latents, ``"autoregressive"`` draws these first, and cuts the distribution to what
+    is possible given their values. Other structures propose all values that the site can ever have: such an interval
+    has a table if these latents have up to 4,096 values together, and else no upper end.
 
     The guide begins near the prior of each site, at the values that ``init_loc_fn`` gives to the latents that the site
     depends on. It differs from the prior in two ways. 1% of the probability is spread evenly over finite supports, so
@@ -75,10 +81,10 @@ class AutoDiscrete(StructuralGuide):
         latents.
     :param callable create_plates: as in NumPyro: returns the plates, for data subsampling.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
-        at the first call, if there is no discrete latent, or if bounds of a support depend on other latents, differ
-        between elements of a subsampled plate, or are traced.
-    :raises NotImplementedError: at the first call, for a support without a family (multinomial): the message has a
-        hand-written guide.
+        at the first call, if there is no discrete latent, or if bounds of a support depend on other latents that are
+        not drawn first, differ between elements of a subsampled plate, or are traced.
+    :raises NotImplementedError: at the first call, for a support without a family: the message has a hand-written
+        guide.
 
     Example::
 

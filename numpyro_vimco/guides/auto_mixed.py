@@ -105,6 +105,9 @@ class AutoMixed(StructuralGuide):
     loop over elements: for continuous elements a triangular system is solved; discrete ones are iterated until they are
     what drawing one after the other would give.
 
+    A site whose support depends on other latents comes after these, and its distribution is that of this support: a
+    truncated Normal with a latent bound, a second change point after the first.
+
     Finite sites of the model that are marked ``infer={"enumerate": "parallel"}`` are left out, as the objectives sum
     them out. If all discrete sites are marked, the guide is that of the continuous ones.
 
@@ -149,15 +152,16 @@ class AutoMixed(StructuralGuide):
     :param set chains: names of latents that the model draws inside of `scan`, one of each chain: ``{"count"}``. All
         latents of the scan are then drawn independently over time given the latents outside of it, as
         ``VIMCOStar(chain_particles={"count": 16})`` needs it. Each step has parameters of its own, and couplings to the
-        latents outside, and of its latents to each other. Discrete ones begin near draws of the prior. A count is never
-        proposed below the least value that the data of the first call admit, where that is certain. Defaults to none:
-        then a scan is drawn step after step, and a path is one value.
+        latents outside, and of its latents to each other. Discrete ones begin near draws of the prior that are weighted
+        by the data of their step. A count is never proposed below the least value that the data of the first call
+        admit, where that is certain. Bounds that depend on other latents are not seen: impossible values have weight
+        zero. Defaults to none: then a scan is drawn step after step, and a path is one value.
     :param kwargs: ``prefix``, ``init_loc_fn``, ``create_plates``: keyword arguments of both guides. Each
         has its own defaults; with a structure, ``init_loc_fn`` is :func:`~numpyro.infer.init_to_median`.
     :raises ValueError: for an unknown structure, a speed that is not positive, or a rank that is no positive integer;
-        at the first call, for a model without latents, a prior with a point mass, a support that depends on another
-        latent, a continuous guide that needs the model's density, or one that is not ``AutoNormal`` with a structure;
-        and as :class:`AutoDiscrete`.
+        at the first call, for a model without latents, a prior with a point mass, a support that depends on latents
+        that are not drawn first, a continuous guide that needs the model's density, or one that is not ``AutoNormal``
+        with a structure; and as :class:`AutoDiscrete`.
     :warns UserWarning: at the first call, if ``structure="conditional"`` changes nothing.
 
     Example::
