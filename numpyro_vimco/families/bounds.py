@@ -123,7 +123,7 @@ def moving_supports(supports: Callable[[Samples], dict[str, Constraint]], latent
         return {
             (name, i): jnp.asarray(leaf)
             for name, support in supports(latents).items()
-            for i, leaf in enumerate(jax.tree.leaves(support))
+            for i, leaf in enumerate(_leaves(support))
         }
 
     found: dict[str, Moving] = {}
@@ -135,6 +135,14 @@ def moving_supports(supports: Callable[[Samples], dict[str, Constraint]], latent
             is_low = i == 0 and not has_total(support_of[name])
             found[name] = Moving(before.parents | parents, before.has_moving_low or is_low)
     return found
+
+
+def _leaves(support: Any) -> list:
+    """The bounds of a support; none of a user's that does not tell JAX what it holds."""
+    try:
+        return jax.tree.leaves(support)
+    except NotImplementedError:
+        return []
 
 
 def covering(
@@ -158,7 +166,7 @@ def covering(
     values = _combinations(sorted(moving.parents), latents, covers)
 
     def bounds(values: Samples) -> list[Array]:
-        return jax.tree.leaves(base(supports({**latents, **values})[name]))
+        return _leaves(base(supports({**latents, **values})[name]))
 
     if values is not None and isinstance(support, constraints.integer_interval):
         low, high = jax.vmap(bounds)(values)
