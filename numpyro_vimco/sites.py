@@ -164,6 +164,14 @@ def support_of(fn: dist.Distribution) -> constraints.Constraint | None:
         return None
 
 
+def support_leaves(support: Any) -> list:
+    """The bounds of a support; none of a user's that does not tell JAX what it holds."""
+    try:
+        return jax.tree.leaves(support)
+    except NotImplementedError:
+        return []
+
+
 def _parts(transforms) -> list:
     """Transforms one by one, in the order in which they are applied."""
     found = []

@@ -22,6 +22,7 @@ from numpyro.handlers import block, seed, trace
 
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
+from numpyro_vimco.sites import support_leaves
 
 # A support that depends on discrete latents is looked at for so many of their values together; it is a categorical
 # distribution up to so many values of its own.
@@ -123,7 +124,7 @@ def moving_supports(supports: Callable[[Samples], dict[str, Constraint]], latent
         return {
             (name, i): jnp.asarray(leaf)
             for name, support in supports(latents).items()
-            for i, leaf in enumerate(_leaves(support))
+            for i, leaf in enumerate(support_leaves(support))
         }
 
     found: dict[str, Moving] = {}
@@ -135,14 +136,6 @@ def moving_supports(supports: Callable[[Samples], dict[str, Constraint]], latent
             is_low = i == 0 and not has_total(support_of[name])
             found[name] = Moving(before.parents | parents, before.has_moving_low or is_low)
     return found
-
-
-def _leaves(support: Any) -> list:
-    """The bounds of a support; none of a user's that does not tell JAX what it holds."""
-    try:
-        return jax.tree.leaves(support)
-    except NotImplementedError:
-        return []
 
 
 def covering(
@@ -166,7 +159,7 @@ def covering(
     values = _combinations(sorted(moving.parents), latents, covers)
 
     def bounds(values: Samples) -> list[Array]:
-        return _leaves(base(supports({**latents, **values})[name]))
+        return support_leaves(base(supports({**latents, **values})[name]))
 
     if values is not None and isinstance(support, constraints.integer_interval):
         low, high = jax.vmap(bounds)(values)

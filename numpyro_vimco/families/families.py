@@ -372,7 +372,6 @@ def _no_automatic_guide_error(site: dict) -> NotImplementedError:
     """A discrete site with a support that there is no automatic guide for."""
     name, fn = site["name"], site["fn"]
     shape, kind = jnp.shape(site["value"]), type(unwrapped(fn)).__name__
-    proposal = f"dist.Bernoulli(logits=logits).to_event({fn.event_dim})  # or what fits the site's support"
     return NotImplementedError(
         f"There is no automatic guide for site '{name}', a {kind} of shape {shape}. Write one "
         "by hand, in the plates of the site, beside an automatic guide for the other latents:\n\n"
@@ -380,7 +379,8 @@ def _no_automatic_guide_error(site: dict) -> NotImplementedError:
         "    def guide(*args, **kwargs):\n"
         "        others(*args, **kwargs)\n"
         f"        logits = numpyro.param('{name}_logits', jnp.full({shape}, 0.1))\n"
-        f"        numpyro.sample('{name}', {proposal})\n"
+        f"        q = dist.Bernoulli(logits=logits).to_event({fn.event_dim})  # or what fits the site's support\n"
+        f"        numpyro.sample('{name}', q)\n"
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 
-from numpyro_vimco.sites import base_distributions, is_discrete, is_of_numpyro, support_of
+from numpyro_vimco.sites import base_distributions, is_discrete, is_of_numpyro, support_leaves, support_of
 
 # Number of draws; and how many of them have to be wrong, as values may be rounded to a bound, or to each other.
 DRAWS, WRONG = 100, 5
@@ -51,7 +51,7 @@ def check_draws(site: dict) -> None:
         draws = fn.sample(jax.random.key(0), (DRAWS,))
     except NotImplementedError:  # a density without a sampler
         return
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in [draws, *jax.tree.leaves(support)]):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in [draws, *support_leaves(support)]):
         return
     kind = [*_of_users(fn), type(fn).__name__][0]
     inside = np.broadcast_to(np.asarray(support(draws)), (DRAWS, *fn.batch_shape)).reshape(DRAWS, -1)
