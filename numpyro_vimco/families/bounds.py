@@ -19,7 +19,9 @@ import numpy as np
 from numpyro.distributions import constraints
 from numpyro.distributions.constraints import Constraint
 from numpyro.handlers import block, seed, trace
+from numpyro.util import not_jax_tracer
 
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.sites import support_leaves
@@ -119,27 +121,30 @@ def moving_supports(supports: Callable[[Samples], dict[str, Constraint]], latent
     :param supports: of :func:`supports_of`.
     :param latents: values of all latents.
     """
+    totals: set[str] = set()
 
     def leaves(latents: Samples) -> dict[Any, Array]:
+        found = supports(latents)
+        totals.update(name for name in found if has_total(found[name]))
         return {
             (name, i): jnp.asarray(leaf)
-            for name, support in supports(latents).items()
+            for name, support in found.items()
             for i, leaf in enumerate(support_leaves(support))
         }
 
     found: dict[str, Moving] = {}
-    support_of = supports(latents)
     by_leaf: Mapping[Any, set[str]] = dependence(leaves, latents)
     for (name, i), parents in by_leaf.items():
         if parents:
             before = found.get(name, Moving(frozenset(), False))
-            is_low = i == 0 and not has_total(support_of[name])
+            is_low = i == 0 and name not in totals
             found[name] = Moving(before.parents | parents, before.has_moving_low or is_low)
     return found
 
 
 def covering(
     name: str,
+    support: Constraint,
     moving: Moving,
     supports: Callable[[Samples], dict[str, Constraint]],
     latents: Samples,
@@ -151,18 +156,20 @@ def covering(
     It is an interval where the latents that it depends on have few values together, and has no largest integer
     otherwise. Its smallest one is then that of draws of the prior, if it depends on latents: there may be smaller ones.
 
-    :param latents: values of all latents.
+    :param support: of the site, at these values of all latents.
     :param covers: supports of the parents, as far as they are discrete.
     :param draws: of the prior of discrete latents.
     """
-    support = base(supports(latents)[name])
+    support = base(support)
+    if not not_jax_tracer(draws[name]):
+        return support  # of the first call, which a family then refuses
     values = _combinations(sorted(moving.parents), latents, covers)
 
     def bounds(values: Samples) -> list[Array]:
         return support_leaves(base(supports({**latents, **values})[name]))
 
     if values is not None and isinstance(support, constraints.integer_interval):
-        low, high = jax.vmap(bounds)(values)
+        low, high = at_once(lambda: jax.vmap(bounds)(values))
         if (found := (int(np.min(low)), int(np.max(high))))[1] - found[0] < MAX_VALUES:
             return constraints.integer_interval(*found)
     low = support.lower_bound

@@ -214,7 +214,8 @@ class StructuralGuide(PrototypeGuide):
             name = next((x for x in left if not self.moving[x].parents & (set(left) - {x})), left[0])
             left.remove(name)
             others = {other: support for other, support in self.covers.items() if other not in {name, *left}}
-            cover = covering(name, self.moving[name], supports, latents, others, self.prior_draws)
+            support = self.covers[name]
+            cover = covering(name, support, self.moving[name], supports, latents, others, self.prior_draws)
             is_sure = isinstance(cover, constraints.integer_interval) or not self.moving[name].has_moving_low
             if not is_sure and (why := self._unseen(name)):
                 raise moving_support_error(self.prototype_trace[name], why)
