@@ -231,40 +231,68 @@ def _without_time(in_time: list[tuple[dict, Any]], group: Group, sums: frozenset
         # eliminated at each time.
         chain = frozenset().union(before, *({root(name), *names_of[root(name)]} for name in before))
         eliminated = (sums | plates) - chain
-        with funsor.interpretations.lazy:
-            at_each = sum_product(ops.logaddexp, ops.add, factors, eliminate=eliminated, plates=plates)
-        with in_logs():
-            at_each = funsor.optimizer.apply_optimizer(at_each)
+        at_each = []
+        for connected in _connected(factors, eliminated & sums):
+            with funsor.interpretations.lazy:
+                factor = sum_product(ops.logaddexp, ops.add, connected, eliminate=eliminated, plates=plates)
+            with in_logs():
+                at_each.append(funsor.optimizer.apply_optimizer(factor))
         found.append(_summed_backward(at_each, time, before))
     return found
 
 
-def _summed_backward(factor: Any, time: str, before: frozenset[str]) -> Any:
-    r"""A factor :math:`\psi` in time without its states s but those before the first time, :math:`\beta_1`, where
+def _connected(factors: list[Any], names: frozenset[str]) -> list[list[Any]]:
+    """Factors in groups that share some of these dimensions."""
+    groups: list[tuple[set[str], list[Any]]] = []
+    for factor in factors:
+        own, members = set(factor.inputs) & names, [factor]
+        for group in [group for group in groups if group[0] & own]:
+            groups.remove(group)
+            own, members = own | group[0], group[1] + members
+        groups.append((own, members))
+    return [members for _, members in groups]
 
-    .. math:: \beta_t(s_{t-1}) = \log \sum_{s_t} \exp(\psi_t(s_{t-1}, s_t) + \beta_{t+1}(s_t)).
 
-    No site after a `scan` depends on its last states, as that is refused; so :math:`\beta` is 0 after the last time.
-    With a history the states before are several.
+def _summed_backward(factors: list[Any], time: str, before: frozenset[str]) -> Any:
+    r"""The product of factors in time, summed over all states s but those before the first time: :math:`\beta_1`, where
+
+    .. math:: \beta_t(s_{t-1}) = \log \sum_{s_t} \exp(\psi_t(s_{t-1}, s_t) + \phi_t(s_t) + \beta_{t+1}(s_t))
+
+    and :math:`\psi` are the factors that depend on states before, :math:`\phi` the others. No site after a `scan`
+    depends on its last states, as that is refused. So :math:`\beta` is 0 after the last time. With a history the states
+    before are several.
 
     :param before: names of the states before.
     """
     funsor = import_funsor()
     states = sorted({root(name) for name in before})
     earlier = [f"{'_PREV_' * lag}{state}" for lag in range(max(map(_lag, before)), 0, -1) for state in states]
-    rest = [name for name in factor.inputs if name not in {time, *earlier, *states}]
-    sizes = {name: factor.inputs[name].size if name in factor.inputs else 1 for name in (*earlier, *states, *rest)}
-    tables = factor.align(tuple(name for name in (time, *sizes) if name in factor.inputs)).data
-    tables = tables.reshape(-1, *sizes.values())
+    domains = {name: domain for factor in factors for name, domain in factor.inputs.items()}
+    names = [*earlier, *states, *(name for name in domains if name not in {time, *earlier, *states})]
+    kept = [name for name in names if name not in states]
     present = tuple(range(len(earlier), len(earlier) + len(states)))
 
-    def step(later: Array, table: Array) -> tuple[Array, None]:
-        return logsumexp(table + later.reshape((1,) * len(states) + later.shape), axis=present), None
+    def table(factor: Any) -> Array:
+        """A factor with all dimensions, of size 1 where it has none."""
+        own = [name for name in names if name in factor.inputs]
+        data = factor.align((time, *own)).data
+        return data.reshape(-1, *(domains[name].size if name in own else 1 for name in names))
 
-    kept = [name for name in (*earlier, *rest) if name in factor.inputs]
-    last = jnp.zeros([sizes[name] for name in (*earlier, *rest)], tables.dtype)
-    first = jax.lax.scan(step, last, tables, reverse=True)[0].reshape([sizes[name] for name in kept])
-    return funsor.Tensor(first, OrderedDict((name, factor.inputs[name]) for name in kept))
+    of_pairs = [table(factor) for factor in factors if before & set(factor.inputs)]
+    # Without the first of the states before, as what is later has.
+    of_one = [jnp.squeeze(table(f), range(1, len(states) + 1)) for f in factors if not before & set(f.inputs)]
+
+    def step(later: Array, tables: tuple[list[Array], list[Array]]) -> tuple[Array, None]:
+        later = sum(tables[1], later)
+        later = later.reshape((1,) * len(states) + later.shape)
+        return logsumexp(sum(tables[0], later), axis=present), None
+
+    sizes = [domains[name].size if name in domains else 1 for name in kept]
+    last = jnp.zeros(sizes, jnp.result_type(*of_pairs, *of_one))
+    first = jax.lax.scan(step, last, (of_pairs, of_one), reverse=True)[0]
+    kept = [name for name in kept if name in domains]
+    first = first.reshape([domains[name].size for name in kept])
+    return funsor.Tensor(first, OrderedDict((name, domains[name]) for name in kept))
 
 
 def _time(site: dict) -> str | None:
