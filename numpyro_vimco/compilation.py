@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
@@ -44,6 +45,11 @@ def at_once(fn: Callable, *inputs: Any) -> Any:
     closed = jax.make_jaxpr(arrays)(*inputs)
     values = _program(closed, None, ONCE, True)(*inputs) if closed.out_avals else []
     return map_arrays(lambda x: values[x.number] if isinstance(x, Place) else x, found[0])
+
+
+def untraced() -> AbstractContextManager[None]:
+    """A context in which what does not depend on traced arrays is computed, also where JAX traces what is around."""
+    return nullcontext() if trace_state_clean() else jax.ensure_compile_time_eval()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@
 """Importance-weighted objectives for :class:`numpyro.infer.SVI`."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from numbers import Real
@@ -229,10 +228,9 @@ class ImportanceWeightedELBO(ELBO):
             return self
         other = copy(self)
         other.score_sites = frozenset()
-        is_traced = _has_tracers((args, kwargs))
-        with nullcontext() if is_traced else jax.ensure_compile_time_eval():
-            program = other.program(model, guide, args, kwargs, jax.random.key(0))
-            found = jumping_sites(program, {} if _has_tracers(param_map) else param_map, is_traced)
+        params = {} if _has_tracers(param_map) else param_map
+        make_program = lambda: other.program(model, guide, args, kwargs, jax.random.key(0))  # noqa: E731
+        found = jumping_sites(make_program, params, _has_tracers((args, kwargs)))
         other.score_sites = frozenset(found)
         return other
 

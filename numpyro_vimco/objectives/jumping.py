@@ -3,6 +3,8 @@
 
 """Latents of a program at which its density jumps: see :mod:`numpyro_vimco.checks.jumps`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 import warnings
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from numpyro_vimco.checks.jumps import LINES, candidates, jumps
-from numpyro_vimco.compilation import ONCE, Compiled
+from numpyro_vimco.compilation import ONCE, Compiled, untraced
 from numpyro_vimco.densities.densities import log_prob_of
 from numpyro_vimco.densities.levels import Values
 from numpyro_vimco.densities.program import Program
@@ -20,29 +22,18 @@ from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import sample_sites
 
 
-def jumping_sites(program: Program, params: dict[str, Any], is_traced: bool) -> list[str]:
+def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], is_traced: bool) -> list[str]:
     """The path sites of a guide at which the log-weight jumps. A warning names them.
 
+    :param make_program: makes the program anew, as it may hold keys that JAX traces.
     :param is_traced: whether the arguments of model and guide hold values that JAX traces, so that nothing can be
         compared; a warning then names those at which it may jump.
     """
-    key = jax.random.key(0)
+    program, key = make_program(), jax.random.key(0)
     samples = program.path_samples(params, key)
     if not samples:
         return []
-
-    def log_weight(values: Values) -> Array:
-        sites = program.sites(params, key, values)
-        total: Any = 0.0
-        for tr, log_prob_of_site, sign in (
-            (sites.guide_trace, sites.of_guide_site, -1),
-            (sites.model_trace, log_prob_of, 1),
-        ):
-            for site in sample_sites(tr):
-                total = total + sign * jnp.sum(log_prob_of_site(site))
-        return total
-
-    found = candidates(log_weight, samples)
+    found = candidates(partial(_log_weight, program, params, key), samples)
     if found and is_traced:
         some = next(iter(found))
         warnings.warn(
@@ -54,21 +45,8 @@ def jumping_sites(program: Program, params: dict[str, Any], is_traced: bool) -> 
         return []
     if not found:
         return []
-
-    def look(params: dict[str, Any], rng_key: Array) -> list[Array]:
-        def on_line(inputs: tuple[Array, Array]) -> list[Array]:
-            keys = split(inputs[0])
-            first, second = (draw_anywhere(program, params, key, inputs[1]) for key in keys)
-
-            def of(name: str) -> Array:
-                return jumps(lambda value: log_weight({**first, name: value}), first[name], second[name])
-
-            return [of(name) for name in found]
-
-        lines = split(rng_key, LINES), jnp.arange(LINES) % NUM_SOURCES
-        return [x.any() for x in jax.lax.map(on_line, lines)]
-
-    are_jumps = Compiled(look, ONCE)(params, key)
+    with untraced():
+        are_jumps = _are_jumps(make_program(), params, list(found))
     jumping = [name for name, is_jump in zip(found, are_jumps) if is_jump]
     for name in jumping:
         warnings.warn(
@@ -78,3 +56,33 @@ def jumping_sites(program: Program, params: dict[str, Any], is_traced: bool) -> 
             stacklevel=5,
         )
     return jumping
+
+
+def _are_jumps(program: Program, params: dict[str, Any], names: list[str]) -> list[Array]:
+    """Whether the log-weight jumps at each of some latents, along lines between draws."""
+
+    def look(params: dict[str, Any], rng_key: Array) -> list[Array]:
+        def on_line(inputs: tuple[Array, Array]) -> list[Array]:
+            keys = split(inputs[0])
+            first, second = (draw_anywhere(program, params, key, inputs[1]) for key in keys)
+            log_weight = partial(_log_weight, program, params, jax.random.key(0))
+
+            def of(name: str) -> Array:
+                return jumps(lambda value: log_weight({**first, name: value}), first[name], second[name])
+
+            return [of(name) for name in names]
+
+        lines = split(rng_key, LINES), jnp.arange(LINES) % NUM_SOURCES
+        return [x.any() for x in jax.lax.map(on_line, lines)]
+
+    return Compiled(look, ONCE)(params, jax.random.key(0))
+
+
+def _log_weight(program: Program, params: dict[str, Any], rng_key: Array, values: Values) -> Array:
+    """The log-weight of one particle at values of some latents, without what plates and levels do to it."""
+    sites = program.sites(params, rng_key, values)
+    total: Any = 0.0
+    for tr, log_prob, sign in ((sites.guide_trace, sites.of_guide_site, -1), (sites.model_trace, log_prob_of, 1)):
+        for site in sample_sites(tr):
+            total = total + sign * jnp.sum(log_prob(site))
+    return total
