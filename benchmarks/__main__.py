@@ -7,16 +7,8 @@ from pathlib import Path
 import subprocess
 import sys
 
-for section in (
-    "step_time",
-    "enumeration",
-    "scale",
-    "after_the_fit",
-    "digits",
-    "phylogenetics",
-    "structures",
-    "chains",
-    "moving_supports",
-):
+SECTIONS = "step_time enumeration scale after_the_fit digits phylogenetics structures chains moving_supports"
+
+for section in SECTIONS.split():
     print(f"\n== {section}", flush=True)
     subprocess.run([sys.executable, Path(__file__).with_name(f"{section}.py")], check=True)
