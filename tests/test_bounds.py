@@ -12,12 +12,14 @@ from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.handlers import seed, substitute, trace
+from numpyro.infer import SVI
 from numpyro.infer.util import log_density
+import optax
 import pytest
 from scipy import stats
 
 from helpers import initial_params
-from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar
+from numpyro_vimco import AutoDiscrete, AutoMixed, VIMCOStar, fit
 
 
 def two_switches():
@@ -251,6 +253,23 @@ def test_independent_guides_and_chains_cover_all_values():
         tr = trace(seed(guide, 0)).get_trace(jnp.array([10, 7]))
         assert isinstance(guide.covers["alive"], constraints.integer_greater_than)
         assert tr["alive"]["value"].shape == (2,)
+
+
+@pytest.mark.long
+def test_evidence_of_parts_of_a_total():
+    """Parts of a Poisson total are independent Poisson counts. NumPyro's own draws do not add up to the total."""
+    shares, seen = np.array([0.2, 0.3, 0.5]), np.array([1, 4, 3])
+
+    def model():
+        total = numpyro.sample("total", dist.Poisson(12.0))
+        parts = numpyro.sample("parts", dist.Multinomial(total, shares, total_count_max=100))
+        numpyro.sample("y", dist.Binomial(parts, 0.6).to_event(1), obs=seen)
+
+    svi = SVI(model, AutoMixed(model), optax.adam(0.02), VIMCOStar(0.5, 64))
+    posterior = fit(svi, random.key(0), 1000, progress_bar=False)
+    exact = stats.poisson.logpmf(seen, 12 * shares * 0.6).sum()
+    assert abs(posterior.log_evidence - exact) < 5.5 * posterior.log_evidence_std_error
+    assert posterior.log_evidence_std_error < 0.03
 
 
 def test_a_subsampled_plate_is_not_looked_into():

@@ -50,6 +50,7 @@ from numpyro_vimco.densities.levels import Levels
 from numpyro_vimco.densities.plates import Structure
 from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.families.autoregressive import sample_rest
+from numpyro_vimco.families.bounds import has_total
 from numpyro_vimco.families.couplings import Graph, log_densities
 from numpyro_vimco.guides.automatic import automatic_guides
 from numpyro_vimco.private.of_numpyro import latents_of, packed
@@ -340,7 +341,9 @@ def _drawable(approx: Approximation) -> dict[str, set[str]]:
     found = {}
     for name, site in approx.latents().items():
         parents = graph.factors[name] - {name}
-        if parents <= approx.sampled and not is_delta(site) and can(site["fn"].sample, random.key(0)):
+        # NumPyro (0.22) draws `total_count_max` counts of a Multinomial whose total is one number that is not constant.
+        is_wrong = has_total(site["fn"].support) and not site["fn"].batch_shape and bool(parents)
+        if parents <= approx.sampled and not is_delta(site) and not is_wrong and can(site["fn"].sample, random.key(0)):
             found[name] = parents
     return found
 

@@ -20,7 +20,15 @@ from numpyro.primitives import Messenger
 from numpyro_vimco.arguments import listed
 from numpyro_vimco.compilation import ONCE, Compiled, at_once
 from numpyro_vimco.control_flow import Given, Scans
-from numpyro_vimco.families.bounds import Moving, covering, has_total, is_of_integers, moving_supports, supports_of
+from numpyro_vimco.families.bounds import (
+    Moving,
+    covering,
+    has_total,
+    is_of_integers,
+    moving_supports,
+    supports_of,
+    total_of,
+)
 from numpyro_vimco.families.couplings import Graph, draws_anywhere, local_plates, log_densities
 from numpyro_vimco.families.families import moving_support_error
 from numpyro_vimco.families.supports import check_draws, check_has_support
@@ -208,6 +216,11 @@ class StructuralGuide(PrototypeGuide):
             return
         draws = prior_draws(self.model, args, kwargs, latents)
         self.prior_draws = {name: draws[name] for name in named}
+        if totals:  # to which draws of NumPyro (0.22) do not always add up
+            sums = prior_draws(self.model, args, kwargs, totals, lambda site: total_of(site["fn"].support))
+            for name in totals:
+                share = sums[name] / jnp.maximum(draws[name].sum(-1), 1)
+                self.prior_draws[name] = jnp.round(draws[name] * share[..., None]).astype(draws[name].dtype)
         left = [name for name in named if name in self.moving and name not in totals]
         while left:
             # Those of circles cover each other's values last.

@@ -23,7 +23,7 @@ from numpyro_vimco.sites import sample_sites
 
 
 def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], is_traced: bool) -> list[str]:
-    """The path sites of a guide at which the log-weight jumps. A warning names them.
+    """The path sites of a guide at which the model's log-density jumps. A warning names them.
 
     :param make_program: makes the program anew, as it may hold keys that JAX traces.
     :param is_traced: whether the arguments of model and guide hold values that JAX traces, so that nothing can be
@@ -33,7 +33,7 @@ def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], i
     samples = program.path_samples(params, key)
     if not samples:
         return []
-    found = candidates(partial(_log_weight, program, params, key), samples)
+    found = candidates(partial(_log_density, program, params, key), samples)
     if found and is_traced:
         some = next(iter(found))
         warnings.warn(
@@ -59,16 +59,16 @@ def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], i
 
 
 def _are_jumps(program: Program, params: dict[str, Any], names: list[str]) -> list[Array]:
-    """Whether the log-weight jumps at each of some latents, along lines between draws."""
+    """Whether the log-density jumps at each of some latents, along lines between draws."""
 
     def look(params: dict[str, Any], rng_key: Array) -> list[Array]:
         def on_line(inputs: tuple[Array, Array]) -> list[Array]:
             keys = split(inputs[0])
             first, second = (draw_anywhere(program, params, key, inputs[1]) for key in keys)
-            log_weight = partial(_log_weight, program, params, jax.random.key(0))
+            log_density = partial(_log_density, program, params, jax.random.key(0))
 
             def of(name: str) -> Array:
-                return jumps(lambda value: log_weight({**first, name: value}), first[name], second[name])
+                return jumps(lambda value: log_density({**first, name: value}), first[name], second[name])
 
             return [of(name) for name in names]
 
@@ -78,11 +78,7 @@ def _are_jumps(program: Program, params: dict[str, Any], names: list[str]) -> li
     return Compiled(look, ONCE)(params, jax.random.key(0))
 
 
-def _log_weight(program: Program, params: dict[str, Any], rng_key: Array, values: Values) -> Array:
-    """The log-weight of one particle at values of some latents, without what plates and levels do to it."""
+def _log_density(program: Program, params: dict[str, Any], rng_key: Array, values: Values) -> Array:
+    """The log-density of the model at values of some latents, without what plates and levels do to it."""
     sites = program.sites(params, rng_key, values)
-    total: Any = 0.0
-    for tr, log_prob, sign in ((sites.guide_trace, sites.of_guide_site, -1), (sites.model_trace, log_prob_of, 1)):
-        for site in sample_sites(tr):
-            total = total + sign * jnp.sum(log_prob(site))
-    return total
+    return sum(jnp.sum(log_prob_of(site)) for site in sample_sites(sites.model_trace))  # type: ignore[return-value]
