@@ -167,6 +167,16 @@ def test_import_waits_for_what_is_seldom_needed():
     assert not {"matplotlib", "pandas", "funsor", "xarray", "arviz", "scipy.stats"} & set(new.split())
 
 
+def test_modules_that_public_docstrings_name_have_a_place_in_the_reference():
+    """`make docs` fails otherwise, after minutes."""
+    documented = set(re.findall(r"automodule:: ([\w.]+)", (ROOT / "docs" / "api.md").read_text()))
+    for name in numpyro_vimco.__all__:
+        public = getattr(numpyro_vimco, name)
+        texts = [public.__doc__ or "", *(getattr(member, "__doc__", "") or "" for member in vars(public).values())]
+        named = {module for text in texts for module in re.findall(r":mod:`~?([\w.]+)`", text)}
+        assert named <= documented, name
+
+
 def test_one_version():
     assert f"\nversion: {numpyro_vimco.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 

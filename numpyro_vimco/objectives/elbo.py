@@ -92,9 +92,8 @@ class ImportanceWeightedELBO(ELBO):
     :param score_sites: names of latents that use the score function although their distribution has a reparameterised
         sampler, because the density jumps where they pass a threshold, are rounded, or become an index. A pathwise
         gradient does not see a jump, and is biased. Defaults to None: such latents are looked for before the first
-        step, where the data are not traced, and a warning names those that are found
-        (:mod:`numpyro_vimco.checks.jumps` says how, and what may be missed). A set, which may be empty, is taken as it
-        is, without a search.
+        step, where the data are not traced, and a warning names those that are found (``docs/which_objective.md`` says
+        how, and what may be missed). A set, which may be empty, is taken as it is, without a search.
     :param joint_plates: names of plates whose elements share one weight, although the plates are common to all sites:
         for elements that are not independent (a random walk along the plate). Defaults to none. Other elements that
         depend on each other are an error that names the plate, where values are concrete.
