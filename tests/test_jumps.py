@@ -81,6 +81,17 @@ KINKS = {
 }
 
 
+def test_lines_do_not_leave_a_support():
+    """On a line between two factors of correlation matrices rows have not norm 1, and a density is not one."""
+
+    def model():
+        factor = numpyro.sample("factor", dist.LKJCholesky(3, 1.0))
+        share = numpyro.sample("share", dist.Beta(2.0, 2.0))
+        numpyro.sample("y", dist.Normal(jax.nn.relu(factor.sum()) + jnp.abs(share - 0.4), 1.0), obs=Y)
+
+    assert found(model) == set()
+
+
 @pytest.mark.parametrize("name, jumping", [("threshold", {"z"}), ("spline by where", set())])
 def test_many_data(name, jumping):
     """The density is about -10^5 nats, with six digits."""

@@ -11,6 +11,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from numpyro.distributions import biject_to
+from numpyro.distributions.transforms import IdentityTransform, Transform
 
 from numpyro_vimco.checks.jumps import LINES, candidates, jumps
 from numpyro_vimco.compilation import ONCE, Compiled, untraced
@@ -59,16 +61,19 @@ def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], i
 
 
 def _are_jumps(program: Program, params: dict[str, Any], names: list[str]) -> list[Array]:
-    """Whether the log-density jumps at each of some latents, along lines between draws."""
+    """Whether the log-density jumps at each of some latents, along lines between draws in unconstrained space."""
 
     def look(params: dict[str, Any], rng_key: Array) -> list[Array]:
         def on_line(inputs: tuple[Array, Array]) -> list[Array]:
             keys = split(inputs[0])
             first, second = (draw_anywhere(program, params, key, inputs[1]) for key in keys)
             log_density = partial(_log_density, program, params, jax.random.key(0))
+            model_trace = program.sites(params, jax.random.key(0), first).model_trace
 
             def of(name: str) -> Array:
-                return jumps(lambda value: log_density({**first, name: value}), first[name], second[name])
+                transform = _transform(model_trace.get(name))
+                ends = transform.inv(first[name]), transform.inv(second[name])
+                return jumps(lambda value: log_density({**first, name: transform(value)}), *ends)
 
             return [of(name) for name in names]
 
@@ -76,6 +81,14 @@ def _are_jumps(program: Program, params: dict[str, Any], names: list[str]) -> li
         return [x.any() for x in jax.lax.map(on_line, lines)]
 
     return Compiled(look, ONCE)(params, jax.random.key(0))
+
+
+def _transform(site: dict | None) -> Transform:
+    """From unconstrained space to the support of a latent; the identity for auxiliary sites, which are real vectors."""
+    try:
+        return biject_to(site["fn"].support) if site else IdentityTransform()
+    except NotImplementedError:
+        return IdentityTransform()
 
 
 def _log_density(program: Program, params: dict[str, Any], rng_key: Array, values: Values) -> Array:
