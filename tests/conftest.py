@@ -54,8 +54,15 @@ def collect_garbage_seldom():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def no_programs_of_others():
+    """In a long run JAX took constants of programs in single precision for those of double precision."""
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture
-def x64():
+def x64(no_programs_of_others):
     """Run one test in double precision."""
     jax.config.update("jax_enable_x64", True)
     yield
