@@ -144,9 +144,7 @@ def has_fixed_support(fn: dist.Distribution) -> bool:
 
 def is_real(support: constraints.Constraint | None) -> bool:
     """Whether a support is all of the reals, or vectors or matrices of them."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support in (constraints.real, constraints.real_vector, constraints.real_matrix)
+    return base_support(support) in (constraints.real, constraints.real_vector, constraints.real_matrix)
 
 
 def _is_onto_reals(transform: dist.transforms.Transform) -> bool:
@@ -162,6 +160,13 @@ def support_of(fn: dist.Distribution) -> constraints.Constraint | None:
         return fn.support
     except NotImplementedError:
         return None
+
+
+def base_support(support: Any) -> Any:
+    """A support without its event dimensions; None for None."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def support_leaves(support: Any) -> list:

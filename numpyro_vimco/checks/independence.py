@@ -26,7 +26,7 @@ from numpyro.infer import init_to_uniform
 from numpyro_vimco.compilation import ONCE, Compiled
 from numpyro_vimco.private.of_jax import eval_jaxpr
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import support_of
+from numpyro_vimco.sites import base_support, support_of
 
 # How far values may differ by rounding, relative to the sum of their terms' sizes.
 ROUNDING = 1e-4
@@ -152,9 +152,7 @@ def _from_support(site: dict, near: Array | None) -> Array | None:
 
     :return: None for other supports.
     """
-    support = support_of(site["fn"])
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_support(support_of(site["fn"]))
     if support is None:
         return None
     if not support.is_discrete:

@@ -34,7 +34,7 @@ from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.chunks import Chunked
 from numpyro_vimco.draws.moments import Estimate
 from numpyro_vimco.draws.proposals import program_of
-from numpyro_vimco.sites import is_discrete, mask_of, support_of
+from numpyro_vimco.sites import base_support, is_discrete, mask_of, support_of
 
 # Two of so many elements at most are exchanged; all subsets of so many changes, and so many pairs of each, are tried.
 MOST_ELEMENTS, MOST_CHANGES, MOST_PAIRS = 8, 5, 2
@@ -216,9 +216,7 @@ def _changes(approx: Approximation, size: int) -> Iterator[Change]:
 
 def _other_value(site: dict, size: int) -> Callable[[Array, Array], Array] | None:
     """Another label, of so many; or of a share of two, that of the other."""
-    support = support_of(site["fn"])
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = base_support(support_of(site["fn"]))
     names = ("lower_bound", "upper_bound")
     low, high = (0, 1) if support is constraints.boolean else (getattr(support, name, np.nan) for name in names)
     if is_discrete(site) and np.all(low == 0) and np.all(high == size - 1):

@@ -24,7 +24,7 @@ from numpyro.util import not_jax_tracer
 from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.dependence import dependence
-from numpyro_vimco.sites import support_leaves
+from numpyro_vimco.sites import base_support, support_leaves
 
 # A support that depends on discrete latents is looked at for so many of their values together; it is a categorical
 # distribution up to so many values of its own.
@@ -45,7 +45,7 @@ class Bounds(NamedTuple):
 
         :param shape: of all elements.
         """
-        support = base(support)
+        support = base_support(support)
         low = jnp.broadcast_to(support.lower_bound, shape)
         if not isinstance(support, constraints.integer_interval):
             return cls(low, None)
@@ -81,27 +81,20 @@ class Moving:
     has_moving_low: bool
 
 
-def base(support: Any) -> Any:
-    """A support without its event dimensions."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
-
-
 def has_total(support: Any) -> bool:
     """Whether a support has counts with a given sum, as that of a Multinomial."""
-    return isinstance(base(support), type(constraints.multinomial(1)))
+    return isinstance(base_support(support), type(constraints.multinomial(1)))
 
 
 def total_of(support: Any) -> Array:
     """The sum of counts."""
-    return jnp.asarray(base(support).upper_bound)
+    return jnp.asarray(base_support(support).upper_bound)
 
 
 def is_of_integers(support: Any) -> bool:
     """Whether a support is an interval of integers, with or without a largest one, or boolean."""
     kinds = constraints.integer_interval, constraints.integer_greater_than, type(constraints.boolean)
-    return isinstance(base(support), kinds)
+    return isinstance(base_support(support), kinds)
 
 
 def supports_of(model: Callable, args: tuple, kwargs: dict) -> Callable[[Samples], dict[str, Constraint]]:
@@ -160,13 +153,13 @@ def covering(
     :param covers: supports of the parents, as far as they are discrete.
     :param draws: of the prior of discrete latents.
     """
-    support = base(support)
+    support = base_support(support)
     if not not_jax_tracer(draws[name]):
         return support  # of the first call, which a family then refuses
     values = _combinations(sorted(moving.parents), latents, covers)
 
     def bounds(values: Samples) -> list[Array]:
-        return support_leaves(base(supports({**latents, **values})[name]))
+        return support_leaves(base_support(supports({**latents, **values})[name]))
 
     if values is not None and isinstance(support, constraints.integer_interval):
         low, high = at_once(lambda: jax.vmap(bounds)(values))
@@ -180,7 +173,7 @@ def _combinations(parents: Iterable[str], latents: Samples, covers: Mapping[str,
     """All values of some latents, with a leading axis; None if they are not discrete, or too many."""
     axes, places = [], []
     for parent in parents:
-        support = base(covers.get(parent))
+        support = base_support(covers.get(parent))
         if isinstance(support, type(constraints.boolean)):
             ends = 0, 1
         elif isinstance(support, constraints.integer_interval):

@@ -21,11 +21,11 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.util import not_jax_tracer
 
 from numpyro_vimco.compilation import at_once
-from numpyro_vimco.families.bounds import Bounds, base
+from numpyro_vimco.families.bounds import Bounds
 from numpyro_vimco.families.components import Components, components_of_prior, spread_components
 from numpyro_vimco.families.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, IntervalCategorical
 from numpyro_vimco.families.units import PositiveInUnits, concrete
-from numpyro_vimco.sites import unwrapped
+from numpyro_vimco.sites import base_support, unwrapped
 
 # At the start: the probability that is spread evenly over a finite support, the standard deviation of moves in
 # unconstrained space, and the probability of a value that `init_loc_fn` gives.
@@ -311,7 +311,7 @@ def family_of(site: dict, rng_key: Array, number: int | None = None) -> Family:
         support = site["fn"].support
     except NotImplementedError:
         raise _no_automatic_guide_error(site) from None
-    support = base(support)
+    support = base_support(support)
     if isinstance(support, type(constraints.boolean)):
         return Boolean()
     if isinstance(support, constraints.integer_interval):
@@ -356,7 +356,7 @@ def moving_support_error(site: dict, why: str) -> ValueError:
 def _within_bounds(site: dict) -> str:
     """Lines of a guide by hand that draw a site above a bound that other latents decide."""
     name, shape, event_dim = site["name"], jnp.shape(site["value"]), site["fn"].event_dim
-    is_interval = isinstance(base(site["fn"].support), constraints.integer_interval)
+    is_interval = isinstance(base_support(site["fn"].support), constraints.integer_interval)
     event = f".to_event({event_dim})" if event_dim else ""
     lines = [
         "from numpyro_vimco.distributions import DiscretizedLogistic",
