@@ -56,7 +56,7 @@ def collect_garbage_seldom():
 
 @pytest.fixture(scope="module")
 def no_programs_of_others():
-    """In a long run JAX took constants of programs in single precision for those of double precision."""
+    """What other modules compiled is let go. In a long run JAX took their constants for those of double precision."""
     jax.clear_caches()
     gc.collect()
 

@@ -1,7 +1,5 @@
 """JAX's own checks pass: tracer leaks, and rank promotion, wherever NumPyro's pass."""
 
-import gc
-
 import jax
 from jax import random
 import jax.numpy as jnp
@@ -17,13 +15,8 @@ import pytest
 from helpers import of_two_lengths
 from numpyro_vimco import REINFORCE, VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar
 
-
-@pytest.fixture(autouse=True, scope="module")
-def let_go_of_programs():
-    """The check of leaks looks at all objects, of which other tests have left millions: it would take minutes."""
-    jax.clear_caches()
-    gc.collect()
-
+# The check of leaks looks at all objects, of which other tests have left millions: it would take minutes.
+pytestmark = pytest.mark.usefixtures("no_programs_of_others")
 
 X = jnp.array([[0.5, 1.0], [2.0, 1.5], [0.2, 0.1]])
 

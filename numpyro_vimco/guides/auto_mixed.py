@@ -33,7 +33,7 @@ from numpyro_vimco.families.components import Components, components_of_prior, s
 from numpyro_vimco.families.units import concrete, location_and_scale, prior_draws, unconstrained
 from numpyro_vimco.guides.auto_discrete import AutoDiscrete
 from numpyro_vimco.guides.automatic import AutoNormalFromPrior, is_normal, set_up, values_of
-from numpyro_vimco.guides.least import least_values
+from numpyro_vimco.guides.least import Data, least_values
 from numpyro_vimco.guides.options import (
     check_couplings,
     check_init_scale,
@@ -282,7 +282,7 @@ class AutoMixed(StructuralGuide):
         if len(before) == len(now) and all(map(np.array_equal, before, now)):
             return
         draws = {name: self.prior_draws[name] for name in self.least}
-        least = least_values(self.model, args, kwargs, self.prototype_trace, draws)
+        least = least_values(Data.of(self.model, args, kwargs, self.prototype_trace), draws)
         for name, low in self.least.items():
             if name not in least or least[name].shape != low.shape or (least[name] < low).any():
                 raise ValueError(

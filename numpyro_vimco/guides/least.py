@@ -12,6 +12,7 @@ over orders of magnitude where a population grows by an unknown rate for sixty y
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -34,35 +35,59 @@ POWERS, EFFECTIVE = (*(0.5**i for i in range(16)), 0.0), 25
 Samples = dict[str, Array]
 
 
-def least_values(
-    model: Callable, args: tuple, kwargs: dict, tr: Trace, prior_draws: Mapping[str, Array]
-) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Data:
+    """A model with its data.
+
+    :ivar tr: a trace of it.
+    :ivar evaluate: from latents to the log-density of each site.
+    :ivar latents: their values in the trace.
+    :ivar observed: of each observed site, the discrete latents that its density depends on.
+    """
+
+    tr: Trace
+    evaluate: Callable[[Samples], Samples]
+    latents: Samples
+    observed: dict[str, set[str]]
+
+    @classmethod
+    def of(cls, model: Callable, args: tuple, kwargs: dict, tr: Trace) -> "Data":
+        """The data of a model, by one trace of shapes."""
+        latents = {name: site["value"] for name, site in tr.items() if is_latent_site(site)}
+        discrete = {name for name in latents if is_discrete(tr[name])}
+        evaluate = log_densities(model, args, kwargs)
+        factors = dependence(evaluate, latents)
+        observed = {site: parents & discrete for site, parents in factors.items() if tr[site]["is_observed"]}
+        return cls(tr, evaluate, latents, observed)
+
+    def of_shape(self, latents: set[str]) -> list[str]:
+        """The observed sites that depend on some of these discrete latents, on no others, and have their shape."""
+        shapes = {jnp.shape(self.latents[name]) for name in latents}
+        own = [site for site, parents in self.observed.items() if parents and parents <= latents]
+        return [site for site in own if {jnp.shape(self.tr[site]["value"])} == shapes]
+
+    def is_traced(self, draws: Mapping[str, Array]) -> bool:
+        """Whether JAX traces these latents or draws of them, so that nothing can be compared."""
+        return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.latents, dict(draws))))
+
+
+def least_values(data: Data, prior_draws: Mapping[str, Array]) -> dict[str, np.ndarray]:
     """For counts without an upper bound, the least values that the data admit, of the shape of the site's value.
 
-    :param tr: a trace of the model.
     :param prior_draws: of the counts, with a leading axis.
     """
-    latents = {name: site["value"] for name, site in tr.items() if is_latent_site(site)}
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((latents, prior_draws))):
+    if data.is_traced(prior_draws):
         return {}
-    evaluate = log_densities(model, args, kwargs)
-    factors = dependence(evaluate, latents)
-    discrete = {name for name in latents if is_discrete(tr[name])}
     found = {}
     for name, draws in prior_draws.items():
-        support = support_of(tr[name]["fn"])
-        shape = jnp.shape(latents[name])
-        own = [
-            site
-            for site, parents in factors.items()
-            if tr[site]["is_observed"] and parents & discrete == {name} and jnp.shape(tr[site]["value"]) == shape
-        ]
+        support = support_of(data.tr[name]["fn"])
+        own = data.of_shape({name})
         if not own or not isinstance(support, constraints.integer_greater_than):
             continue
-        low = np.broadcast_to(np.asarray(support.lower_bound), shape)
+        low = np.broadcast_to(np.asarray(support.lower_bound), jnp.shape(data.latents[name]))
 
         def possible(value: Array, name=name, own=own) -> Array:
-            densities = evaluate({**latents, name: value})
+            densities = data.evaluate({**data.latents, name: value})
             return jnp.stack([densities[site] > FLOOR for site in own]).all(0)
 
         least = _least(Compiled(possible, ONCE), low, np.asarray(draws).max(0))
@@ -71,9 +96,7 @@ def least_values(
     return found
 
 
-def near_data(
-    model: Callable, args: tuple, kwargs: dict, tr: Trace, homes: Mapping[str, str], draws: Mapping[str, Array]
-) -> dict[str, Array]:
+def near_data(data: Data, homes: Mapping[str, str], draws: Mapping[str, Array]) -> dict[str, Array]:
     """Draws of the latents of chains, each step from draws of the prior in proportion to the density of its data.
 
     The data of a step are observed sites that depend on latents of the chain, and on no other discrete ones. They must
@@ -82,28 +105,18 @@ def near_data(
     :param homes: the chain of each latent.
     :param draws: of the prior of all latents, jointly, with a leading axis.
     """
-    latents = {name: site["value"] for name, site in tr.items() if is_latent_site(site)}
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((latents, draws))):
+    if data.is_traced(draws):
         return {}
-    evaluate = log_densities(model, args, kwargs)
-    factors = dependence(evaluate, latents)
-    discrete = {name for name in latents if is_discrete(tr[name])}
     found: dict[str, Array] = {}
     for chain in sorted(set(homes.values())):
-        own = {name for name in discrete if homes.get(name) == chain}
-        shapes = {jnp.shape(latents[name]) for name in own}
-        data = [
-            site
-            for site, parents in factors.items()
-            if tr[site]["is_observed"] and parents & own and parents & discrete <= own
-        ]
-        data = [site for site in data if {jnp.shape(tr[site]["value"])} == shapes]
-        if not data:
+        own = {name for name, home in homes.items() if home == chain and is_discrete(data.tr[name])}
+        sites = data.of_shape(own)
+        if not sites:
             continue
 
-        def of_data(values: Samples, data: list[str] = data) -> Array:
-            densities = evaluate(values)
-            return sum(densities[site] for site in data)  # type: ignore[return-value]
+        def of_data(values: Samples, sites: list[str] = sites) -> Array:
+            densities = data.evaluate(values)
+            return sum(densities[site] for site in sites)  # type: ignore[return-value]
 
         log_weight = np.asarray(Compiled(jax.vmap(of_data), ONCE)(dict(draws)), float)
         is_possible = np.isfinite(log_weight) & (log_weight > FLOOR)

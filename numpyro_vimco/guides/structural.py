@@ -34,7 +34,7 @@ from numpyro_vimco.families.families import moving_support_error
 from numpyro_vimco.families.supports import check_draws, check_has_support
 from numpyro_vimco.families.units import prior_draws
 from numpyro_vimco.guides.automatic import set_up
-from numpyro_vimco.guides.least import least_values, near_data
+from numpyro_vimco.guides.least import Data, least_values, near_data
 from numpyro_vimco.guides.plan import autoregressive, gated, steps_of
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.private.of_numpyro import PrototypeGuide
@@ -234,9 +234,9 @@ class StructuralGuide(PrototypeGuide):
                 raise moving_support_error(self.prototype_trace[name], why)
             self.covers[name] = cover
         if counts := {name: self.prior_draws[name] for name in named if name in self.homes}:
-            self.least = least_values(self.model, args, kwargs, self.prototype_trace, counts)
-        if self.homes:
-            self.prior_draws |= near_data(self.model, args, kwargs, self.prototype_trace, self.homes, draws)
+            data = Data.of(self.model, args, kwargs, self.prototype_trace)
+            self.least = least_values(data, counts)
+            self.prior_draws |= near_data(data, self.homes, draws)
         self.covers |= {name: constraints.integer_greater_than(least) for name, least in self.least.items()}
 
     def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
@@ -270,7 +270,7 @@ class StructuralGuide(PrototypeGuide):
             todo += (moving.parents if moving else frozenset()) - reached
             reached |= set(todo)
         if name in reached:
-            return "they are the same site at other times"
+            return "the site's own values at other times are among them"
         for site in (name, *self.moving[name].parents):
             for frame in self.prototype_trace[site]["cond_indep_stack"]:
                 if frame.size != self._full_plate_size(frame.name):

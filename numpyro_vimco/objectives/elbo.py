@@ -17,6 +17,7 @@ from numpyro.infer.elbo import ELBO
 
 from numpyro_vimco.arguments import check_key
 from numpyro_vimco.checks.supports_and_plates import check_chunk_size, check_particles, check_sharding, delta_error
+from numpyro_vimco.compilation import untraced
 from numpyro_vimco.densities.chains import find_chains, marked
 from numpyro_vimco.densities.densities import Densities
 from numpyro_vimco.densities.program import Program
@@ -195,9 +196,9 @@ class ImportanceWeightedELBO(ELBO):
         kinds = program.kinds(param_map, rng_key)
         if self.checks_values and not _has_tracers((args, kwargs)):
             # In a fit parameters are traced: the check is then at those that the program itself begins with.
-            with jax.ensure_compile_time_eval():
-                untraced = self.program(model, guide, args, kwargs, jax.random.key(0))
-                value_checks(untraced, kinds)({} if _has_tracers(param_map) else param_map)
+            with untraced():
+                with_values = self.program(model, guide, args, kwargs, jax.random.key(0))
+                value_checks(with_values, kinds)({} if _has_tracers(param_map) else param_map)
         self.check_program(program, param_map, rng_key)
         keys = split(rng_key, self.num_particles)
         weigh = partial(gradients.weigh, alpha=self.alpha, score_signal=self.score_signal)

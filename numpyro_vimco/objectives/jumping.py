@@ -36,7 +36,9 @@ def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], i
     if not samples:
         return []
     found = candidates(partial(_log_density, program, params, key), samples)
-    if found and is_traced:
+    if not found:
+        return []
+    if is_traced:
         some = next(iter(found))
         warnings.warn(
             f"The latent '{some}' flows into `{found[some]}`, where the density may jump. JAX traces the arguments, so "
@@ -45,8 +47,6 @@ def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], i
             stacklevel=5,
         )
         return []
-    if not found:
-        return []
     with untraced():
         are_jumps = _are_jumps(make_program(), params, list(found))
     jumping = [name for name, is_jump in zip(found, are_jumps) if is_jump]
@@ -54,7 +54,7 @@ def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], i
         warnings.warn(
             f"The density jumps where the latent '{name}' flows into `{found[name]}`. No pathwise gradient sees that, "
             "so that this latent uses the score function. "
-            f"`score_sites={{{', '.join(map(repr, jumping))}}}` says so without a search, and this warning.",
+            f"Pass `score_sites={{{', '.join(map(repr, jumping))}}}` to leave out the search and this warning.",
             stacklevel=5,
         )
     return jumping
