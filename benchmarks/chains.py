@@ -17,9 +17,8 @@ with its verdict and 4,000 draws, compilation counted. K = 1 is a fit without `c
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-import time
 
-import jax
+from common import HEADER, row
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -30,7 +29,7 @@ import optax
 from scipy.special import expit
 from scipy.stats import binom, norm, poisson
 
-from numpyro_vimco import AutoMixed, VIMCOStar, fit
+from numpyro_vimco import AutoMixed, VIMCOStar
 
 SIZE = 50  # of the population of the epidemic
 
@@ -217,32 +216,18 @@ def run(name, steps_in_time, samples, seeds, num_particles, num_steps):
     seen = problem.simulate(steps_in_time)
     log_evidence, moments = problem.exact(seen)
     print(f"{name}, {steps_in_time} steps in time; exact log evidence {log_evidence:.3f} nats; {num_steps:,} steps")
-    print(
-        f"{'K':>4} {'seed':>4} {'verdict':>8} {'evidence':>16} {'largest':>8} {'ESS':>6} {'processor':>10} {'wall':>6}"
-    )
+    print(f"{'K':>4} {HEADER}")
     for number in samples:
+        chains = {problem.chain: number} if number > 1 else {}
         for seed in range(seeds):
-            begin = time.process_time(), time.perf_counter()
-            chains = {problem.chain: number} if number > 1 else {}
             objective = VIMCOStar(0.5, num_particles, chain_particles=chains)
             svi = SVI(problem.model, AutoMixed(problem.model, chains=chains.keys()), optax.adam(0.02), objective)
-            posterior = fit(svi, jax.random.key(seed), num_steps, seen, progress_bar=False)
-            verdict = posterior.verdict
-            drawn = posterior.to_arviz(num_samples=4000, groups=(), progress_bar=False).posterior
-            spent = time.process_time() - begin[0], time.perf_counter() - begin[1]
-            largest = max(abs(float(drawn[name].mean()) - mean) / sd for name, (mean, sd) in moments.items())
-            error = f"{posterior.log_evidence - log_evidence:+.3f} ± {posterior.log_evidence_std_error:.3f}"
-            ess = f"{posterior.ess / posterior.diagnostics.num_draws:.1%}"
-            print(
-                f"{number:>4} {seed:>4} {verdict:>8} {error:>16} {largest:>8.2f} {ess:>6} "
-                f"{spent[0]:>9.0f}s {spent[1]:>5.0f}s",
-                flush=True,
-            )
+            print(f"{number:>4} {row(svi, seed, num_steps, (seen,), log_evidence, moments)}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problems", nargs="*", default=list(PROBLEMS), choices=[*PROBLEMS, []])
+    parser.add_argument("problems", nargs="*", default=list(PROBLEMS))
     parser.add_argument("--steps-in-time", type=int, default=30)
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--seeds", type=int, default=3)

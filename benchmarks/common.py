@@ -14,6 +14,8 @@ import numpyro.distributions as dist
 from numpyro.infer import SVI
 from sklearn.datasets import load_digits
 
+from numpyro_vimco import fit
+
 VISIBLE, HIDDEN = 64, 32
 
 
@@ -21,6 +23,27 @@ def elbo(posterior, num_draws):
     """The ELBO of the best start in nats, from draws of its guide without defence."""
     chains = posterior.to_arviz(num_samples=num_draws, resample=False, pool=False, groups=())
     return float(chains["sample_stats"]["log_weight"].mean("draw").max())
+
+
+# Of the rows that :func:`row` makes.
+HEADER = f"{'seed':>4} {'verdict':>8} {'evidence':>16} {'largest':>8} {'ESS':>6} {'processor':>10} {'wall':>6}"
+
+
+def row(svi, seed, num_steps, data, log_evidence, moments):
+    """A fit beside an exact posterior: verdict, errors, ESS and seconds, of which compilation is a part.
+
+    :param log_evidence: the exact one in nats.
+    :param moments: by latent, its exact mean and standard deviation.
+    """
+    begin = time.process_time(), time.perf_counter()
+    posterior = fit(svi, random.key(seed), num_steps, *data, progress_bar=False)
+    verdict = posterior.verdict
+    draws = posterior.to_arviz(num_samples=4000, groups=(), progress_bar=False)["posterior"]
+    spent = time.process_time() - begin[0], time.perf_counter() - begin[1]
+    largest = max(np.max(np.abs(draws[n].mean(("chain", "draw")) - mean) / sd) for n, (mean, sd) in moments.items())
+    error = f"{posterior.log_evidence - log_evidence:+.3f} ± {posterior.log_evidence_std_error:.3f}"
+    ess = f"{posterior.ess / posterior.diagnostics.num_draws:.1%}"
+    return f"{seed:>4} {verdict:>8} {error:>16} {float(largest):>8.2f} {ess:>6} {spent[0]:>9.0f}s {spent[1]:>5.0f}s"
 
 
 def digits():

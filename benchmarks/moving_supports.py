@@ -18,10 +18,9 @@ and of wall until the verdict and 4,000 draws, compilation counted.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-import time
 import warnings
 
-import jax
+from common import HEADER, row
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -31,7 +30,7 @@ import optax
 from scipy.special import gammaln, logsumexp
 from scipy.stats import beta, binom, multivariate_normal, norm, poisson
 
-from numpyro_vimco import AutoMixed, VIMCOStar, fit
+from numpyro_vimco import AutoMixed, VIMCOStar
 
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -197,24 +196,12 @@ PROBLEMS = {
 
 def run(name, seeds):
     problem = PROBLEMS[name]
-    log_evidence, exact = problem.exact()
+    exact = problem.exact()
     for seed in range(seeds):
-        begin = time.process_time(), time.perf_counter()
         svi = SVI(problem.model, AutoMixed(problem.model), optax.adam(0.02), VIMCOStar(0.5, 64))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The density jumps")
-            posterior = fit(svi, jax.random.key(seed), 2000, progress_bar=False)
-        verdict = posterior.verdict
-        draws = posterior.to_arviz(num_samples=4000, groups=(), progress_bar=False)["posterior"]
-        spent = time.process_time() - begin[0], time.perf_counter() - begin[1]
-        largest = max(np.max(np.abs(draws[n].mean(("chain", "draw")) - mean) / sd) for n, (mean, sd) in exact.items())
-        error = f"{posterior.log_evidence - log_evidence:+.3f} ± {posterior.log_evidence_std_error:.3f}"
-        ess = f"{posterior.ess / posterior.diagnostics.num_draws:.1%}"
-        print(
-            f"{name:>10} {seed:>4} {verdict:>8} {error:>16} {float(largest):>8.2f} {ess:>6} "
-            f"{spent[0]:>9.0f}s {spent[1]:>5.0f}s",
-            flush=True,
-        )
+            print(f"{name:>10} {row(svi, seed, 2000, (), *exact)}", flush=True)
 
 
 if __name__ == "__main__":
@@ -222,8 +209,6 @@ if __name__ == "__main__":
     parser.add_argument("problems", nargs="*", default=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    print(
-        f"{'':>10} {'seed':>4} {'verdict':>8} {'evidence':>16} {'largest':>8} {'ESS':>6} {'processor':>10} {'wall':>6}"
-    )
+    print(f"{'':>10} {HEADER}")
     for problem in args.problems:
         run(problem, args.seeds)

@@ -6,6 +6,7 @@ import warnings
 import jax
 from jax import random
 import jax.numpy as jnp
+from moving_supports import X, Y, exact_threshold, threshold
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -18,9 +19,6 @@ from scipy import stats
 
 from helpers import initial_params
 from numpyro_vimco import AutoMixed, VIMCOStar, fit
-
-X = np.linspace(-2.0, 2.0, 15)
-Y = np.where(X > 0.3, 1.0, -1.0) + 0.3 * np.cos(7 * X)
 
 
 def program(mean):
@@ -124,24 +122,17 @@ def test_kinks_are_none(name):
     assert found(program(KINKS[name])) == set()
 
 
-def two_latents():
-    cut = numpyro.sample("cut", dist.Normal(0.0, 1.0))
-    with numpyro.plate("side", 2):
-        level = numpyro.sample("level", dist.Normal(0.0, 1.0))
-    numpyro.sample("y", dist.Normal(jnp.where(X > cut, level[1], level[0]), 0.5), obs=Y)
-
-
 def test_only_the_latent_that_jumps_is_named_and_what_is_said_is_taken():
     with pytest.warns(UserWarning, match=r"score_sites=\{'cut'\}"):
-        assert found(two_latents) == {"cut"}
-    assert found(two_latents, score_sites=()) == set()
-    assert found(two_latents, score_sites="level") == {"level"}
+        assert found(threshold) == {"cut"}
+    assert found(threshold, score_sites=()) == set()
+    assert found(threshold, score_sites="level") == {"level"}
     objective = VIMCOStar(num_particles=4, score_sites={"cuts"})
-    guide = AutoNormal(two_latents)
+    guide = AutoNormal(threshold)
     with pytest.raises(
         ValueError, match=r"`score_sites` names 'cuts', but the latents of the guide are 'cut', 'level'"
     ):
-        objective.loss(random.key(0), initial_params(two_latents, guide), two_latents, guide)
+        objective.loss(random.key(0), initial_params(threshold, guide), threshold, guide)
 
 
 def test_where_arguments_are_traced_a_warning_says_that_nothing_was_tried():
@@ -225,17 +216,10 @@ def test_gradient_is_that_of_the_exact_bound(doubly_reparameterized, alpha, x64)
 @pytest.mark.long
 def test_fit_of_a_threshold():
     """The verdict is "good", and the ESS above a half, where pathwise gradients had 7%."""
-    svi = SVI(two_latents, AutoMixed(two_latents), optax.adam(0.02), VIMCOStar(0.5, 64))
+    svi = SVI(threshold, AutoMixed(threshold), optax.adam(0.02), VIMCOStar(0.5, 64))
     with pytest.warns(UserWarning, match="latent 'cut'"):
         posterior = fit(svi, random.key(0), 2000, progress_bar=False)
-    cut = np.linspace(-6, 6, 20_001)
-    side = np.searchsorted(np.sort(X), cut)
-    log_p = stats.norm.logpdf(cut)
-    for i, x in enumerate(range(16)):
-        for part in (Y[:x], Y[x:]):
-            cov = 0.25 * np.eye(len(part)) + 1.0
-            log_p[side == i] += stats.multivariate_normal.logpdf(part, cov=cov) if len(part) else 0.0
-    log_evidence = np.log(np.sum(np.exp(log_p)) * (cut[1] - cut[0]))
+    log_evidence, _ = exact_threshold()
     assert posterior.verdict == "good"
     assert abs(posterior.log_evidence - log_evidence) < 5.5 * posterior.log_evidence_std_error
     assert posterior.ess / posterior.diagnostics.num_draws > 0.5
