@@ -35,7 +35,7 @@ ROUNDINGS = {"floor", "ceil", "round", "sign", "argmax", "argmin", "rem", "nexta
 
 
 def candidates(fn: Callable[[Values], Any], values: dict[str, Any]) -> dict[str, str]:
-    """The values that flow into a comparison, a rounding or an index on which the outputs of a function depend.
+    """The inputs that flow into a comparison, a rounding or an index on which the outputs of a function depend.
 
     :return: by name, the first such operation that was found.
     """
