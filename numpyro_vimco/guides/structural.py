@@ -221,23 +221,29 @@ class StructuralGuide(PrototypeGuide):
             for name in totals:
                 share = sums[name] / jnp.maximum(draws[name].sum(-1), 1)
                 self.prior_draws[name] = jnp.round(draws[name] * share[..., None]).astype(draws[name].dtype)
-        left = [name for name in named if name in self.moving and name not in totals]
-        while left:
-            # Those of circles cover each other's values last.
-            name = next((x for x in left if not self.moving[x].parents & (set(left) - {x})), left[0])
-            left.remove(name)
-            others = {other: support for other, support in self.covers.items() if other not in {name, *left}}
-            support = self.covers[name]
-            cover = covering(name, support, self.moving[name], supports, latents, others, self.prior_draws)
-            is_sure = isinstance(cover, constraints.integer_interval) or not self.moving[name].has_moving_low
-            if not is_sure and (why := self._unseen(name)):
-                raise moving_support_error(self.prototype_trace[name], why)
-            self.covers[name] = cover
+        self._cover([name for name in named if name in self.moving and name not in totals], supports, latents)
         if counts := {name: self.prior_draws[name] for name in named if name in self.homes}:
             data = Data.of(self.model, args, kwargs, self.prototype_trace)
             self.least = least_values(data, counts)
             self.prior_draws |= near_data(data, self.homes, draws)
         self.covers |= {name: constraints.integer_greater_than(least) for name, least in self.least.items()}
+
+    def _cover(self, left: list[str], supports: Callable[[Samples], dict[str, Constraint]], latents: Samples) -> None:
+        """Cover the values of integers whose support depends on latents, after those of these latents.
+
+        :raises ValueError: where a smallest value is neither seen nor known.
+        """
+        while left:
+            # Those of circles cover each other's values last.
+            name = next((x for x in left if not self.moving[x].parents & (set(left) - {x})), left[0])
+            left.remove(name)
+            others = {other: support for other, support in self.covers.items() if other not in {name, *left}}
+            moving, support = self.moving[name], self.covers[name]
+            cover = covering(name, support, moving, supports, latents, others, self.prior_draws)
+            is_sure = isinstance(cover, constraints.integer_interval) or not moving.has_moving_low
+            if not is_sure and (why := self._unseen(name)):
+                raise moving_support_error(self.prototype_trace[name], why)
+            self.covers[name] = cover
 
     def _couple(self, sites: list[Site], *args, **kwargs) -> list[Site]:
         """Sites in the order in which an autoregressive guide draws them, each with the sites it is coupled to."""
