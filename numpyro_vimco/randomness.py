@@ -26,6 +26,7 @@ CHAIN = "_chain"
 
 __all__ = [
     "CHAIN",
+    "ArrayParams",
     "ParticleKeys",
     "SeedLevels",
     "SeedPlates",
@@ -139,6 +140,14 @@ class SeedPlates(Messenger):
             rest = self.key
             for _ in range(self.names.index(msg["name"]) + 1):
                 rest, msg["kwargs"]["rng_key"] = split(rest)
+
+
+class ArrayParams(Messenger):
+    """Makes JAX arrays of parameters that begin as NumPy's, which no value that JAX traces could be an index of."""
+
+    def postprocess_message(self, msg: dict) -> None:
+        if msg["type"] == "param":
+            msg["value"] = jax.tree.map(jnp.asarray, msg["value"])
 
 
 def _wants_key(msg: dict) -> bool:

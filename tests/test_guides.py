@@ -351,7 +351,7 @@ def test_elements_of_a_shared_plate_are_coupled_one_by_one(fitted):
     model = substitute(seed(guide, 0), data={**params, **{k: jnp.asarray(v) for k, v in given.items()}})
     base = trace(model).get_trace(X)["shift"]["fn"].base_dist.base_dist
     log_scale = jnp.log(params["shift_auto_scale"])
-    loc = params["shift_auto_loc"]
+    loc, shift = params["shift_auto_loc"], 0.0
     families = guide._parts[0].families
     count = families["count"]
     features = {
@@ -362,9 +362,8 @@ def test_elements_of_a_shared_plate_are_coupled_one_by_one(fitted):
     }
     for name, value in features.items():
         loc = loc + (params[f"shift_auto_loc_{name}"] * value).sum(-1)
-        shift = (params[f"shift_auto_log_scale_{name}"] * value).sum(-1)
-        # What several elements shift together ends at 3.
-        log_scale = log_scale + (3 * jnp.tanh(shift / 3) if name == "score" else shift)
+        shift = shift + (params[f"shift_auto_log_scale_{name}"] * value).sum(-1)
+    log_scale = log_scale + 3 * jnp.tanh(shift / 3)  # what more than two sites shift together ends at 3
     np.testing.assert_allclose(base.loc, loc, rtol=1e-5)
     np.testing.assert_allclose(base.scale, jnp.exp(log_scale), rtol=1e-5)
 

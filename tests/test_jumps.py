@@ -11,7 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.handlers import seed
-from numpyro.infer import SVI
+from numpyro.infer import SVI, init_to_value
 from numpyro.infer.autoguide import AutoNormal
 import optax
 import pytest
@@ -148,6 +148,68 @@ def test_where_arguments_are_traced_a_warning_says_that_nothing_was_tried():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         VIMCOStar(num_particles=4, score_sites={"cut"}).loss(random.key(0), params, model, guide, X)
+
+
+def test_comparisons_inside_of_densities_of_numpyro_are_no_reason_for_a_warning():
+    """NumPyro compares values with their support, and `Bernoulli` by logits has two formulas."""
+
+    def model(x):
+        rate = numpyro.sample("rate", dist.Exponential(1.0))
+        with numpyro.plate("group", 2):
+            share = numpyro.sample("share", dist.Beta(2.0, 2.0))
+            slope = numpyro.sample("slope", dist.LogNormal(0.0, 1.0))
+        parts = numpyro.sample("parts", dist.Dirichlet(jnp.ones(2)))
+        numpyro.sample("passed", dist.Bernoulli(logits=slope.sum() * x), obs=np.arange(15) % 2)
+        numpyro.sample("kind", dist.Categorical(jnp.stack([share[0], 1 - share[0]])), obs=1)
+        mixture = dist.MixtureSameFamily(dist.Categorical(parts), dist.Normal(slope, rate))
+        numpyro.sample("y", mixture, obs=x)
+
+    objective, guide = VIMCOStar(num_particles=4), AutoMixed(model)
+    svi = SVI(model, guide, optax.adam(0.1), objective)
+    params = svi.get_params(svi.init(random.key(0), X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(lambda x: objective.loss(random.key(0), params, model, guide, x))(X)
+
+
+def test_an_observation_that_may_leave_its_support_makes_a_jump():
+    def model():
+        high = numpyro.sample("high", dist.Exponential(0.1))
+        numpyro.sample("y", dist.Uniform(0.0, high), obs=jnp.array([2.0, 3.0]))
+
+    with pytest.warns(UserWarning, match="latent 'high'"):
+        assert found(model, AutoNormal(model, init_loc_fn=init_to_value(values={"high": 8.0}))) == {"high"}
+
+
+@pytest.mark.parametrize("name, jumping", [("threshold", {"z"}), ("spline by where", set()), ("linear", set())])
+def test_sites_that_are_summed_out(name, jumping):
+    """Their prior depends on the latent; a draw of them would jump."""
+
+    def model():
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", 15):
+            on = numpyro.sample("on", dist.Bernoulli(logits=z), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(on * {**JUMPS, **KINKS}[name](z), 1.0), obs=Y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if jumping else "error")
+        assert found(model, AutoMixed(model)) == jumping
+
+
+def test_parameters_that_begin_as_numpy_arrays():
+    """A latent may be an index of them, also where JAX traces it: the objective makes JAX arrays of them."""
+
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.4))
+        numpyro.sample("x", dist.Normal(numpyro.param("effect", np.array([-1.0, 1.0]))[z], 1.0))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=0.3)
+
+    def guide():
+        z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logits", 0.1)))
+        numpyro.sample("x", dist.Normal(numpyro.param("loc", np.array([0.2, 0.4]))[z], 1.0))
+
+    svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(num_particles=4))
+    assert np.isfinite(jax.jit(svi.update)(svi.init(random.key(0)))[1])
 
 
 @pytest.mark.parametrize("doubly_reparameterized", [True, False])

@@ -13,12 +13,17 @@ missed.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+import numpyro.distributions as dist
+
+from numpyro_vimco.densities import zero_weights
+from numpyro_vimco.private.of_jax import file_of
 
 Values = dict[str, Array]
 
@@ -30,6 +35,9 @@ LEAST, ROUNDING, LAST, KEPT = 1e-3, 2e-5, 6, 0.5
 # Log-densities count down to so many nats below the largest: zero beside what is possible is a jump.
 RANGE = 1e4
 
+# Code that computes densities: NumPyro's and our own, which keeps those that are zero; and NumPyro's of supports.
+DENSITIES, SUPPORTS = (str(Path(dist.__file__).parent), zero_weights.__file__), dist.constraints.__file__
+
 COMPARISONS = {"lt", "le", "gt", "ge", "lt_to", "le_to"}
 ROUNDINGS = {"floor", "ceil", "round", "sign", "argmax", "argmin", "rem", "nextafter", "top_k"}
 
@@ -37,12 +45,14 @@ ROUNDINGS = {"floor", "ceil", "round", "sign", "argmax", "argmin", "rem", "nexta
 def candidates(fn: Callable[[Values], Any], values: dict[str, Any]) -> dict[str, str]:
     """The inputs that flow into a comparison, a rounding or an index on which the outputs of a function depend.
 
+    NumPyro's own densities are taken to be continuous inside of their supports.
+
     :return: by name, the first such operation that was found.
     """
     closed = jax.make_jaxpr(fn)(values)
     names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(values)]
     found: dict[str, str] = {}
-    for _, jumping in _flow(closed, [({name}, {}) for name in names]):
+    for _, jumping in _flow(closed, [({name}, {}) for name in names], True):
         found = {**jumping, **found}
     return found
 
@@ -60,36 +70,42 @@ def _union(flows: Sequence[_Flow]) -> _Flow:
     return smooth, jumping
 
 
-def _flow(closed: ClosedJaxpr, inputs: Sequence[_Flow]) -> list[_Flow]:
-    """From the flows of the inputs of a jaxpr to those of its outputs."""
+def _flow(closed: ClosedJaxpr, inputs: Sequence[_Flow], is_traced: bool) -> list[_Flow]:
+    """From the flows of the inputs of a jaxpr to those of its outputs.
+
+    :param is_traced: whether it was traced for this call, so that its equations tell who made them.
+    """
     known: dict[Any, _Flow] = dict(zip(closed.jaxpr.invars, inputs))
 
     def of(var: Any) -> _Flow:
         return (set(), {}) if isinstance(var, Literal) else known.get(var, (set(), {}))
 
     for eqn in closed.jaxpr.eqns:
-        known |= zip(eqn.outvars, _of_equation(eqn, [of(var) for var in eqn.invars]))
+        known |= zip(eqn.outvars, _of_equation(eqn, [of(var) for var in eqn.invars], is_traced))
     return [of(var) for var in closed.jaxpr.outvars]
 
 
-def _of_equation(eqn: Any, flows: list[_Flow]) -> list[_Flow]:
+def _of_equation(eqn: Any, flows: list[_Flow], is_traced: bool) -> list[_Flow]:
     name, params = eqn.primitive.name, eqn.params
     both = _union(flows)
+    if is_traced and (file := file_of(eqn)).startswith(DENSITIES) and file != SUPPORTS:
+        return [both] * len(eqn.outvars)
     if name == "scan":
-        return _fixed_point(params["jaxpr"], flows, params["num_consts"], params["num_carry"])
+        return _fixed_point(params["jaxpr"], flows, params["num_consts"], params["num_carry"], is_traced)
     if name == "while":
         split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        body = _fixed_point(params["body_jaxpr"], flows[split[0] :], params["body_nconsts"], len(eqn.outvars))
-        ends = _flow(params["cond_jaxpr"], [*flows[: split[0]], *body])
+        of_body = flows[split[0] :], params["body_nconsts"], len(eqn.outvars)
+        body = _fixed_point(params["body_jaxpr"], *of_body, is_traced)
+        ends = _flow(params["cond_jaxpr"], [*flows[: split[0]], *body], is_traced)
         return [_union([flow, _jump(_union(ends), name)]) for flow in body]
     if name == "cond":
         chosen = _jump(flows[0], name)
-        branches = [_flow(branch, flows[1:]) for branch in params["branches"]]
+        branches = [_flow(branch, flows[1:], is_traced) for branch in params["branches"]]
         return [_union([chosen, *parts]) for parts in zip(*branches)]
     inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
     if inner is not None:
         closed = inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ())
-        return _flow(closed, flows)
+        return _flow(closed, flows, False)
     if name in COMPARISONS | ROUNDINGS:
         smooth = both[0] if name == "rem" else set()
         return [(smooth, _jump(both, name)[1])] * len(eqn.outvars)
@@ -110,12 +126,14 @@ def _jump(flow: _Flow, name: str) -> _Flow:
     return set(), {**dict.fromkeys(flow[0], name), **flow[1]}
 
 
-def _fixed_point(closed: ClosedJaxpr, flows: list[_Flow], num_consts: int, num_carry: int) -> list[_Flow]:
+def _fixed_point(
+    closed: ClosedJaxpr, flows: list[_Flow], num_consts: int, num_carry: int, is_traced: bool
+) -> list[_Flow]:
     """The flows out of a loop, whose carry is among its own inputs."""
     end = num_consts + num_carry
     consts, carry, rest = flows[:num_consts], flows[num_consts:end], flows[end:]
     while True:
-        found = _flow(closed, [*consts, *carry, *rest])
+        found = _flow(closed, [*consts, *carry, *rest], is_traced)
         new = [_union(pair) for pair in zip(carry, found)]
         if [(len(a), len(b)) for a, b in new] == [(len(a), len(b)) for a, b in carry]:
             return [*new, *found[num_carry:]]

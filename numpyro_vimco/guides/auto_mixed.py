@@ -85,7 +85,7 @@ class AutoMixed(StructuralGuide):
     scale (or for a factor of e, if that is less). In scales, and in the locations of other counts, a feature of a
     discrete element is cut off at 3: else they would grow exponentially with a count. And t(x) = 3 tanh(x / 3). Many
     elements may shift a scale by little each, and all together by so much that a rare draw overflows. "Own" values of
-    several elements shift the scale inside of t, not in s.
+    several elements, or of more than two sites, shift the scale inside of t, not in s.
 
     g is 0 where the own values leave a latent without effect on all others, such as a coefficient that is multiplied by
     a switch that is off. The posterior of such a latent is its prior: it then follows only the sites that its prior

@@ -26,7 +26,7 @@ from numpyro_vimco.objectives.control_variates import LogWeights, PerParticle
 from numpyro_vimco.objectives.elements import value_checks
 from numpyro_vimco.objectives.gradients import Weights
 from numpyro_vimco.objectives.jumping import jumping_sites
-from numpyro_vimco.randomness import SeedPlates, split
+from numpyro_vimco.randomness import ArrayParams, SeedPlates, split
 from numpyro_vimco.sites import is_latent_site, is_score_function_site
 
 
@@ -251,9 +251,10 @@ class ImportanceWeightedELBO(ELBO):
         """
         met: list[str] = []
         chains = find_chains(model, guide, args, kwargs, self.chain_particles)
+        model, guide = (marked(ArrayParams(SeedPlates(fn, plate_key, met)), chains) for fn in (model, guide))
         return Program(
-            model=marked(SeedPlates(model, plate_key, met), chains),
-            guide=marked(SeedPlates(guide, plate_key, met), chains),
+            model=model,
+            guide=guide,
             args=args,
             kwargs=kwargs,
             by_score=self._by_score,

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 import warnings
 
@@ -12,16 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.distributions import biject_to
+from numpyro.distributions.constraints import Constraint
 from numpyro.distributions.transforms import IdentityTransform, Transform
 
 from numpyro_vimco.checks.jumps import LINES, candidates, jumps
 from numpyro_vimco.compilation import ONCE, Compiled, untraced
-from numpyro_vimco.densities.densities import log_prob_of
 from numpyro_vimco.densities.levels import Values
 from numpyro_vimco.densities.program import Program
 from numpyro_vimco.objectives.elements import NUM_SOURCES, draw_anywhere
+from numpyro_vimco.private.of_numpyro import without_validation
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import sample_sites
+from numpyro_vimco.sites import base_support, is_latent_site, sample_sites, support_of
 
 
 def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], is_traced: bool) -> list[str]:
@@ -92,6 +94,18 @@ def _transform(site: dict | None) -> Transform:
 
 
 def _log_density(program: Program, params: dict[str, Any], rng_key: Array, values: Values) -> Array:
-    """The log-density of the model at values of some latents, without what plates and levels do to it."""
-    sites = program.sites(params, rng_key, values)
-    return sum(jnp.sum(log_prob_of(site)) for site in sample_sites(sites.model_trace))  # type: ignore[return-value]
+    """The log-density of the model at values of some latents, all of one particle, with all that it sums out.
+
+    No value is compared with a support that does not move, as no draw is outside of it.
+    """
+    sites = program.at(params, rng_key, values)
+    for site in chain(sample_sites(sites.model_trace), *sites.groups):
+        if is_latent_site(site) and not _moves(support_of(site["fn"])):
+            site["fn"] = without_validation(site["fn"])
+    return sum(jnp.sum(of_level) for of_level in jax.tree.leaves(sites.of_model()))  # type: ignore[return-value]
+
+
+def _moves(support: Constraint | None) -> bool:
+    """Whether JAX traces bounds of a support, so that they may depend on latents."""
+    bounds = jax.tree.leaves(vars(support)) if (support := base_support(support)) else []
+    return any(isinstance(bound, jax.core.Tracer) for bound in bounds)

@@ -10,6 +10,7 @@ unconstrained space, of the full plates' sizes; ``_event_dims``, their event dim
 """
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpyro
 from numpyro.contrib.control_flow.scan import PytreeTrace, _subs_wrapper
-from numpyro.distributions import MaskedDistribution
+from numpyro.distributions import Distribution, MaskedDistribution
 from numpyro.distributions.mixtures import _MixtureBase
 from numpyro.distributions.util import periodic_repeat
 from numpyro.handlers import condition, substitute
@@ -123,6 +124,15 @@ def packed(guide: AutoContinuous, unconstrained: dict[str, Array]) -> Array:
 def own_mask(fn: MaskedDistribution) -> Any:
     """The mask of a masked distribution: an array or a bool, of the batch shape."""
     return fn._mask
+
+
+def without_validation(fn: Distribution) -> Distribution:
+    """A distribution whose density does not compare values with its support."""
+    other = copy(fn)
+    other._validate_args = False
+    parts = {name: part for name, part in vars(fn).items() if isinstance(part, Distribution)}
+    vars(other).update({name: without_validation(part) for name, part in parts.items()})
+    return other
 
 
 def with_given_data(body: Callable, msg: dict, index: Array, length: int) -> Callable:
