@@ -36,10 +36,10 @@ from jaxtyping import Array
 import numpy as np
 
 from numpyro_vimco.densities.levels import Levels, level_of
-from numpyro_vimco.densities.plates import Structure
+from numpyro_vimco.densities.plates import Structure, aligned_shape
 from numpyro_vimco.draws.approximation import Approximation, one_start
 from numpyro_vimco.draws.chunks import Chunked
-from numpyro_vimco.draws.defence import SHARE, Defence, find_defence
+from numpyro_vimco.draws.defence import SHARE, Block, Defence, blocks_of, find_defence
 from numpyro_vimco.draws.proposals import (
     ANY,
     Params,
@@ -97,22 +97,26 @@ class Mixture:
         :return: values, and the trace of the guide that the shared ones are from.
         """
         shared_key, local_key = split(rng_key)
-        plates = self.approx.local
-
-        def values_of(tr: Trace, level: str | None) -> Values:
-            return {name: value for name, value in drawn(tr).items() if level_of(tr[name], plates) == level}
-
         params = one_start(starts, start)
         guide_trace = self.defence.draw(params, shared_key, is_alone)
-        shared = values_of(guide_trace, None)
+        return Levels(
+            self._of_level(guide_trace, None), self._draw_local(starts, params, guide_trace, local_key)
+        ), guide_trace
+
+    def _of_level(self, guide_trace: Trace, level: str | None) -> Values:
+        return {n: x for n, x in drawn(guide_trace).items() if level_of(guide_trace[n], self.approx.local) == level}
+
+    def _draw_local(self, starts: Params, params: Params, guide_trace: Trace, rng_key: Array) -> dict[str, Values]:
+        """Local particles of all guides, and of the model, beside the shared sites of a trace of a guide."""
+        plates, shared = self.approx.local, self._of_level(guide_trace, None)
         latents = {s["name"]: s["value"] for s in sample_sites(guide_trace) if level_of(s, plates) is None}
         local: dict[str, Values] = {}
-        for plate, key in split_by_name(local_key, plates).items():
+        for plate, key in split_by_name(rng_key, plates).items():
             of_start, defensive = self.local_counts(plate)
             guide_key, defence_key = split(key)
 
             def from_guide(params: Params, rng_key: Array, plate: str = plate) -> Values:
-                return values_of(self.defence.trace_guide(params, rng_key, shared), plate)
+                return self._of_level(self.defence.trace_guide(params, rng_key, shared), plate)
 
             def defended(rng_key: Array, plate: str = plate, from_guide: Callable[..., Values] = from_guide) -> Values:
                 if plate in self.approx.chains:
@@ -124,13 +128,14 @@ class Mixture:
             if defensive:
                 more = jax.vmap(defended)(split(defence_key, defensive))
                 local[plate] = {name: jnp.concatenate([x, more[name]]) for name, x in local[plate].items()}
-        return Levels(shared, local), guide_trace
+        return local
 
     def densities(self, starts: Params, values: Levels[Values]) -> tuple[Levels[tuple[Array, Array]], Array, Structure]:
         """Log p and the mixture's log q, of what is shared and of all local particles.
 
         :param values: as of :meth:`draw`.
-        :return: these, log q of each guide alone with a leading axis for starts, and how plates combine densities.
+        :return: these, those of local particles with a leading axis for the parts of the mixture, to be added; log q of
+            each guide alone with a leading axis for starts; and how plates combine densities.
         """
         structures: list[Structure] = []
         number = {name: len(next(iter(local.values()))) for name, local in values.local.items()}
@@ -157,8 +162,105 @@ class Mixture:
                 other = found["guide"][-1:] if name in self.approx.chains else found["prior"][:1]
                 counts, log_q = [*counts, defensive], jnp.concatenate([log_q, other])
             shares = jnp.log(np.array(counts) / sum(counts)).reshape(-1, *(1,) * (log_q.ndim - 1))
-            local[name] = found["model"][0], logsumexp(shares + log_q, axis=0)
+            local[name] = found["model"][0], shares + log_q
         return Levels((log_p[0], mixture), local), alone, structures[0]
+
+    def weighted(self, starts: Params, rng_key: Array, chosen_start: Array) -> WeightedDraw:
+        """A draw of any guide, or of a chosen one without its defence, with one local particle of each element.
+
+        :param chosen_start: :data:`.ANY`, or which.
+        """
+        (own_key,) = split(rng_key, 1)  # a level deeper than `each_start`, whose draws of the same key are others
+        start_key, draw_key, choice_key, rest_key = split(own_key, 4)
+        is_alone = chosen_start != ANY
+        start = jnp.where(is_alone, chosen_start, random.randint(start_key, (), 0, self.num_starts))
+        values, guide_trace = self.draw(starts, start, is_alone, draw_key)
+        levels, alone, structure = self.densities(starts, values)
+        log_p, log_q = levels.shared
+        of_guides = logsumexp(alone, axis=0) - np.log(self.num_starts) + self.defence.log_shares[0]
+        log_share = jnp.where(is_alone, 0.0, of_guides - log_q)
+        levels = levels._replace(shared=(log_p, jnp.where(is_alone, alone[start], log_q)))
+        chosen = self._choose(values, levels, structure, choice_key)
+        if self.approx.local:
+            # The guide once more, for the sites that are functions of these.
+            guide_trace = self.defence.trace_guide(one_start(starts, start), rest_key, chosen.values)
+        found = self._latents(guide_trace)
+        return chosen._replace(values=found, component=start, log_guide_share=log_share)
+
+    def beside(self, starts: Params, latents: Values, rng_key: Array) -> WeightedDraw:
+        """Latents as a draw: their weight, and of each level one of their local particle and others beside it.
+
+        This is conditional importance sampling, derived here. Let the latents be of the posterior. Where a level has M
+        particles, of which M_k are from part k of the mixture, theirs takes the place of one from part k with a
+        probability in proportion to M_k q_k(e), each particle of the part as likely; the others are drawn. Then what
+        :func:`.choose` takes of all has the posterior given what is shared, and the weight is to be compared with those
+        of :meth:`weighted`: all of this has the law of its draws, but for a factor p(x, z) / q(z).
+        """
+        guide_key, local_key, slot_key, choice_key, rest_key = split(rng_key, 5)
+        params = one_start(starts, 0)
+        guide_trace = self.defence.trace_guide(params, guide_key, self.packed(latents))
+        local = {name: self._of_level(guide_trace, name) for name in self.approx.local}
+        values = Levels(self._of_level(guide_trace, None), local)
+        if self.approx.local:
+            alone = {level: jax.tree.map(lambda x: x[None], of_level) for level, of_level in local.items()}
+            parts = self.densities(starts, values._replace(local=alone))[0].local
+            drawn = self._draw_local(starts, params, guide_trace, local_key)
+            keys = split_by_name(slot_key, drawn)
+            local = {n: self._with_present(n, parts[n][1], drawn[n], alone[n], keys[n]) for n in drawn}
+            values = values._replace(local=local)
+        levels, _, structure = self.densities(starts, values)
+        chosen = self._choose(values, levels, structure, choice_key)
+        if self.approx.local:
+            guide_trace = self.defence.trace_guide(params, rest_key, chosen.values)
+        return chosen._replace(values=self._latents(guide_trace))
+
+    @property
+    def latents(self) -> set[str]:
+        """Names of the model's latents that guides have a density for."""
+        return {latent for block in self._blocks.values() for latent in block.latents}
+
+    @property
+    def _blocks(self) -> dict[str, Block]:
+        return self.approx.kept("blocks", lambda: blocks_of(self.approx))
+
+    def packed(self, latents: Values) -> Values:
+        """What a guide draws, from the model's latents: of a guide that draws these jointly, its own site."""
+        return {name: b.pack(latents) if b.pack else latents[name] for name, b in self._blocks.items()}
+
+    def _with_present(self, level: str, of_parts: Array, drawn: Values, present: Values, rng_key: Array) -> Values:
+        """Local particles, of which one of each element, and of each step of a chain, is the present one."""
+        part_key, place_key = split(rng_key)
+        of_start, defensive = self.local_counts(level)
+        counts = np.array([of_start] * self.num_starts + [defensive] * (defensive > 0))
+        if level in self.approx.chains:
+            of_parts = of_parts[:, :, :, 0]
+        part = random.categorical(part_key, of_parts, axis=0)
+        place = jnp.floor(random.uniform(place_key, part.shape) * counts[part]).astype(int)
+        index = (np.cumsum(counts) - counts)[part] + jnp.minimum(place, counts[part] - 1)
+        number = jnp.arange(counts.sum()).reshape(-1, *(1,) * (index.ndim - 1))
+        is_present = number == index
+
+        def put(name: str) -> Array:
+            ndim, event_dim = drawn[name].ndim, self.approx.event_dims[name]
+            lead = 2 if level in self.approx.chains else 1
+            shape = aligned_shape(is_present.shape[lead:], ndim - lead - event_dim, event_dim)
+            return jnp.where(is_present.reshape(*is_present.shape[:lead], *shape), present[name], drawn[name])
+
+        return {name: put(name) for name in drawn}
+
+    def _choose(self, values: Levels[Values], levels: Levels, structure: Structure, rng_key: Array) -> WeightedDraw:
+        log_p, log_q = levels.shared
+        draws = Levels(WeightedDraw(values.shared, log_p, log_q, log_ratio(log_p, log_q)), {})
+        for name, (of_model, of_parts) in levels.local.items():
+            # Samples of chains have an axis for that of the step before.
+            local = _before(values.local[name]) if name in self.approx.chains else values.local[name]
+            of_guides = logsumexp(of_parts, axis=0)
+            draws.local[name] = WeightedDraw(local, of_model, of_guides, log_ratio(of_model, of_guides))
+        return choose(draws, rng_key, structure, self.approx.event_dims)
+
+    def _latents(self, guide_trace: Trace) -> Values:
+        sites = filter(is_latent_site, sample_sites(guide_trace))
+        return {site["name"]: site["value"] for site in sites if site["name"] in self.approx.model_trace}
 
 
 def _with_last(starts: Any, last: Any) -> Any:
@@ -196,6 +298,12 @@ def pooled(approx: Approximation) -> Sampler:
     return approx.kept(("pooled", approx.num_starts), lambda: _pooled(approx, defence))
 
 
+def mixture_of(approx: Approximation) -> Mixture:
+    """The defended guides of the starts of a pool."""
+    defence = approx.kept("defence", lambda: find_defence(approx, structure_of(approx, approx.local)))
+    return Mixture(approx, defence, approx.num_starts, approx.first_params if approx.chains else {})
+
+
 def _check_densities(approx: Approximation) -> None:
     """Raise unless each guide has a density at the draws of the others.
 
@@ -231,38 +339,11 @@ def by_start(approx: Approximation) -> Sampler:
 
 
 def _pooled(approx: Approximation, defence: Defence) -> Sampler:
-    plates, num_starts, event_dims = approx.local, approx.num_starts, approx.event_dims
-    mixture = Mixture(approx, defence, num_starts, approx.first_params if approx.chains else {})
-
-    def draw(starts: Params, rng_key: Array, chosen_start: Array) -> WeightedDraw:
-        (own_key,) = split(rng_key, 1)  # a level deeper than `each_start`, whose draws of the same key are others
-        start_key, draw_key, choice_key, rest_key = split(own_key, 4)
-        is_alone = chosen_start != ANY
-        start = jnp.where(is_alone, chosen_start, random.randint(start_key, (), 0, num_starts))
-        values, guide_trace = mixture.draw(starts, start, is_alone, draw_key)
-        levels, alone, structure = mixture.densities(starts, values)
-        log_p, log_q = levels.shared
-        of_guides = logsumexp(alone, axis=0) - np.log(num_starts) + defence.log_shares[0]
-        log_share = jnp.where(is_alone, 0.0, of_guides - log_q)
-        log_q = jnp.where(is_alone, alone[start], log_q)
-        # Samples of chains have an axis for that of the step before.
-        local = {name: _before(x) if name in approx.chains else x for name, x in values.local.items()}
-        draws = Levels(
-            WeightedDraw(values.shared, log_p, log_q, log_ratio(log_p, log_q), start),
-            {name: WeightedDraw(local[name], p, q, log_ratio(p, q)) for name, (p, q) in levels.local.items()},
-        )
-        chosen = choose(draws, choice_key, structure, event_dims)
-        if plates:
-            # The guide once more, for the sites that are functions of these.
-            params = one_start(starts, start)
-            guide_trace = mixture.defence.trace_guide(params, rest_key, chosen.values)
-        latents = [s for s in sample_sites(guide_trace) if is_latent_site(s) and s["name"] in approx.model_trace]
-        return chosen._replace(values={s["name"]: s["value"] for s in latents}, log_guide_share=log_share)
-
+    num_starts = approx.num_starts
     # The guides' densities are evaluated for all starts at a time.
     at_once = int(np.clip(approx.chunk_size() // num_starts, 1, MOST_AT_ONCE))
-    chunked = Chunked(draw, max(at_once // num_starts, 1) * num_starts)
-    return Sampler(chunked, structure_of(approx, plates), 1, np.array([ANY], np.int32), defence.undefended)
+    chunked = Chunked(mixture_of(approx).weighted, max(at_once // num_starts, 1) * num_starts)
+    return Sampler(chunked, structure_of(approx, approx.local), 1, np.array([ANY], np.int32), defence.undefended)
 
 
 def _before(values: Values) -> Values:

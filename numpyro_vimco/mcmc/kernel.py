@@ -1,0 +1,261 @@
+# Copyright Contributors to the numpyro_vimco project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A kernel of NumPyro that a fit guides."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+from numpyro.distributions import biject_to
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.draws.pooling import in_pool, mixture_of
+from numpyro_vimco.draws.proposals import ANY, WeightedDraw, structure_of, take
+from numpyro_vimco.mcmc.inner import default_kernel, placed, sites_of_hmc, unconstrained
+from numpyro_vimco.randomness import split
+from numpyro_vimco.sites import is_discrete, support_of
+
+if TYPE_CHECKING:
+    from numpyro_vimco.posterior.posterior import Posterior
+
+Values = dict[str, Array]
+
+
+class GuidedState(NamedTuple):
+    """The state of :class:`GuidedMCMC`.
+
+    :ivar z: the latents, as the inner kernel holds them.
+    :ivar inner_state: its state.
+    :ivar rng_key: for the next step.
+    :ivar moved: whether the last global step moved, in [0, 1]: the share of elements where these have weights of their
+        own.
+    """
+
+    z: Values
+    inner_state: Any
+    rng_key: Array
+    moved: Array
+
+    @property
+    def diverging(self) -> Array:
+        """Whether the last step of an inner HMC diverged."""
+        return self.inner_state.diverging
+
+
+class GuidedMCMC(MCMCKernel):
+    r"""
+    MCMC whose steps are one of another kernel and one over the whole posterior, which a fit proposes.
+
+    Importance weights fail where the guide cannot follow the posterior. MCMC fails where its steps cannot cross between
+    modes. Here each does what the other cannot::
+
+        kernel = GuidedMCMC(fit(svi, random.key(0), 2000, x))
+        mcmc = MCMC(kernel, num_warmup=500, num_samples=1000, num_chains=4, chain_method="vectorized")
+        mcmc.run(random.key(1), x)
+
+    :meth:`.Posterior.refine` does this in one line, with chains that begin at draws of each start.
+
+    **The global step** draws n proposals from the defended guides of all starts, whose mixture has the density q. Of
+    these and the present state one is taken, in proportion to w = p(x, z) / q(z): iterated sampling importance
+    resampling [1, 2]. It leaves the posterior invariant, whatever the guides are. Where plates are common to all
+    sites, each of their elements takes one by itself. In plates and chains that have particles of their own, the
+    present local values are one of the M particles, or one of the K samples of each step: conditional importance
+    sampling [3], here with several guides (derived in :mod:`numpyro_vimco.draws.pooling`). Proposals are made inside of
+    the step.
+
+    :param Posterior posterior: of :func:`fit`, whose starts have one posterior: no parameters of the model beside
+        several starts.
+    :param MCMCKernel inner_kernel: any kernel of the same model that implements ``refresh`` (NumPyro 0.22 or later):
+        `NUTS`, `HMC`, `DiscreteHMCGibbs`, `DiscreteGibbs`, `Gibbs`. Defaults to None: `NUTS` for continuous latents and
+        `DiscreteGibbs` for those of finitely many values 0, 1, …; other latents, and discrete ones of plates and chains
+        with particles of their own, then move in global steps only. Sites that are summed out stay so.
+    :param int num_proposals: number n of proposals of a global step. Defaults to 40.
+    :raises ValueError: for a posterior without latents or of a subsampled plate, starts with different parameters of
+        the model, guides with a Delta site, an inner kernel from a potential function or of other latents.
+    :raises NotImplementedError: for NumPyro before 0.22, and an inner kernel without ``refresh``.
+
+    **References**
+
+    1. *Using All Metropolis-Hastings Proposals to Estimate Mean Values*, Tjelmeland 2004
+    2. *Local-Global MCMC kernels: the best of both worlds*, Samsonov, Lagutin, Gabrié, Durmus, Naumov and Moulines,
+       arXiv 2111.02702
+    3. *Particle Markov chain Monte Carlo methods*, Andrieu, Doucet and Holenstein 2010, for paths
+    """
+
+    sample_field = "z"
+
+    def __init__(self, posterior: "Posterior", inner_kernel: MCMCKernel | None = None, num_proposals: int = 40):
+        if not hasattr(MCMCKernel, "refresh"):
+            raise NotImplementedError(
+                "`GuidedMCMC` needs kernels with `refresh`, which NumPyro has from 0.22 on: `pip install -U numpyro`."
+            )
+        self.num_proposals = check_integer("num_proposals", num_proposals, 1, "one of them and the present is taken")
+        approx = posterior._approx
+        approx.check_has_posterior()
+        if approx.params_of_model and approx.num_starts > 1:
+            raise ValueError(
+                f"The model has parameters ('{min(approx.params_of_model)}'), so that each of the "
+                f"{approx.num_starts} starts has a posterior of its own. Take one of them: "
+                "`Posterior(svi, posterior.params, ...)` with the model's arguments; or give the parameter a prior."
+            )
+        self._approx = in_pool(approx)
+        self._mixture = mixture_of(self._approx)
+        self._structure = structure_of(self._approx, self._approx.local)
+        self._latents = self._approx.latents()
+        for name in self._latents:
+            if name not in self._mixture.latents:
+                raise ValueError(
+                    f"Site '{name}' of the guide is a Delta, or has no density, so that no weight says how probable "
+                    "its other values are. Give it a distribution."
+                )
+        self.inner_kernel = default_kernel(self._approx) if inner_kernel is None else _checked(inner_kernel)
+        self._is_vectorized = False
+
+    @property
+    def model(self) -> Any:
+        """The model of the inner kernel."""
+        return self.inner_kernel.model
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        """What `MCMC` collects: ``moved``, and ``diverging`` where the inner kernel is HMC."""
+        return ("z", "moved", *(f for f in self.inner_kernel.default_fields if f == "diverging"))
+
+    def get_diagnostics_str(self, state: GuidedState) -> str:
+        return self.inner_kernel.get_diagnostics_str(state.inner_state)
+
+    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Any:
+        return self.inner_kernel.postprocess_fn(*self._arguments(model_args, model_kwargs))
+
+    def init(
+        self, rng_key: Array, num_warmup: int, init_params: Values | None, model_args: tuple, model_kwargs: dict | None
+    ) -> GuidedState:
+        """Begin at ``init_params``, as the inner kernel takes them, or at one of ``num_proposals`` weighted draws."""
+        args, kwargs = self._arguments(model_args, model_kwargs)
+        self._is_vectorized = jnp.ndim(rng_key) > (0 if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else 1)
+        begin = partial(self._begin, num_warmup=num_warmup, args=args, kwargs=kwargs)
+        return jax.vmap(begin)(rng_key, init_params) if self._is_vectorized else begin(rng_key, init_params)
+
+    def sample(self, state: GuidedState, model_args: tuple, model_kwargs: dict | None) -> GuidedState:
+        args, kwargs = self._arguments(model_args, model_kwargs)
+        step = partial(self._step, args=args, kwargs=kwargs)
+        return jax.vmap(step)(state) if self._is_vectorized else step(state)
+
+    def as_inner(self, values: Values) -> Values:
+        """Values of the latents as the inner kernel holds them, for ``init_params`` of ``MCMC.run``."""
+        sites = {name: self._latents[name] for name in sites_of_hmc(self.inner_kernel, self._latents)}
+        approx = self._approx
+        return {**values, **unconstrained(self.inner_kernel, sites, values, approx.args, approx.kwargs)}
+
+    def _begin(
+        self, rng_key: Array, init_params: Values | None, num_warmup: int, args: tuple, kwargs: dict
+    ) -> GuidedState:
+        key, draw_key, inner_key = split(rng_key, 3)
+        if init_params is None:
+            draws = self._proposals(draw_key)
+            init_params = self.as_inner(self._chosen(draws, draws.log_weight, split(draw_key)[0])[0])
+        inner = self.inner_kernel.init(inner_key, num_warmup, init_params, args, kwargs)
+        z = getattr(inner, self.inner_kernel.sample_field)
+        if missing := self._latents.keys() ^ z.keys():
+            raise ValueError(
+                f"The inner kernel draws {', '.join(map(repr, z))}, but the latents of the guide are "
+                f"{', '.join(map(repr, self._latents))}: '{min(missing)}' is not in both. Sites that are summed out "
+                "must be so in both, by `infer={'enumerate': 'parallel'}`."
+            )
+        return GuidedState(z, inner, key, jnp.zeros(()))
+
+    def _step(self, state: GuidedState, args: tuple, kwargs: dict) -> GuidedState:
+        kernel = self.inner_kernel
+        key, step_key = split(state.rng_key)
+        inner = kernel.sample(state.inner_state, args, kwargs)
+        constrained = kernel.get_constrain_fn(args, kwargs)(getattr(inner, kernel.sample_field))
+        old = {name: constrained[name] for name in self._latents}
+        new, moved = self._global_step(old, step_key)
+        inner = placed(kernel, inner, old, new, self._latents, args, kwargs)
+        return GuidedState(getattr(inner, kernel.sample_field), inner, key, moved)
+
+    def _global_step(self, present: Values, rng_key: Array) -> tuple[Values, Array]:
+        present_key, draw_key, choice_key = split(rng_key, 3)
+        here = self._mixture.beside(self._approx.starts, present, present_key)
+        draws = self._proposals(draw_key)
+        both = {name: jnp.concatenate([here.values[name][None], draws.values[name]]) for name in present}
+        log_weight = jnp.concatenate([here.log_weight[None], draws.log_weight])
+        new, index = self._chosen(draws._replace(values=both), log_weight, choice_key)
+        return {name: value.astype(present[name].dtype) for name, value in new.items()}, jnp.mean(index > 0)
+
+    def _proposals(self, rng_key: Array) -> WeightedDraw:
+        at_once = max(self._approx.chunk_size() // self._approx.num_starts, 1)
+        draw = lambda key: self._mixture.weighted(self._approx.starts, key, jnp.array(ANY))  # noqa: E731
+        draws = jax.lax.map(draw, split(rng_key, self.num_proposals), batch_size=min(at_once, self.num_proposals))
+        # A draw that rounds to the end of a support has no place in unconstrained space.
+        lost = sum(self._is_lost(name, draws.values[name]) for name in self._latents)
+        return draws._replace(log_weight=jnp.where(lost > 0, -jnp.inf, draws.log_weight))
+
+    def _is_lost(self, name: str, values: Array) -> Array | float:
+        """How many elements are infinite in unconstrained space, of the shape of the weights."""
+        site = self._latents[name]
+        support = support_of(site["fn"])
+        if is_discrete(site) or support is None:
+            return 0.0
+
+        def of_one(value: Array) -> Array:
+            infinite = ~jnp.isfinite(biject_to(support).inv(value))
+            batch = jnp.ndim(value) - site["fn"].event_dim
+            infinite = jnp.sum(infinite.reshape(*jnp.shape(value)[:batch], -1), axis=-1)
+            return self._structure.sum_to_level(infinite.astype(float), None)
+
+        return jax.vmap(of_one)(values)
+
+    def _chosen(self, draws: WeightedDraw, log_weight: Array, rng_key: Array) -> tuple[Values, Array]:
+        """One of some values in proportion to their weights, of each element of common plates."""
+        logits = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
+        index = jax.random.categorical(rng_key, logits, axis=0)[None]
+        dims = self._approx.event_dims
+        return {name: take(draws.values[name], index, dims[name])[0] for name in self._latents}, index
+
+    def _arguments(self, args: tuple, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of the fit, which a run may leave out.
+
+        :raises ValueError: for others.
+        """
+        approx = self._approx
+        if not args and not kwargs:
+            return approx.args, approx.kwargs
+        kwargs = {**approx.svi.static_kwargs, **(kwargs or {})}
+        given, own = (args, kwargs), (approx.args, approx.kwargs)
+        is_alike = jax.tree.structure(given) == jax.tree.structure(own)
+        if not is_alike or not all(map(_same, jax.tree.leaves(given), jax.tree.leaves(own))):
+            raise ValueError(
+                "The arguments of the model are not those of the fit, whose posterior the guide proposes. Run the "
+                "chains with the same ones, `mcmc.run(rng_key, *args)`, or without any; or fit again."
+            )
+        return args, kwargs
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        return jnp.shape(one) == jnp.shape(other)
+    if hasattr(one, "dtype") and jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+        return True
+    return np.array_equal(one, other, equal_nan=np.issubdtype(np.asarray(one).dtype, np.inexact))
+
+
+def _checked(kernel: MCMCKernel) -> MCMCKernel:
+    """An inner kernel, if it can be one."""
+    if not isinstance(kernel, MCMCKernel) or type(kernel).refresh is MCMCKernel.refresh:
+        raise NotImplementedError(
+            f"`inner_kernel` is {type(kernel).__name__}, but must be a kernel of NumPyro that implements `refresh`: "
+            "NUTS, HMC, DiscreteHMCGibbs, DiscreteGibbs, or Gibbs."
+        )
+    if getattr(kernel, "model", None) is None:
+        raise ValueError(
+            "`inner_kernel` is built from a potential function, and so does not know the latents. Build it from the "
+            "model: `NUTS(model)`."
+        )
+    return kernel
