@@ -125,7 +125,8 @@ def test_local_particles_are_properly_weighted(x64):
     @jax.vmap
     def weigh(g, e):
         levels, _, structure = densities(Levels({"g": g}, {"data": {"e": e}}))
-        local = log_ratio(*levels.local["data"])
+        log_p, of_parts = levels.local["data"]
+        local = log_ratio(log_p, logsumexp(of_parts, axis=0))
         total = log_ratio(*levels.shared) + structure.sum_to_shared(logsumexp(local, axis=0) - np.log(3))
         return jnp.exp(total).squeeze(), jnp.exp(local - logsumexp(local, axis=0))
 

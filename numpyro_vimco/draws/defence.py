@@ -105,6 +105,7 @@ class Defence:
     :ivar local: by named plate and chain, the latents that can all be drawn from the model; empty if they cannot, and
         for chains.
     :ivar undefended: the latents that have no component, or only one that is not of them and their parents.
+    :ivar only: the one component that all draws are of, counted from 1, or 0 for the guide alone; None for the mixture.
     """
 
     approx: Approximation
@@ -113,11 +114,14 @@ class Defence:
     components: tuple[Component, ...]
     local: dict[str, tuple[str, ...]]
     undefended: tuple[str, ...]
+    only: Array | None = None
 
     @property
     def log_shares(self) -> Array:
         """Logarithm of the shares of the guide alone and of each component, of shape ``(1 + components,)``."""
         n = len(self.components)
+        if self.only is not None:
+            return jnp.where(jnp.arange(1 + n) == self.only, 0.0, -jnp.inf)
         return jnp.log(jnp.array([1 - SHARE] + [SHARE / n] * n)) if n else jnp.zeros(1)
 
     # Drawing.

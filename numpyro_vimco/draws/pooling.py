@@ -71,12 +71,25 @@ class Mixture:
     :ivar defence: of each guide.
     :ivar num_starts: number of guides.
     :ivar first_params: where they began, if there are chains.
+    :ivar only: the one guide that all shared draws are of; None for the mixture.
     """
 
     approx: Approximation
     defence: Defence
     num_starts: int
     first_params: Params = field(default_factory=dict)
+    only: Array | None = None
+
+    def of_one(self, rng_key: Array) -> "Mixture":
+        """One guide with one component of its defence, each with its probability.
+
+        Draws of the mixture have these in common for all elements of common plates. So what single elements make of
+        draws, and of how many draws there are of a guide, would be dependent.
+        """
+        start_key, component_key = split(rng_key)
+        component = random.categorical(component_key, self.defence.log_shares)
+        start = random.randint(start_key, (), 0, self.num_starts)
+        return replace(self, only=start, defence=replace(self.defence, only=component))
 
     def local_counts(self, level: str) -> tuple[int, int]:
         """How many local particles of a level each start takes, one at least; and how many are defensive.
@@ -153,7 +166,7 @@ class Mixture:
             starts = {name: _with_last(leaf, self.first_params.get(name)) for name, leaf in starts.items()}
         levels = jax.vmap(under, axis_size=number_of_guides)(starts)
         log_p, alone, mixture = jax.tree.map(lambda x: x[: self.num_starts], levels.shared)
-        mixture = logsumexp(mixture, axis=0) - np.log(self.num_starts)
+        mixture = logsumexp(mixture, axis=0) - np.log(self.num_starts) if self.only is None else mixture[self.only]
         local = {}
         for name, found in levels.local.items():
             of_start, defensive = self.local_counts(name)
@@ -173,7 +186,8 @@ class Mixture:
         (own_key,) = split(rng_key, 1)  # a level deeper than `each_start`, whose draws of the same key are others
         start_key, draw_key, choice_key, rest_key = split(own_key, 4)
         is_alone = chosen_start != ANY
-        start = jnp.where(is_alone, chosen_start, random.randint(start_key, (), 0, self.num_starts))
+        of_any = random.randint(start_key, (), 0, self.num_starts) if self.only is None else self.only
+        start = jnp.where(is_alone, chosen_start, of_any)
         values, guide_trace = self.draw(starts, start, is_alone, draw_key)
         levels, alone, structure = self.densities(starts, values)
         log_p, log_q = levels.shared
@@ -235,8 +249,9 @@ class Mixture:
         if level in self.approx.chains:
             of_parts = of_parts[:, :, :, 0]
         part = random.categorical(part_key, of_parts, axis=0)
-        place = jnp.floor(random.uniform(place_key, part.shape) * counts[part]).astype(int)
-        index = (np.cumsum(counts) - counts)[part] + jnp.minimum(place, counts[part] - 1)
+        first, size = jnp.asarray(np.cumsum(counts) - counts)[part], jnp.asarray(counts)[part]
+        place = jnp.floor(random.uniform(place_key, part.shape) * size).astype(int)
+        index = first + jnp.minimum(place, size - 1)
         number = jnp.arange(counts.sum()).reshape(-1, *(1,) * (index.ndim - 1))
         is_present = number == index
 

@@ -15,7 +15,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_vimco.arguments import check_integer
-from numpyro_vimco.draws.pooling import in_pool, mixture_of
+from numpyro_vimco.draws.pooling import Mixture, in_pool, mixture_of
 from numpyro_vimco.draws.proposals import ANY, WeightedDraw, structure_of, take
 from numpyro_vimco.mcmc.inner import default_kernel, placed, sites_of_hmc, unconstrained
 from numpyro_vimco.randomness import split
@@ -64,10 +64,10 @@ class GuidedMCMC(MCMCKernel):
     **The global step** draws n proposals from the defended guides of all starts, whose mixture has the density q. Of
     these and the present state one is taken, in proportion to w = p(x, z) / q(z): iterated sampling importance
     resampling [1, 2]. It leaves the posterior invariant, whatever the guides are. Where plates are common to all
-    sites, each of their elements takes one by itself. In plates and chains that have particles of their own, the
-    present local values are one of the M particles, or one of the K samples of each step: conditional importance
-    sampling [3], here with several guides (derived in :mod:`numpyro_vimco.draws.pooling`). Proposals are made inside of
-    the step.
+    sites, each of their elements takes one by itself, and the proposals of a step come from one guide, or one component
+    of its defence, chosen at random: so what elements take is independent. In plates and chains that have particles of
+    their own, the present local values are one of the M particles, or one of the K samples of each step: conditional
+    importance sampling [3], here with several guides (derived in :mod:`numpyro_vimco.draws.pooling`).
 
     :param Posterior posterior: of :func:`fit`, whose starts have one posterior: no parameters of the model beside
         several starts.
@@ -158,7 +158,7 @@ class GuidedMCMC(MCMCKernel):
     ) -> GuidedState:
         key, draw_key, inner_key = split(rng_key, 3)
         if init_params is None:
-            draws = self._proposals(draw_key)
+            draws = self._proposals(self._mixture, draw_key)
             init_params = self.as_inner(self._chosen(draws, draws.log_weight, split(draw_key)[0])[0])
         inner = self.inner_kernel.init(inner_key, num_warmup, init_params, args, kwargs)
         z = getattr(inner, self.inner_kernel.sample_field)
@@ -181,17 +181,18 @@ class GuidedMCMC(MCMCKernel):
         return GuidedState(getattr(inner, kernel.sample_field), inner, key, moved)
 
     def _global_step(self, present: Values, rng_key: Array) -> tuple[Values, Array]:
-        present_key, draw_key, choice_key = split(rng_key, 3)
-        here = self._mixture.beside(self._approx.starts, present, present_key)
-        draws = self._proposals(draw_key)
+        present_key, draw_key, choice_key, label_key = split(rng_key, 4)
+        mixture = self._mixture.of_one(label_key) if self._structure.dims else self._mixture
+        here = mixture.beside(self._approx.starts, present, present_key)
+        draws = self._proposals(mixture, draw_key)
         both = {name: jnp.concatenate([here.values[name][None], draws.values[name]]) for name in present}
         log_weight = jnp.concatenate([here.log_weight[None], draws.log_weight])
         new, index = self._chosen(draws._replace(values=both), log_weight, choice_key)
         return {name: value.astype(present[name].dtype) for name, value in new.items()}, jnp.mean(index > 0)
 
-    def _proposals(self, rng_key: Array) -> WeightedDraw:
+    def _proposals(self, mixture: Mixture, rng_key: Array) -> WeightedDraw:
         at_once = max(self._approx.chunk_size() // self._approx.num_starts, 1)
-        draw = lambda key: self._mixture.weighted(self._approx.starts, key, jnp.array(ANY))  # noqa: E731
+        draw = lambda key: mixture.weighted(self._approx.starts, key, jnp.array(ANY))  # noqa: E731
         draws = jax.lax.map(draw, split(rng_key, self.num_proposals), batch_size=min(at_once, self.num_proposals))
         # A draw that rounds to the end of a support has no place in unconstrained space.
         lost = sum(self._is_lost(name, draws.values[name]) for name in self._latents)
