@@ -9,6 +9,7 @@ import warnings
 import jaxlib.version
 
 from numpyro_vimco.guides import AutoDiscrete, AutoMixed
+from numpyro_vimco.mcmc import GuidedMCMC
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
 from numpyro_vimco.posterior import Posterior, fit, plots
 
@@ -19,6 +20,7 @@ __all__ = [
     "VIMCO",
     "AutoDiscrete",
     "AutoMixed",
+    "GuidedMCMC",
     "ImportanceWeightedELBO",
     "Posterior",
     "ReweightedWakeSleep",

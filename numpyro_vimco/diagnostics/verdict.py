@@ -16,7 +16,7 @@ from numpyro_vimco.diagnostics.earlier_bounds import earlier_bounds
 from numpyro_vimco.diagnostics.findings import HEAVY_ESS, HEAVY_TAIL, LOW_ESS, Facts, Finding, find_all, find_doubts
 from numpyro_vimco.diagnostics.label_switching import LostLabels, Relabelled, find_lost_labels, find_relabelled
 from numpyro_vimco.draws.approximation import Approximation
-from numpyro_vimco.draws.moments import Moments
+from numpyro_vimco.draws.moments import Estimate, Moments
 from numpyro_vimco.draws.proposals import check_has_density
 from numpyro_vimco.draws.weighing import Weighed, moments_of_starts, weigh_pool
 from numpyro_vimco.fitting.state import Starts
@@ -68,6 +68,7 @@ class Diagnostics:
         all draws where weights are joint, else of the 3 √draws heaviest.
     :ivar log_weight: log-weights, of shape ``(num_draws,)``, in nats, where they are joint. None where each element
         has its own: these are not kept.
+    :ivar estimates: of each latent the weighted ``mean``, its ``std_error``, and the ``std`` of the posterior.
     :ivar agreement: of a fit of several starts, else None: each start against the pooled draws, by dimensions ``start``
         and ``quantity`` (``log evidence``, by element where each has its own, and the mean of each latent). Where the
         model has parameters of its own, each start has another posterior: the pool is then the best start, and
@@ -91,6 +92,7 @@ class Diagnostics:
     heaviest: np.ndarray = field(repr=False)
     log_weight: np.ndarray | None = field(repr=False)
     agreement: "xr.Dataset | None" = field(repr=False)
+    estimates: dict[str, Estimate] = field(repr=False)
 
 
 def diagnose(
@@ -152,6 +154,7 @@ def diagnose(
         heaviest=heaviest,
         log_weight=weighed.log_weight,
         agreement=agreement,
+        estimates=weighed.moments.estimates(),
     )
 
 

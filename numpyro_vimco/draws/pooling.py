@@ -201,16 +201,30 @@ class Mixture:
         found = self._latents(guide_trace)
         return chosen._replace(values=found, component=start, log_guide_share=log_share)
 
-    def beside(self, starts: Params, latents: Values, rng_key: Array) -> WeightedDraw:
-        """Latents as a draw: their weight, and of each level one of their local particle and others beside it.
+    def draw_any(self, starts: Params, rng_key: Array) -> Levels[Values]:
+        """The values of a draw, of any guide."""
+        start_key, draw_key = split(rng_key)
+        start = random.randint(start_key, (), 0, self.num_starts) if self.only is None else self.only
+        return self.draw(starts, start, jnp.array(False), draw_key)[0]
+
+    def weigh(self, starts: Params, values: Levels[Values], rng_key: Array) -> WeightedDraw:
+        """The weight of the values of a draw, with one local particle of each element."""
+        choice_key, rest_key = split(rng_key)
+        levels, _, structure = self.densities(starts, values)
+        chosen = self._choose(values, levels, structure, choice_key)
+        guide_trace = self.defence.trace_guide(one_start(starts, 0), rest_key, chosen.values)
+        return chosen._replace(values=self._latents(guide_trace))
+
+    def beside(self, starts: Params, latents: Values, rng_key: Array) -> Levels[Values]:
+        """Latents as the values of a draw: in each level theirs are one of the local particles, and others are drawn.
 
         This is conditional importance sampling, derived here. Let the latents be of the posterior. Where a level has M
         particles, of which M_k are from part k of the mixture, theirs takes the place of one from part k with a
-        probability in proportion to M_k q_k(e), each particle of the part as likely; the others are drawn. Then what
-        :func:`.choose` takes of all has the posterior given what is shared, and the weight is to be compared with those
-        of :meth:`weighted`: all of this has the law of its draws, but for a factor p(x, z) / q(z).
+        probability in proportion to M_k q_k(e), each particle of the part as likely. Then all values have the law of
+        draws, but for the factor that :meth:`weigh` gives them; and what it takes of the local particles has the
+        posterior given what is shared.
         """
-        guide_key, local_key, slot_key, choice_key, rest_key = split(rng_key, 5)
+        guide_key, local_key, slot_key = split(rng_key, 3)
         params = one_start(starts, 0)
         guide_trace = self.defence.trace_guide(params, guide_key, self.packed(latents))
         local = {name: self._of_level(guide_trace, name) for name in self.approx.local}
@@ -222,11 +236,7 @@ class Mixture:
             keys = split_by_name(slot_key, drawn)
             local = {n: self._with_present(n, parts[n][1], drawn[n], alone[n], keys[n]) for n in drawn}
             values = values._replace(local=local)
-        levels, _, structure = self.densities(starts, values)
-        chosen = self._choose(values, levels, structure, choice_key)
-        if self.approx.local:
-            guide_trace = self.defence.trace_guide(params, rest_key, chosen.values)
-        return chosen._replace(values=self._latents(guide_trace))
+        return values
 
     @property
     def latents(self) -> set[str]:

@@ -104,7 +104,7 @@ def _groups(
         draws.latents,
         progress=progress("posterior"),
     )
-    found["sample_stats"] = stats
+    found["sample_stats"] = stats | draws.extra
     for about, key in zip(elements, split(keys["elements"], max(len(elements), 1))):
         if about.plate is None:
             values = squeezed(draws.log_evidence, structure.dims, structure)

@@ -3,12 +3,13 @@
 
 """Draws of the posterior: those of the guides, resampled by their weights, and of summed sites given these."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from jaxtyping import Array
 import numpy as np
+from numpyro.infer import MCMC
 
 from numpyro_vimco.draws import weights
 from numpyro_vimco.draws.approximation import Approximation
@@ -31,6 +32,7 @@ class PosteriorDraws:
     :ivar stats: ``log_weight``, ``log_p`` and ``log_q``, of shape ``(chains * draws, *plates)``.
     :ivar log_evidence: of each element, of shape ``(chains, *plates)``, in nats.
     :ivar quality: of each chain, its evidence, and how good its weights were.
+    :ivar extra: what MCMC collected beside its draws, of shape ``(chains * draws,)``.
     """
 
     approx: Approximation
@@ -40,6 +42,7 @@ class PosteriorDraws:
     stats: Arrays
     log_evidence: np.ndarray
     quality: list[dict[str, float]]
+    extra: Arrays = field(default_factory=dict)
 
     @property
     def latents(self) -> Arrays:
@@ -89,6 +92,24 @@ def draw_posterior(
     summed = draw_summed(approx, keys["summed"], sampled, start, "summed sites" if progress_bar else None)
     log_evidence = np.stack([chain[2] for chain in chains])
     return PosteriorDraws(approx, start, sampled, summed, stats, log_evidence, [chain[3] for chain in chains])
+
+
+def draws_of_chains(
+    approx: Approximation, rng_key: Array, mcmc: MCMC, log_evidence: np.ndarray, progress_bar: bool
+) -> PosteriorDraws:
+    """Draws of MCMC, and of sites that are summed out given these.
+
+    :param log_evidence: of weighted draws, of each element, of shape ``(1, *plates)``.
+    """
+    approx = in_pool(approx)
+    samples, extra = mcmc.get_samples(), mcmc.get_extra_fields()
+    sampled = {name: np.asarray(samples[name]) for name in approx.latents()}
+    start = np.zeros(len(next(iter(sampled.values()))), int)
+    summed = draw_summed(approx, rng_key, sampled, start, "summed sites" if progress_bar else None)
+    log_evidence = np.repeat(log_evidence, mcmc.num_chains, axis=0)
+    quality = [{"log_evidence": float(of_chain.sum())} for of_chain in log_evidence]
+    collected = {name: np.asarray(value) for name, value in extra.items() if np.ndim(value) == 1}
+    return PosteriorDraws(approx, start, sampled, summed, {}, log_evidence, quality, collected)
 
 
 def _concatenate(*parts: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 
 """A kernel of NumPyro that a fit guides."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,10 @@ from numpyro.distributions import biject_to
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.densities.levels import Levels
 from numpyro_vimco.draws.pooling import Mixture, in_pool, mixture_of
-from numpyro_vimco.draws.proposals import ANY, WeightedDraw, structure_of, take
+from numpyro_vimco.draws.proposals import structure_of, take
+from numpyro_vimco.export.posterior_draws import draw_posterior
 from numpyro_vimco.mcmc.inner import default_kernel, placed, sites_of_hmc, unconstrained
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, support_of
@@ -153,13 +155,28 @@ class GuidedMCMC(MCMCKernel):
         approx = self._approx
         return {**values, **unconstrained(self.inner_kernel, sites, values, approx.args, approx.kwargs)}
 
+    def begin(self, rng_key: Array, num_chains: int) -> Values:
+        """
+        Where chains begin: a weighted draw of each start in turn, so that R-hat shows whether chains leave what their
+        start found. They are ``init_params`` of ``MCMC.run``, with a leading axis for chains if there are several.
+        """
+        num_starts = self._approx.num_starts
+        of_each = -(-num_chains // num_starts)
+        try:
+            draws = draw_posterior(self._approx, rng_key, of_each, max(1000, of_each), True, False, False)
+        except ValueError:  # a start proposes nothing that the posterior holds
+            draws = draw_posterior(self._approx, rng_key, num_starts * of_each, 4000, True, True, False)
+        chain = np.arange(num_chains)
+        order = chain % num_starts * of_each + chain // num_starts
+        values = jax.vmap(self.as_inner)({name: jnp.asarray(x[order]) for name, x in draws.sampled.items()})
+        return values if num_chains > 1 else jax.tree.map(lambda x: x[0], values)
+
     def _begin(
         self, rng_key: Array, init_params: Values | None, num_warmup: int, args: tuple, kwargs: dict
     ) -> GuidedState:
         key, draw_key, inner_key = split(rng_key, 3)
         if init_params is None:
-            draws = self._proposals(self._mixture, draw_key)
-            init_params = self.as_inner(self._chosen(draws, draws.log_weight, split(draw_key)[0])[0])
+            init_params = self.as_inner(self._taken(self._mixture, None, draw_key)[0])
         inner = self.inner_kernel.init(inner_key, num_warmup, init_params, args, kwargs)
         z = getattr(inner, self.inner_kernel.sample_field)
         if missing := self._latents.keys() ^ z.keys():
@@ -181,22 +198,33 @@ class GuidedMCMC(MCMCKernel):
         return GuidedState(getattr(inner, kernel.sample_field), inner, key, moved)
 
     def _global_step(self, present: Values, rng_key: Array) -> tuple[Values, Array]:
-        present_key, draw_key, choice_key, label_key = split(rng_key, 4)
-        mixture = self._mixture.of_one(label_key) if self._structure.dims else self._mixture
-        here = mixture.beside(self._approx.starts, present, present_key)
-        draws = self._proposals(mixture, draw_key)
-        both = {name: jnp.concatenate([here.values[name][None], draws.values[name]]) for name in present}
-        log_weight = jnp.concatenate([here.log_weight[None], draws.log_weight])
-        new, index = self._chosen(draws._replace(values=both), log_weight, choice_key)
+        mixture_key, present_key, step_key = split(rng_key, 3)
+        mixture = self._mixture.of_one(mixture_key) if self._structure.dims else self._mixture
+        new, index = self._taken(mixture, mixture.beside(self._approx.starts, present, present_key), step_key)
         return {name: value.astype(present[name].dtype) for name, value in new.items()}, jnp.mean(index > 0)
 
-    def _proposals(self, mixture: Mixture, rng_key: Array) -> WeightedDraw:
-        at_once = max(self._approx.chunk_size() // self._approx.num_starts, 1)
-        draw = lambda key: mixture.weighted(self._approx.starts, key, jnp.array(ANY))  # noqa: E731
-        draws = jax.lax.map(draw, split(rng_key, self.num_proposals), batch_size=min(at_once, self.num_proposals))
+    def _taken(self, mixture: Mixture, present: Levels[Values] | None, rng_key: Array) -> tuple[Values, Array]:
+        """One of some proposals and of what there is, in proportion to their weights; of each element of common plates.
+
+        :return: its latents, and which it is: 0 for what there is.
+        """
+        draw_key, weigh_key, choice_key = split(rng_key, 3)
+        starts = self._approx.starts
+        values = self._map(partial(mixture.draw_any, starts), split(draw_key, self.num_proposals))
+        if present is not None:
+            values = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), present, values)
+        keys = split(weigh_key, len(jax.tree.leaves(values)[0]))
+        draws = self._map(lambda both: mixture.weigh(starts, *both), (values, keys))
         # A draw that rounds to the end of a support has no place in unconstrained space.
         lost = sum(self._is_lost(name, draws.values[name]) for name in self._latents)
-        return draws._replace(log_weight=jnp.where(lost > 0, -jnp.inf, draws.log_weight))
+        impossible = jnp.isnan(draws.log_weight) | (lost > 0)
+        index = jax.random.categorical(choice_key, jnp.where(impossible, -jnp.inf, draws.log_weight), axis=0)[None]
+        dims = self._approx.event_dims
+        return {name: take(draws.values[name], index, dims[name])[0] for name in self._latents}, index
+
+    def _map(self, fn: Callable, inputs: Any) -> Any:
+        at_once = max(self._approx.chunk_size() // self._approx.num_starts, 1)
+        return jax.lax.map(fn, inputs, batch_size=min(at_once, self.num_proposals + 1))
 
     def _is_lost(self, name: str, values: Array) -> Array | float:
         """How many elements are infinite in unconstrained space, of the shape of the weights."""
@@ -213,13 +241,6 @@ class GuidedMCMC(MCMCKernel):
 
         return jax.vmap(of_one)(values)
 
-    def _chosen(self, draws: WeightedDraw, log_weight: Array, rng_key: Array) -> tuple[Values, Array]:
-        """One of some values in proportion to their weights, of each element of common plates."""
-        logits = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
-        index = jax.random.categorical(rng_key, logits, axis=0)[None]
-        dims = self._approx.event_dims
-        return {name: take(draws.values[name], index, dims[name])[0] for name in self._latents}, index
-
     def _arguments(self, args: tuple, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
         """The arguments of the fit, which a run may leave out.
 
@@ -230,7 +251,7 @@ class GuidedMCMC(MCMCKernel):
             return approx.args, approx.kwargs
         kwargs = {**approx.svi.static_kwargs, **(kwargs or {})}
         given, own = (args, kwargs), (approx.args, approx.kwargs)
-        is_alike = jax.tree.structure(given) == jax.tree.structure(own)
+        is_alike = str(jax.tree.structure(given)) == str(jax.tree.structure(own))
         if not is_alike or not all(map(_same, jax.tree.leaves(given), jax.tree.leaves(own))):
             raise ValueError(
                 "The arguments of the model are not those of the fit, whose posterior the guide proposes. Run the "

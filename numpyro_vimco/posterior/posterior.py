@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array
 import numpy as np
-from numpyro.infer import SVI
+from numpyro.infer import MCMC, SVI
+from numpyro.infer.mcmc import MCMCKernel
 from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_vimco.arguments import check_integer, check_key
@@ -22,11 +23,13 @@ from numpyro_vimco.diagnostics.gradient_noise import GradientStatistics, gradien
 from numpyro_vimco.diagnostics.verdict import Diagnostics
 from numpyro_vimco.draws.approximation import Approximation, misfit, taken
 from numpyro_vimco.export import inference_data, predictions
-from numpyro_vimco.export.posterior_draws import PosteriorDraws, draw_posterior
+from numpyro_vimco.export.posterior_draws import PosteriorDraws, draw_posterior, draws_of_chains
 from numpyro_vimco.fitting import run
 from numpyro_vimco.fitting.run import Fit, Plan
 from numpyro_vimco.fitting.state import FitState, Starts
+from numpyro_vimco.mcmc.kernel import GuidedMCMC
 from numpyro_vimco.posterior import tables
+from numpyro_vimco.posterior.chains import ChainDiagnostics, diagnose_chains
 from numpyro_vimco.randomness import split, split_by_name
 
 # What takes a key of its own, from that of the fit or from one that is given.
@@ -365,8 +368,67 @@ class Posterior:
         draws = self._draw(None, 1000, 4000, True, True, None)
         return predictions.predict(draws, rng_key, args, kwargs, "predictions" if self._progress_bar else None)
 
+    # Chains of MCMC.
+
+    def refine(
+        self,
+        rng_key: Array,
+        num_warmup: int = 500,
+        num_samples: int = 1000,
+        num_chains: int = 4,
+        *,
+        inner_kernel: MCMCKernel | None = None,
+        num_proposals: int = 40,
+        progress_bar: bool | None = None,
+    ) -> MCMC:
+        """
+        Chains of MCMC that the fit guides, where importance weights do not suffice: :class:`.GuidedMCMC`. They begin at
+        weighted draws of each start in turn::
+
+            mcmc = posterior.refine(random.key(1))
+            print(posterior.diagnose_chains(mcmc))
+            tree = posterior.to_arviz(mcmc)
+
+        :param jax.random.key rng_key: random number generator key.
+        :param int num_warmup: number of steps in which the inner kernel adapts. Defaults to 500.
+        :param int num_samples: number of draws of each chain. Defaults to 1,000.
+        :param int num_chains: number of chains, in one program. Defaults to 4.
+        :param MCMCKernel inner_kernel: as of :class:`.GuidedMCMC`.
+        :param int num_proposals: likewise. Defaults to 40.
+        :param bool progress_bar: whether to show one. Defaults to None: as in the fit.
+        :return: the ``MCMC`` of NumPyro after its run, for ``az.from_numpyro``, ``get_samples`` and
+            ``print_summary``.
+        :raises ValueError: as :class:`.GuidedMCMC`.
+        :raises NotImplementedError: likewise.
+        """
+        check_key(rng_key)
+        begin_key, run_key = split(rng_key)
+        kernel = GuidedMCMC(self, inner_kernel, num_proposals)
+        mcmc = MCMC(
+            kernel,
+            num_warmup=num_warmup,
+            num_samples=num_samples,
+            num_chains=num_chains,
+            chain_method="vectorized",
+            progress_bar=self._shows(progress_bar),
+        )
+        approx = self._approx
+        mcmc.run(run_key, *approx.args, init_params=kernel.begin(begin_key, num_chains), **approx.kwargs)
+        return mcmc
+
+    def diagnose_chains(self, mcmc: MCMC) -> ChainDiagnostics:
+        """
+        Whether chains of :meth:`refine` can be trusted: by R-hat, the ESS of bulk and tail, how often global steps
+        moved, and what the weighted draws say of the same means.
+
+        :param MCMC mcmc: after its run, with a :class:`.GuidedMCMC`.
+        """
+        known = self.diagnostics.verdict != "bad"
+        return diagnose_chains(self._approx.latents(), self.diagnostics.estimates, mcmc, known)
+
     def to_arviz(
         self,
+        mcmc: MCMC | None = None,
         *,
         rng_key: Array | None = None,
         num_samples: int = 1000,
@@ -402,6 +464,9 @@ class Posterior:
         are common to all sites, and one value for each datum and draw for each of the groups posterior predictive and
         log-likelihood: 4 GB each for 1,000 draws of a million data.
 
+        :param MCMC mcmc: chains of :meth:`refine`, which are exported in place of resampled draws, with ``moved`` and
+            ``diverging`` among the sample_stats; ``r_hat``, ``ess_bulk`` and ``ess_tail``, of the worst element, are
+            attributes. Defaults to None.
         :param jax.random.key rng_key: random number generator key. Defaults to one from that of the fit: the draws are
             then kept, and the same at the next call.
         :param int num_samples: number of posterior draws. Defaults to 1,000.
@@ -455,13 +520,20 @@ class Posterior:
         num_proposals = check_integer(
             "num_proposals", num_proposals, num_samples, "draws are chosen among them, and each should be there once"
         )
-        draws = self._draw(rng_key, num_samples, num_proposals, resample, pool, progress_bar)
         steps = self.losses.shape[1]
-        attributes = {
+        attributes: dict[str, Any] = {
             **({"num_steps": steps} if steps else {}),
             **({"starts": self.starts.kept} if self._is_several else {}),
-            "num_proposals": num_proposals,
         }
+        if mcmc is None:
+            draws = self._draw(rng_key, num_samples, num_proposals, resample, pool, progress_bar)
+            attributes["num_proposals"] = num_proposals
+        else:
+            weighted = self._draw(None, 1000, 4000, True, True, progress_bar)
+            draws = draws_of_chains(
+                self._approx, self._key("draws", rng_key), mcmc, weighted.log_evidence, self._shows(progress_bar)
+            )
+            attributes |= self.diagnose_chains(mcmc).attributes()
         return inference_data.to_arviz(
             draws,
             self._key("to_arviz", rng_key),
