@@ -1,5 +1,8 @@
 """MCMC that a fit guides leaves the posterior invariant, whatever the guide is; and its errors."""
 
+from types import SimpleNamespace
+
+import arviz as az
 import jax
 from jax import random
 from jax.nn import logsumexp
@@ -8,14 +11,17 @@ import numpy as np
 import numpyro
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
-from numpyro.infer import SVI
+from numpyro.infer import MCMC, NUTS, SVI, BarkerMH
+from numpyro.infer.autoguide import AutoMultivariateNormal
 from numpyro.infer.mcmc import MCMCKernel
 import optax
 import pytest
+from scipy import stats
 
 from helpers import posterior_at, product_of
-from numpyro_vimco import AutoMixed, VIMCOStar
-from numpyro_vimco.mcmc import GuidedMCMC
+from numpyro_vimco import AutoMixed, GuidedMCMC, VIMCOStar, fit
+from numpyro_vimco.draws.moments import Estimate
+from numpyro_vimco.posterior.chains import diagnose_chains
 
 if not hasattr(MCMCKernel, "refresh"):
     pytest.skip("NumPyro has had `refresh` since 0.22", allow_module_level=True)
@@ -147,3 +153,217 @@ def assert_same_frequencies(probability, counts):
     assert counts.sum() == NUMBER
     errors = (counts - NUMBER * probability) / np.sqrt(NUMBER * probability * (1 - probability))
     assert np.abs(errors).max() < 5.5
+
+
+def test_a_guide_that_draws_jointly():
+    """Exact draws of two Normal latents keep mean and covariance: 5.5 standard errors of 400,000."""
+
+    def model():
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        b = numpyro.sample("b", dist.Normal(a, 1.0))
+        numpyro.sample("x", dist.Normal(a + b, 1.0), obs=X[0])
+
+    guide = AutoMultivariateNormal(model)
+    svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(num_particles=2))
+    first = svi.get_params(svi.init(random.key(0)))
+    starts = {
+        "auto_loc": jnp.array([[1.0, -0.5], [-0.4, 0.3]]),
+        "auto_scale_tril": jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]),
+    }
+    assert first.keys() == starts.keys()
+    kernel = GuidedMCMC(posterior_at(svi, starts), num_proposals=3)
+    precision = np.array([[2.0, -1.0], [-1.0, 1.0]]) + np.ones((2, 2))
+    covariance = np.linalg.inv(precision)
+    mean = covariance @ np.full(2, X[0])
+    draws = random.multivariate_normal(random.key(0), mean, covariance, (NUMBER,))
+    run = jax.jit(lambda keys, draws: jax.lax.map(step_of(kernel), (keys, draws), batch_size=20_000))
+    new = np.asarray(run(random.split(random.key(1), NUMBER), draws), float)
+    errors = (new.mean(0) - mean) / np.sqrt(np.diag(covariance) / NUMBER)
+    assert np.abs(errors).max() < 5.5
+    centred = new - mean
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        product = centred[:, i] * centred[:, j]
+        assert abs(product.mean() - covariance[i, j]) < 5.5 * product.std() / np.sqrt(NUMBER)
+
+
+def step_of(kernel):
+    def step(both):
+        new, _ = kernel._global_step({"a": both[1][0], "b": both[1][1]}, both[0])
+        return jnp.stack([new["a"], new["b"]])
+
+    return step
+
+
+def mixed(y):
+    """A continuous latent, a finite one, one that is summed out, and a count."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
+    z = numpyro.sample("z", dist.Bernoulli(0.4))
+    count = numpyro.sample("count", dist.Poisson(1.5))
+    with numpyro.plate("data", 3):
+        on = numpyro.sample("on", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        numpyro.sample("y", dist.Normal(mu + 2 * z + count + on, 1.0), obs=y)
+    numpyro.deterministic("twice", 2 * mu)
+
+
+Y = jnp.array([1.0, 2.0, 0.5])
+
+
+@pytest.fixture(scope="module")
+def refined():
+    svi = SVI(mixed, AutoMixed(mixed), optax.adam(0.05), VIMCOStar(0.5, 8))
+    posterior = fit(svi, random.key(0), 150, Y, num_starts=2, progress_bar=False)
+    return posterior, posterior.refine(random.key(1), 200, 1500, progress_bar=False)
+
+
+def exact_means():
+    """Of mu, z, count and the elements of `on`, by a grid and sums."""
+    mu = np.linspace(-10, 10, 2001)[:, None, None]
+    z, count = np.arange(2)[:, None], np.arange(25)
+    log_p = stats.norm.logpdf(mu, 0, 2) + np.log([0.6, 0.4])[:, None] + stats.poisson.logpmf(count, 1.5)
+    shares = []
+    for y in np.asarray(Y):
+        off, on = (np.log(p) + stats.norm.logpdf(y, mu + 2 * z + count + k) for k, p in enumerate((0.7, 0.3)))
+        both = np.logaddexp(off, on)
+        log_p, shares = log_p + both, [*shares, np.exp(on - both)]
+    weight = np.exp(log_p - log_p.max())
+    weight /= weight.sum()
+    return {
+        "mu": (weight * mu).sum(),
+        "z": (weight * z).sum(),
+        "count": (weight * count).sum(),
+        "on": np.array([(weight * share).sum() for share in shares]),
+    }
+
+
+@pytest.mark.long
+def test_refined_draws_are_of_the_posterior(refined):
+    """6,000 draws with an ESS of at least 1,000 for each mean: 5.5 standard errors of these."""
+    posterior, mcmc = refined
+    found = posterior.diagnose_chains(mcmc)
+    assert found.verdict == "good" and found.moved > 0.3, str(found)
+    tree = posterior.to_arviz(mcmc)
+    for name, mean in exact_means().items():
+        draws = tree["posterior"][name].values.reshape(6000, -1)
+        assert np.min(found.ess_bulk.get(name, 6000)) > 1000
+        assert np.all(np.abs(draws.mean(0) - mean) < 5.5 * draws.std(0) / np.sqrt(1000)), name
+
+
+@pytest.mark.long
+def test_refined_draws_in_arviz(refined):
+    posterior, mcmc = refined
+    tree = posterior.to_arviz(mcmc)
+    for group in ("posterior_predictive", "log_likelihood", "observed_data"):
+        assert group in tree
+    assert dict(tree["posterior"].sizes) == {"chain": 4, "draw": 1500, "data": 3}
+    np.testing.assert_allclose(tree["posterior"]["twice"], 2 * tree["posterior"]["mu"], rtol=1e-6)
+    assert set(tree["sample_stats"].data_vars) == {"moved"}
+    assert tree["posterior"].attrs["verdict"] == "good" and tree["posterior"].attrs["r_hat"] < 1.01
+    again = az.from_numpyro(mcmc, log_likelihood=False)  # NumPyro has none where sites are summed out
+    np.testing.assert_array_equal(again["posterior"]["mu"], tree["posterior"]["mu"])
+    assert "moved" in again["sample_stats"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chain_method", ["sequential", "vectorized"])
+def test_the_kernel_in_mcmc(refined, chain_method):
+    posterior, _ = refined
+    kernel = GuidedMCMC(posterior, num_proposals=5)
+    mcmc = MCMC(kernel, num_warmup=20, num_samples=30, num_chains=2, chain_method=chain_method, progress_bar=False)
+    mcmc.run(random.key(0), Y)
+    assert mcmc.get_samples(group_by_chain=True)["mu"].shape == (2, 30)
+    assert mcmc.get_extra_fields()["moved"].shape == (60,)
+    with pytest.raises(ValueError, match="The arguments of the model are not those of the fit"):
+        mcmc.run(random.key(0), Y + 1)
+
+
+def test_default_kernels():
+    def of(model):
+        svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar(num_particles=2))
+        params = svi.get_params(svi.init(random.key(0)))
+        return GuidedMCMC(posterior_at(svi, jax.tree.map(lambda x: x[None], params))).inner_kernel
+
+    def continuous():
+        numpyro.sample("a", dist.Normal(0.0, 1.0))
+
+    def counts():
+        numpyro.sample("die", dist.DiscreteUniform(1, 6))  # NumPyro's Gibbs steps would take it to be 0 to 5
+        numpyro.sample("c", dist.Poisson(2.0))
+        numpyro.sample("z", dist.Bernoulli(0.5))
+
+    assert isinstance(of(continuous), NUTS)
+    names = [spec for _, spec in of(counts).blocks]
+    assert names == [("die", "c"), ("z",), None]
+
+
+class TestErrors:
+    def test_a_kernel_without_refresh(self):
+        with pytest.raises(NotImplementedError, match=r"`inner_kernel` is BarkerMH, but must be a kernel .* `refresh`"):
+            kernel_of(joint, inner_kernel=BarkerMH(joint()[0]))
+
+    def test_a_potential_function(self):
+        with pytest.raises(ValueError, match="`inner_kernel` is built from a potential function"):
+            kernel_of(joint, inner_kernel=NUTS(potential_fn=lambda z: 0.0))
+
+    def test_other_latents(self):
+        def other():
+            numpyro.sample("a", dist.Normal(0.0, 1.0))
+
+        kernel, _, _ = kernel_of(joint, inner_kernel=NUTS(other))
+        with pytest.raises(ValueError, match="The inner kernel draws 'a', but the latents of the guide are 'z', 'y'"):
+            kernel.init(random.key(0), 10, {"a": jnp.array(0.0)}, (), {})
+
+    def test_starts_with_parameters_of_the_model(self):
+        def model():
+            z = bernoulli("z", numpyro.param("prior", 0.3))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=0.2)
+
+        def guide():
+            bernoulli("z", numpyro.param("logits", 0.0))
+
+        svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(num_particles=2))
+        starts = {"prior": jnp.array([0.1, 0.2]), "logits": jnp.zeros(2)}
+        with pytest.raises(ValueError, match=r"The model has parameters \('prior'\), so that each of the 2 starts"):
+            GuidedMCMC(posterior_at(svi, starts))
+
+    def test_a_delta_site(self):
+        def model():
+            a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+            bernoulli("z", a)
+            numpyro.sample("x", dist.Normal(a, 1.0), obs=0.2)
+
+        def guide():
+            numpyro.sample("a", dist.Delta(numpyro.param("at", 0.0)))
+            bernoulli("z", numpyro.param("logits", 0.0))
+
+        svi = SVI(model, guide, optax.adam(0.1), VIMCOStar(num_particles=2))
+        with pytest.raises(ValueError, match="Site 'a' of the guide is a Delta"):
+            GuidedMCMC(posterior_at(svi, {"at": jnp.zeros(1), "logits": jnp.zeros(1)}))
+
+    def test_a_number_of_proposals(self):
+        with pytest.raises(ValueError, match="num_proposals"):
+            kernel_of(joint, num_proposals=0)
+
+
+def test_what_the_verdict_of_chains_is_made_of():
+    """Chains at two values that they do not leave; few draws; means other than those of the weights."""
+
+    def found(values, mean=0.0, known=True, moved=1.0):
+        mcmc = SimpleNamespace(
+            get_samples=lambda group_by_chain: {"a": values},
+            get_extra_fields=lambda: {"moved": np.full(values.size, moved)},
+        )
+        return diagnose_chains({"a": {}}, {"a": Estimate(np.array(mean), np.array(0.01), np.array(1.0))}, mcmc, known)
+
+    noise = np.random.default_rng(0).normal(size=(4, 1000))
+    assert (found(noise).verdict, found(noise).findings) == ("good", [])
+    apart = found(np.arange(4.0)[:, None] + 0 * noise)
+    assert apart.verdict == "bad" and apart.r_hat["a"] == np.inf
+    assert [f.code for f in apart.findings][:1] == ["chains-disagree"]
+    assert found(np.ones((4, 1000)), 1.0).r_hat["a"] == 1
+    assert found(noise[:, :50]).verdict == "usable"
+    assert found(noise[:, :20]).verdict == "bad"
+    differs = found(noise, 0.5)
+    assert differs.verdict == "usable" and [f.code for f in differs.findings] == ["weights-differ"]
+    corrected = found(noise, 0.5, known=False)
+    assert corrected.verdict == "good" and [f.code for f in corrected.findings] == ["weights-corrected"]
+    assert [f.code for f in found(noise, moved=0.001).findings] == ["no-global-moves"]

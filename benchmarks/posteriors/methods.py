@@ -11,8 +11,8 @@ import optax
 from benchmarks.common import elbo
 from benchmarks.posteriors import recommended as learning_rate
 from benchmarks.posteriors.grid import elbos, grid
-from benchmarks.posteriors.markov_chains import discrete_hmc_gibbs, enumerated_nuts, mixed_hmc
-from benchmarks.posteriors.measuring import Clock, Quantities, forget_compiled, mean_asked
+from benchmarks.posteriors.markov_chains import CHUNK, discrete_hmc_gibbs, enumerated_nuts, mixed_hmc, of_draws
+from benchmarks.posteriors.measuring import Clock, Mapped, Quantities, forget_compiled, mean_asked
 from benchmarks.posteriors.pymc_steps import compound_step
 from numpyro_vimco import AutoMixed, VIMCOStar, fit
 
@@ -90,6 +90,35 @@ def recommended_run(name, model, objective, about, quantities, seed, num_steps, 
     return row, Run(num_steps, of_fit.seconds, clock.seconds - of_fit.seconds, clock.compiling)
 
 
+def refined(about, seed, budget, num_steps=2000):
+    """`fit` and then `refine`, as they are by default: one row. Latents of few states are summed out where they can be.
+
+    The budget is not used: 1,500 steps of four chains are what they are.
+    """
+    model = about.model if about.enumerated is None else about.enumerated
+    name = f"refined, {'all sampled' if about.enumerated is None else 'summed out'}"
+    objective = VIMCOStar(0.5, PARTICLES)
+    svi = SVI(model, AutoMixed(model, **about.guide_options), optax.adam(learning_rate(num_steps)), objective)
+    fit_key, chain_key = random.split(random.key(seed))
+    quantities = Quantities(about)
+    forget_compiled()
+    clock = Clock()
+    with clock:
+        posterior = fit(svi, fit_key, num_steps, *about.args, progress_bar=False)
+        mcmc = posterior.refine(chain_key, progress_bar=False)
+        found = posterior.diagnose_chains(mcmc)
+        tree = posterior.to_arviz(mcmc, groups=())
+        draws = {name: x.values for name, x in tree["posterior"].data_vars.items()}
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in draws.items()}
+        asked = Mapped(quantities.of, CHUNK)(flat).reshape(mcmc.num_chains, mcmc.num_samples, -1)
+    number = mcmc.num_chains * mcmc.num_samples
+    yield {
+        "method": name, "seed": seed, "size": number, **clock.columns(),
+        **of_draws(quantities, asked, number, clock.seconds), "verdict": found.verdict,
+        "note": f"{found.moved:.0%} of the global steps moved",
+    }  # fmt: skip
+
+
 def steps_within(runs, seconds):
     """The largest number of steps that is expected to end within so many seconds, without compilation; rounded down."""
     last = runs[-1]
@@ -110,4 +139,5 @@ METHODS = {
     "MixedHMC": mixed_hmc,
     "NUTS": enumerated_nuts,
     "PyMC": compound_step,
+    "refined": refined,
 }

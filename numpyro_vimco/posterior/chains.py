@@ -188,7 +188,8 @@ def _statistic(draws: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarr
     for name, values in draws.items():
         flat = values.reshape(*values.shape[:2], -1)
         dataset = az.convert_to_dataset({"x": flat})
-        of_all = az.rhat(dataset) if kind == "rhat" else az.ess(dataset, method=kind)
+        with np.errstate(all="ignore"):  # where chains do not move
+            of_all = az.rhat(dataset) if kind == "rhat" else az.ess(dataset, method=kind)
         statistic = np.asarray(of_all["x"].values, float).reshape(-1)
         if kind == "rhat":
             stays = flat.std(1).max(0) == 0
