@@ -276,6 +276,22 @@ def test_the_kernel_in_mcmc(refined, chain_method):
         mcmc.run(random.key(0), Y + 1)
 
 
+@pytest.mark.long
+def test_bounds_that_jax_computes():
+    """NumPyro's kernels keep them from `init`, which is traced here."""
+
+    def model():
+        low = jnp.sqrt(jnp.full(2, 0.25))
+        numpyro.sample("a", dist.Uniform(low, 2.0).to_event(1))
+        numpyro.sample("z", dist.Bernoulli(0.5))
+
+    svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar(num_particles=2))
+    params = svi.get_params(svi.init(random.key(0)))
+    posterior = posterior_at(svi, jax.tree.map(lambda x: x[None], params))
+    draws = posterior.refine(random.key(0), 50, 500, num_chains=2, progress_bar=False).get_samples()
+    assert draws["a"].min() > 0.5 and draws["a"].max() < 2 and abs(draws["a"].mean() - 1.25) < 0.1
+
+
 def test_default_kernels():
     def of(model):
         svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar(num_particles=2))

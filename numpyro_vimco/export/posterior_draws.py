@@ -82,7 +82,7 @@ def draw_posterior(
         proposals = propose(approx, keys["proposals"], num_proposals, progress)
     is_fixed = bool(fixed(approx))
     chains = [
-        _weighed(drawn, approx, is_fixed, key, num_samples if resample else None)
+        weighed(drawn, approx, is_fixed, key, num_samples if resample else None)
         for drawn, key in zip(proposals, split(keys["resampling"], len(proposals)))
     ]
     start = np.repeat(np.arange(len(proposals)) if not pool else [0], num_samples)
@@ -116,7 +116,7 @@ def _concatenate(*parts: np.ndarray) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _weighed(
+def weighed(
     drawn: WeightedDraw, approx: Approximation, is_fixed: bool, rng_key: Array, num_samples: int | None
 ) -> tuple[Arrays, Arrays, np.ndarray, dict[str, float]]:
     """Latents and log-weights of draws, resampled unless ``num_samples`` is None; and what the weights say.

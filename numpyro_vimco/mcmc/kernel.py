@@ -15,16 +15,20 @@ from numpyro.distributions import biject_to
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.compilation import untraced
 from numpyro_vimco.densities.levels import Levels
-from numpyro_vimco.draws.pooling import Mixture, in_pool, mixture_of
+from numpyro_vimco.draws.pooling import Mixture, by_start, in_pool, mixture_of, propose_pooled
 from numpyro_vimco.draws.proposals import structure_of, take
-from numpyro_vimco.export.posterior_draws import draw_posterior
+from numpyro_vimco.export.posterior_draws import weighed
 from numpyro_vimco.mcmc.inner import default_kernel, placed, sites_of_hmc, unconstrained
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, support_of
 
 if TYPE_CHECKING:
     from numpyro_vimco.posterior.posterior import Posterior
+
+# Proposals of a whole run are made before it up to so many numbers: 256 MiB in single precision.
+MOST = 2**26
 
 Values = dict[str, Array]
 
@@ -37,12 +41,17 @@ class GuidedState(NamedTuple):
     :ivar rng_key: for the next step.
     :ivar moved: whether the last global step moved, in [0, 1]: the share of elements where these have weights of their
         own.
+    :ivar step: number of steps that were taken.
+    :ivar made: latents and log-weights of proposals that were made before, of shape ``(steps, proposals, ...)``, each
+        for one step; None where they are made in the step. After the last of these, no global step moves.
     """
 
     z: Values
     inner_state: Any
     rng_key: Array
     moved: Array
+    step: Array
+    made: tuple[Values, Array] | None
 
     @property
     def diverging(self) -> Array:
@@ -118,6 +127,7 @@ class GuidedMCMC(MCMCKernel):
                 )
         self.inner_kernel = default_kernel(self._approx) if inner_kernel is None else _checked(inner_kernel)
         self._is_vectorized = False
+        self._made: tuple[Values, Array] | None = None
 
     @property
     def model(self) -> Any:
@@ -141,8 +151,14 @@ class GuidedMCMC(MCMCKernel):
         """Begin at ``init_params``, as the inner kernel takes them, or at one of ``num_proposals`` weighted draws."""
         args, kwargs = self._arguments(model_args, model_kwargs)
         self._is_vectorized = jnp.ndim(rng_key) > (0 if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else 1)
-        begin = partial(self._begin, num_warmup=num_warmup, args=args, kwargs=kwargs)
-        return jax.vmap(begin)(rng_key, init_params) if self._is_vectorized else begin(rng_key, init_params)
+        begin: Callable = partial(self._begin, num_warmup=num_warmup, args=args, kwargs=kwargs)
+        # One program; by itself, each operation of `init` is one.
+        begin = jax.jit(jax.vmap(begin) if self._is_vectorized else begin)
+        state = begin(rng_key, init_params)
+        constrain = lambda z: self.inner_kernel.get_constrain_fn(args, kwargs)(z)  # noqa: E731
+        self._with_inner(lambda: (jax.vmap(constrain) if self._is_vectorized else constrain)(state.z), args, kwargs)
+        made, self._made = self._made, None
+        return state._replace(made=made)
 
     def sample(self, state: GuidedState, model_args: tuple, model_kwargs: dict | None) -> GuidedState:
         args, kwargs = self._arguments(model_args, model_kwargs)
@@ -155,28 +171,43 @@ class GuidedMCMC(MCMCKernel):
         approx = self._approx
         return {**values, **unconstrained(self.inner_kernel, sites, values, approx.args, approx.kwargs)}
 
-    def begin(self, rng_key: Array, num_chains: int) -> Values:
+    def prepare(self, rng_key: Array, num_chains: int, num_steps: int) -> Values:
         """
-        Where chains begin: a weighted draw of each start in turn, so that R-hat shows whether chains leave what their
-        start found. They are ``init_params`` of ``MCMC.run``, with a leading axis for chains if there are several.
+        Where chains begin, and proposals for all of their steps, by the program that draws from the pool after a fit.
+
+        Chains begin at a weighted draw of each start in turn, so that R-hat shows whether they leave what their start
+        found. Proposals are made before the run where they take less than :data:`MOST` numbers, and plates are not
+        common to all sites; else in the steps, whose program then takes longer to compile.
+
+        :return: ``init_params`` of the next ``MCMC.run``, with a leading axis for chains if there are several.
         """
-        num_starts = self._approx.num_starts
-        of_each = -(-num_chains // num_starts)
-        try:
-            draws = draw_posterior(self._approx, rng_key, of_each, max(1000, of_each), True, False, False)
-        except ValueError:  # a start proposes nothing that the posterior holds
-            draws = draw_posterior(self._approx, rng_key, num_starts * of_each, 4000, True, True, False)
+        approx, (start_key, *keys) = self._approx, split(rng_key, 2 + self._approx.num_starts)
+        of_each = -(-num_chains // approx.num_starts)
+        draws = by_start(approx).all(approx.starts, start_key, 1000, None)
+        of_starts = [
+            weighed(jax.tree.map(lambda x, i=i: x[:, i], draws), approx, False, key, of_each)[0]
+            for i, key in enumerate(keys[1:])
+        ]
         chain = np.arange(num_chains)
-        order = chain % num_starts * of_each + chain // num_starts
-        values = jax.vmap(self.as_inner)({name: jnp.asarray(x[order]) for name, x in draws.sampled.items()})
-        return values if num_chains > 1 else jax.tree.map(lambda x: x[0], values)
+        first, which = chain % approx.num_starts, chain // approx.num_starts
+        values = {name: np.stack([of_starts[i][name][j] for i, j in zip(first, which)]) for name in self._latents}
+        number = num_chains * num_steps * self.num_proposals
+        if not self._structure.dims and number * approx.size <= MOST:
+            made = propose_pooled(approx, keys[0], number)
+            shape = (num_chains,) * (num_chains > 1) + (num_steps, self.num_proposals)
+            of_latents = {name: made.values[name] for name in self._latents}
+            self._made = jax.tree.map(
+                lambda x: jnp.asarray(x.reshape(shape + x.shape[1:])), (of_latents, made.log_weight)
+            )
+        native = jax.jit(jax.vmap(self.as_inner))(values)
+        return native if num_chains > 1 else jax.tree.map(lambda x: x[0], native)
 
     def _begin(
         self, rng_key: Array, init_params: Values | None, num_warmup: int, args: tuple, kwargs: dict
     ) -> GuidedState:
         key, draw_key, inner_key = split(rng_key, 3)
         if init_params is None:
-            init_params = self.as_inner(self._taken(self._mixture, None, draw_key)[0])
+            init_params = self.as_inner(self._taken(*self._proposals(self._mixture, None, draw_key), draw_key)[0])
         inner = self.inner_kernel.init(inner_key, num_warmup, init_params, args, kwargs)
         z = getattr(inner, self.inner_kernel.sample_field)
         if missing := self._latents.keys() ^ z.keys():
@@ -185,42 +216,66 @@ class GuidedMCMC(MCMCKernel):
                 f"{', '.join(map(repr, self._latents))}: '{min(missing)}' is not in both. Sites that are summed out "
                 "must be so in both, by `infer={'enumerate': 'parallel'}`."
             )
-        return GuidedState(z, inner, key, jnp.zeros(()))
+        return GuidedState(z, inner, key, jnp.zeros(()), jnp.zeros((), int), None)
 
     def _step(self, state: GuidedState, args: tuple, kwargs: dict) -> GuidedState:
         kernel = self.inner_kernel
         key, step_key = split(state.rng_key)
-        inner = kernel.sample(state.inner_state, args, kwargs)
+        inner = self._with_inner(lambda: kernel.sample(state.inner_state, args, kwargs), args, kwargs)
         constrained = kernel.get_constrain_fn(args, kwargs)(getattr(inner, kernel.sample_field))
         old = {name: constrained[name] for name in self._latents}
-        new, moved = self._global_step(old, step_key)
+        made = None
+        if state.made is not None:
+            values, log_weight = jax.tree.map(lambda x: x[state.step], state.made)
+            made = values, jnp.where(state.step < len(state.made[1]), log_weight, -jnp.inf)
+        new, moved = self._global_step(old, step_key, made)
         inner = placed(kernel, inner, old, new, self._latents, args, kwargs)
-        return GuidedState(getattr(inner, kernel.sample_field), inner, key, moved)
+        return GuidedState(getattr(inner, kernel.sample_field), inner, key, moved, state.step + 1, state.made)
 
-    def _global_step(self, present: Values, rng_key: Array) -> tuple[Values, Array]:
-        mixture_key, present_key, step_key = split(rng_key, 3)
+    def _with_inner(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        """What a function of the inner kernel returns: again after its `init`, where that kept what JAX traced."""
+        try:
+            return fn()
+        except jax.errors.UnexpectedTracerError:  # bounds of a support, say
+            with untraced():
+                self.inner_kernel.init(jax.random.key(0), 0, None, args, kwargs)
+            return fn()
+
+    def _global_step(
+        self, present: Values, rng_key: Array, made: tuple[Values, Array] | None = None
+    ) -> tuple[Values, Array]:
+        """What is taken of the present latents and of proposals, and the share of elements that moved."""
+        mixture_key, present_key, draw_key, choice_key = split(rng_key, 4)
         mixture = self._mixture.of_one(mixture_key) if self._structure.dims else self._mixture
-        new, index = self._taken(mixture, mixture.beside(self._approx.starts, present, present_key), step_key)
+        here = mixture.beside(self._approx.starts, present, present_key)
+        if made is None:
+            values, log_weight = self._proposals(mixture, here, draw_key)
+        else:
+            of_here = mixture.weigh(self._approx.starts, here, draw_key)
+            one = {name: of_here.values[name] for name in present}, of_here.log_weight
+            values, log_weight = jax.tree.map(lambda x, many: jnp.concatenate([x[None], many]), one, made)
+        new, index = self._taken(values, log_weight, choice_key)
         return {name: value.astype(present[name].dtype) for name, value in new.items()}, jnp.mean(index > 0)
 
-    def _taken(self, mixture: Mixture, present: Levels[Values] | None, rng_key: Array) -> tuple[Values, Array]:
-        """One of some proposals and of what there is, in proportion to their weights; of each element of common plates.
-
-        :return: its latents, and which it is: 0 for what there is.
-        """
-        draw_key, weigh_key, choice_key = split(rng_key, 3)
+    def _proposals(self, mixture: Mixture, here: Levels[Values] | None, rng_key: Array) -> tuple[Values, Array]:
+        """Latents and log-weights of what there is, and of proposals."""
+        draw_key, weigh_key = split(rng_key)
         starts = self._approx.starts
         values = self._map(partial(mixture.draw_any, starts), split(draw_key, self.num_proposals))
-        if present is not None:
-            values = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), present, values)
+        if here is not None:
+            values = jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), here, values)
         keys = split(weigh_key, len(jax.tree.leaves(values)[0]))
         draws = self._map(lambda both: mixture.weigh(starts, *both), (values, keys))
+        return {name: draws.values[name] for name in self._latents}, draws.log_weight
+
+    def _taken(self, values: Values, log_weight: Array, rng_key: Array) -> tuple[Values, Array]:
+        """One of some values in proportion to their weights, of each element of common plates; and which it is."""
         # A draw that rounds to the end of a support has no place in unconstrained space.
-        lost = sum(self._is_lost(name, draws.values[name]) for name in self._latents)
-        impossible = jnp.isnan(draws.log_weight) | (lost > 0)
-        index = jax.random.categorical(choice_key, jnp.where(impossible, -jnp.inf, draws.log_weight), axis=0)[None]
+        lost = sum(self._is_lost(name, values[name]) for name in self._latents)
+        logits = jnp.where(jnp.isnan(log_weight) | (lost > 0), -jnp.inf, log_weight)
+        index = jax.random.categorical(rng_key, logits, axis=0)[None]
         dims = self._approx.event_dims
-        return {name: take(draws.values[name], index, dims[name])[0] for name in self._latents}, index
+        return {name: take(values[name], index, dims[name])[0] for name in self._latents}, index
 
     def _map(self, fn: Callable, inputs: Any) -> Any:
         at_once = max(self._approx.chunk_size() // self._approx.num_starts, 1)

@@ -402,7 +402,7 @@ class Posterior:
         :raises NotImplementedError: likewise.
         """
         check_key(rng_key)
-        begin_key, run_key = split(rng_key)
+        first_key, run_key = split(rng_key)
         kernel = GuidedMCMC(self, inner_kernel, num_proposals)
         mcmc = MCMC(
             kernel,
@@ -412,8 +412,8 @@ class Posterior:
             chain_method="vectorized",
             progress_bar=self._shows(progress_bar),
         )
-        approx = self._approx
-        mcmc.run(run_key, *approx.args, init_params=kernel.begin(begin_key, num_chains), **approx.kwargs)
+        approx, first = self._approx, kernel.prepare(first_key, num_chains, num_warmup + num_samples)
+        mcmc.run(run_key, *approx.args, init_params=first, **approx.kwargs)
         return mcmc
 
     def diagnose_chains(self, mcmc: MCMC) -> ChainDiagnostics:
