@@ -98,7 +98,7 @@ def chain():
     return model, guide, None, {"chain_particles": {"z": 5}}, product_of(g=[0, 1], z=paths)
 
 
-def kernel_of(case, num_proposals=3, **kwargs):
+def posterior_of(case):
     model, guide, params, particles, outcomes = case()
     objective = VIMCOStar(num_particles=2, **particles)
     if params is None:  # those where an automatic guide begins, moved
@@ -109,7 +109,12 @@ def kernel_of(case, num_proposals=3, **kwargs):
         params = dict(zip(first, moved))
     params = {name: jnp.array(value) for name, value in params.items()}
     svi = SVI(model, guide, optax.adam(0.1), objective)
-    return GuidedMCMC(posterior_at(svi, params), num_proposals=num_proposals, **kwargs), model, outcomes
+    return posterior_at(svi, params), model, outcomes
+
+
+def kernel_of(case, num_proposals=3, **kwargs):
+    posterior, model, outcomes = posterior_of(case)
+    return GuidedMCMC(posterior, num_proposals=num_proposals, **kwargs), model, outcomes
 
 
 @pytest.mark.parametrize("case", [joint, common_plate, local_particles, chain])
@@ -312,6 +317,12 @@ def test_default_kernels():
 
 
 class TestErrors:
+    def test_a_key_in_place_of_chains(self):
+        posterior = posterior_of(joint)[0]
+        for call in posterior.to_arviz, posterior.diagnose_chains:
+            with pytest.raises(ValueError, match=r"`mcmc` is PRNGKeyArray, but must be what `posterior\.refine` returned"):
+                call(random.key(0))
+
     def test_a_kernel_without_refresh(self):
         with pytest.raises(NotImplementedError, match=r"`inner_kernel` is BarkerMH, but must be a kernel .* `refresh`"):
             kernel_of(joint, inner_kernel=BarkerMH(joint()[0]))

@@ -38,7 +38,6 @@ def use(svi: SVI, x) -> None:
     reveal_type(posterior.gradient_snr(random.key(0))["loc"])
     reveal_type(posterior.starts.agreement)
     posterior.diagnose(num_samples=1000)
-    posterior.to_arviz(random.key(0))
     fit(svi, random.key(0), "1000", x)
     Posterior(svi)
 
@@ -64,7 +63,6 @@ EXPECTED = [
     "numpyro_vimco.diagnostics.gradient_noise.GradientStatistics",
     'note: Revealed type is "xarray.core.dataset.Dataset | None"',
     'Unexpected keyword argument "num_samples" for "diagnose" of "Posterior"',
-    'Too many positional arguments for "to_arviz" of "Posterior"',
     'Argument 3 to "fit" has incompatible type "str"; expected "int"',
     'Missing positional argument "result" in call to "Posterior"',
     'note: Revealed type is "str"',

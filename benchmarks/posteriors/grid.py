@@ -15,7 +15,7 @@ from benchmarks.posteriors.summed_out import summed_out
 from numpyro_vimco import VIMCO, AutoMixed, ReweightedWakeSleep, VIMCOStar, fit
 from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.proposals import WeightedDraw, program_of
-from numpyro_vimco.export.posterior_draws import _weighed
+from numpyro_vimco.export.posterior_draws import weighed
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0)
 STARTS, STEPS, PROPOSALS, CHUNK = 3, 2000, 20_000, 500
@@ -129,7 +129,7 @@ class Starts:
             chunks = random.split(draw_key, PROPOSALS).reshape(-1, CHUNK)
             parts = [jax.device_get(self._draw(params, keys)) for keys in chunks]
             draws = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-            latents, _, _, of_weights = _weighed(draws, self._approx, False, resample_key, PROPOSALS // 2)
+            latents, _, _, of_weights = weighed(draws, self._approx, False, resample_key, PROPOSALS // 2)
             estimate = self._asked(latents).astype(float).mean(0)
         self.compiling += clock.compiling if first else 0
         elbo = draws.log_weight.reshape(PROPOSALS, -1).sum(1).mean()

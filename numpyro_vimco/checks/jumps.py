@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 import numpyro.distributions as dist
 
-from numpyro_vimco.densities import zero_weights
 from numpyro_vimco.private.of_jax import file_of
 
 Values = dict[str, Array]
@@ -36,7 +35,8 @@ LEAST, ROUNDING, LAST, KEPT = 1e-3, 2e-5, 6, 0.5
 RANGE = 1e4
 
 # Code that computes densities: NumPyro's and our own, which keeps those that are zero; and NumPyro's of supports.
-DENSITIES, SUPPORTS = (str(Path(dist.__file__).parent), zero_weights.__file__), dist.constraints.__file__
+OWN = Path(__file__).parents[1] / "densities" / "zero_weights.py"
+DENSITIES, SUPPORTS = (str(Path(dist.__file__).parent), str(OWN)), dist.constraints.__file__
 
 COMPARISONS = {"lt", "le", "gt", "ge", "lt_to", "le_to"}
 ROUNDINGS = {"floor", "ceil", "round", "sign", "argmax", "argmin", "rem", "nextafter", "top_k"}

@@ -403,8 +403,10 @@ def _missed_part(facts: Facts) -> Finding | None:
     return Finding(
         "poor-guide",
         "The guide misses a part of the posterior, and estimates may be off: train for longer or with more particles, "
-        f"or use a richer guide ({_richer_guide(facts.approx)}).",
+        f"use a richer guide ({_richer_guide(facts.approx)}), or let it guide chains of MCMC, which need "
+        "no better one.",
         {"ess": facts.ess, "pareto_k": facts.pareto_k},
+        "posterior.refine(random.key(2))",
     )
 
 

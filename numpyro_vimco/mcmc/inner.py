@@ -54,7 +54,8 @@ def _model(approx: Approximation) -> Any:
     model, params = approx.svi.model, {name: approx.params[name] for name in approx.params_of_model}
     marked = {name for name, site in approx.latents().items() if is_marked(site)}
     model = substitute(model, data=params) if params else model
-    return Unmarked(model, marked) if marked else model
+    # Where sites share one dict `infer`, NumPyro's enumeration needs a copy for each: `Unmarked` makes them.
+    return Unmarked(model, marked) if marked or approx.summed else model
 
 
 def _counts_from_zero(site: dict) -> bool:

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,6 @@ from numpyro_vimco.export.posterior_draws import weighed
 from numpyro_vimco.mcmc.inner import default_kernel, placed, sites_of_hmc, unconstrained
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import is_discrete, support_of
-
-if TYPE_CHECKING:
-    from numpyro_vimco.posterior.posterior import Posterior
 
 # Proposals of a whole run are made before it up to so many numbers: 256 MiB in single precision.
 MOST = 2**26
@@ -78,7 +75,7 @@ class GuidedMCMC(MCMCKernel):
     sites, each of their elements takes one by itself, and the proposals of a step come from one guide, or one component
     of its defence, chosen at random: so what elements take is independent. In plates and chains that have particles of
     their own, the present local values are one of the M particles, or one of the K samples of each step: conditional
-    importance sampling [3], here with several guides (derived in :mod:`numpyro_vimco.draws.pooling`).
+    importance sampling [3], here with several guides (derived in ``docs/mathematics.md``).
 
     :param Posterior posterior: of :func:`fit`, whose starts have one posterior: no parameters of the model beside
         several starts.
@@ -101,12 +98,12 @@ class GuidedMCMC(MCMCKernel):
 
     sample_field = "z"
 
-    def __init__(self, posterior: "Posterior", inner_kernel: MCMCKernel | None = None, num_proposals: int = 40):
+    def __init__(self, posterior: Any, inner_kernel: MCMCKernel | None = None, num_proposals: int = 40):
         if not hasattr(MCMCKernel, "refresh"):
             raise NotImplementedError(
                 "`GuidedMCMC` needs kernels with `refresh`, which NumPyro has from 0.22 on: `pip install -U numpyro`."
             )
-        self.num_proposals = check_integer("num_proposals", num_proposals, 1, "one of them and the present is taken")
+        self.num_proposals = check_integer("num_proposals", num_proposals, 1, "chains take one of them, or stay")
         approx = posterior._approx
         approx.check_has_posterior()
         if approx.params_of_model and approx.num_starts > 1:
@@ -151,12 +148,12 @@ class GuidedMCMC(MCMCKernel):
         """Begin at ``init_params``, as the inner kernel takes them, or at one of ``num_proposals`` weighted draws."""
         args, kwargs = self._arguments(model_args, model_kwargs)
         self._is_vectorized = jnp.ndim(rng_key) > (0 if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else 1)
-        begin: Callable = partial(self._begin, num_warmup=num_warmup, args=args, kwargs=kwargs)
+        begin: Any = partial(self._begin, num_warmup=num_warmup, args=args, kwargs=kwargs)
         # One program; by itself, each operation of `init` is one.
-        begin = jax.jit(jax.vmap(begin) if self._is_vectorized else begin)
-        state = begin(rng_key, init_params)
+        over_chains: Any = jax.vmap if self._is_vectorized else lambda fn: fn
+        state = jax.jit(over_chains(begin))(rng_key, init_params)
         constrain = lambda z: self.inner_kernel.get_constrain_fn(args, kwargs)(z)  # noqa: E731
-        self._with_inner(lambda: (jax.vmap(constrain) if self._is_vectorized else constrain)(state.z), args, kwargs)
+        self._with_inner(lambda: over_chains(constrain)(state.z), args, kwargs)
         made, self._made = self._made, None
         return state._replace(made=made)
 

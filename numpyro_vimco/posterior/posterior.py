@@ -422,7 +422,13 @@ class Posterior:
         moved, and what the weighted draws say of the same means.
 
         :param MCMC mcmc: after its run, with a :class:`.GuidedMCMC`.
+        :raises ValueError: for anything else.
         """
+        if not isinstance(mcmc, MCMC) or not isinstance(mcmc.sampler, GuidedMCMC):
+            raise ValueError(
+                f"`mcmc` is {type(mcmc).__name__}, but must be what `posterior.refine` returned, or an `MCMC` of a "
+                "`GuidedMCMC` after its run."
+            )
         known = self.diagnostics.verdict != "bad"
         return diagnose_chains(self._approx.latents(), self.diagnostics.estimates, mcmc, known)
 
@@ -529,11 +535,11 @@ class Posterior:
             draws = self._draw(rng_key, num_samples, num_proposals, resample, pool, progress_bar)
             attributes["num_proposals"] = num_proposals
         else:
+            attributes |= self.diagnose_chains(mcmc).attributes()
             weighted = self._draw(None, 1000, 4000, True, True, progress_bar)
             draws = draws_of_chains(
                 self._approx, self._key("draws", rng_key), mcmc, weighted.log_evidence, self._shows(progress_bar)
             )
-            attributes |= self.diagnose_chains(mcmc).attributes()
         return inference_data.to_arviz(
             draws,
             self._key("to_arviz", rng_key),
