@@ -34,7 +34,7 @@ def test_coal_mining(tmp_path):
 @pytest.mark.long
 def test_cranes(tmp_path):
     """A growth of four per cent a year, as the logarithm of the last count over the first says; forecasts that hold."""
-    _, draws, forecast = run("cranes", "--num-steps=1000", f"--output={tmp_path}")
+    _, draws, forecast = run("cranes", "--num-steps=500", f"--output={tmp_path}")
     module = load_example("cranes")
     assert abs(float(draws["growth"].mean()) - (183 / 18) ** (1 / 60)) < 0.02
     low, high = np.quantile(forecast, [0.005, 0.995], axis=0)

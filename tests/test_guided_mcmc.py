@@ -27,7 +27,7 @@ if not hasattr(MCMCKernel, "refresh"):
     pytest.skip("NumPyro has had `refresh` since 0.22", allow_module_level=True)
 
 X = np.array([0.4, -0.8])
-NUMBER = 400_000
+NUMBER = 200_000
 
 
 def bernoulli(name, logits):
@@ -117,9 +117,10 @@ def kernel_of(case, num_proposals=3, **kwargs):
     return GuidedMCMC(posterior, num_proposals=num_proposals, **kwargs), model, outcomes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [joint, common_plate, local_particles, chain])
 def test_the_posterior_stays_what_it_is(case):
-    """A global step from 400,000 exact draws, by two bad guides and their defence.
+    """A global step from 200,000 exact draws, by two bad guides and their defence.
 
     Each outcome is as frequent as before: 5.5 standard errors are passed less than once in a million runs of 30
     outcomes. Without the weight of the present state, or with that of one guide, they are passed by more than ten.
@@ -129,7 +130,8 @@ def test_the_posterior_stays_what_it_is(case):
     assert_same_frequencies(before, after)
 
 
-@pytest.mark.parametrize("case", [joint, common_plate, local_particles])
+@pytest.mark.long
+@pytest.mark.parametrize("case", [joint, common_plate])
 def test_a_global_step_knows_what_the_inner_step_did(case):
     """A step of both kernels. A weight of the state before the inner step passes 5.5 standard errors by far."""
     kernel, model, outcomes = kernel_of(case)
@@ -160,8 +162,9 @@ def assert_same_frequencies(probability, counts):
     assert np.abs(errors).max() < 5.5
 
 
+@pytest.mark.long
 def test_a_guide_that_draws_jointly():
-    """Exact draws of two Normal latents keep mean and covariance: 5.5 standard errors of 400,000."""
+    """Exact draws of two Normal latents keep mean and covariance: 5.5 standard errors of 200,000."""
 
     def model():
         a = numpyro.sample("a", dist.Normal(0.0, 1.0))
@@ -297,6 +300,7 @@ def test_bounds_that_jax_computes():
     assert draws["a"].min() > 0.5 and draws["a"].max() < 2 and abs(draws["a"].mean() - 1.25) < 0.1
 
 
+@pytest.mark.long
 def test_default_kernels():
     def of(model):
         svi = SVI(model, AutoMixed(model), optax.adam(0.1), VIMCOStar(num_particles=2))
