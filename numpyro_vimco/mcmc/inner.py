@@ -13,14 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 import numpy as np
 from numpyro.distributions import biject_to
+from numpyro.distributions.constraints import Constraint
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import HMC, NUTS
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_vimco.control_flow import is_in_scan
+from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.densities.enumeration import Unmarked
+from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.approximation import Approximation
-from numpyro_vimco.sites import Trace, is_discrete, is_marked, states
+from numpyro_vimco.sites import Trace, base_support, is_discrete, is_marked, states, support_of
 
 Values = dict[str, Array]
 
@@ -66,6 +68,22 @@ def _counts_from_zero(site: dict) -> bool:
 
 def _as_they_are(*, rng_key: Array, gibbs_sites: Values, hmc_sites: Values) -> Values:
     return gibbs_sites
+
+
+def still_supports(approx: Approximation) -> dict[str, Constraint]:
+    """The supports of continuous latents that do not depend on other latents."""
+    latents, params = {name: site["value"] for name, site in approx.latents().items()}, approx.params
+
+    def bounds(latents: Values) -> Values:
+        model = Given(substitute(seed(approx.svi.model, jax.random.key(0)), data=params), latents)
+        tr = trace(model).get_trace(*approx.args, **approx.kwargs)
+        of_each = {name: base_support(support_of(tr[name]["fn"])) for name in latents}
+        leaves = {name: jax.tree.leaves(vars(support)) for name, support in of_each.items() if support}
+        return {name: jnp.concatenate([jnp.ravel(x) for x in found]) for name, found in leaves.items() if found}
+
+    moving = {name for name, sources in dependence(bounds, latents).items() if sources}
+    supports = {n: support_of(site["fn"]) for n, site in approx.latents().items() if not is_discrete(site)}
+    return {name: support for name, support in supports.items() if support is not None and name not in moving}
 
 
 def sites_of_hmc(kernel: MCMCKernel, latents: Trace) -> frozenset[str]:

@@ -20,9 +20,8 @@ from numpyro_vimco.densities.levels import Levels
 from numpyro_vimco.draws.pooling import Mixture, by_start, in_pool, mixture_of, propose_pooled
 from numpyro_vimco.draws.proposals import structure_of, take
 from numpyro_vimco.export.posterior_draws import weighed
-from numpyro_vimco.mcmc.inner import default_kernel, placed, sites_of_hmc, unconstrained
+from numpyro_vimco.mcmc.inner import default_kernel, placed, sites_of_hmc, still_supports, unconstrained
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import is_discrete, support_of
 
 # Proposals of a whole run are made before it up to so many numbers: 256 MiB in single precision.
 MOST = 2**26
@@ -115,7 +114,7 @@ class GuidedMCMC(MCMCKernel):
         self._approx = in_pool(approx)
         self._mixture = mixture_of(self._approx)
         self._structure = structure_of(self._approx, self._approx.local)
-        self._latents = self._approx.latents()
+        self._latents, self._supports = self._approx.latents(), still_supports(self._approx)
         for name in self._latents:
             if name not in self._mixture.latents:
                 raise ValueError(
@@ -280,15 +279,13 @@ class GuidedMCMC(MCMCKernel):
 
     def _is_lost(self, name: str, values: Array) -> Array | float:
         """How many elements are infinite in unconstrained space, of the shape of the weights."""
-        site = self._latents[name]
-        support = support_of(site["fn"])
-        if is_discrete(site) or support is None:
+        if (support := self._supports.get(name)) is None:
             return 0.0
+        event_dim = self._latents[name]["fn"].event_dim
 
         def of_one(value: Array) -> Array:
             infinite = ~jnp.isfinite(biject_to(support).inv(value))
-            batch = jnp.ndim(value) - site["fn"].event_dim
-            infinite = jnp.sum(infinite.reshape(*jnp.shape(value)[:batch], -1), axis=-1)
+            infinite = jnp.sum(infinite.reshape(*jnp.shape(value)[: jnp.ndim(value) - event_dim], -1), axis=-1)
             return self._structure.sum_to_level(infinite.astype(float), None)
 
         return jax.vmap(of_one)(values)
