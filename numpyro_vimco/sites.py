@@ -162,6 +162,12 @@ def support_of(fn: dist.Distribution) -> constraints.Constraint | None:
         return None
 
 
+def bounds_of(support: Any) -> list[Any]:
+    """The numbers and arrays that a support is made of, without its event dimensions; none for None."""
+    base = base_support(support)
+    return jax.tree.leaves(vars(base)) if base else []
+
+
 def base_support(support: Any) -> Any:
     """A support without its event dimensions; None for None."""
     while isinstance(support, constraints.independent):

@@ -130,6 +130,37 @@ def test_the_posterior_stays_what_it_is(case):
     assert_same_frequencies(before, after)
 
 
+def one_guide():
+    """One start whose latents are all local: it has no defence but the local particles of the model."""
+
+    def model():
+        with numpyro.plate("data", 2):
+            e = bernoulli("e", -0.4)
+            numpyro.sample("x", dist.Normal(1.1 * e, 1.0), obs=X)
+        numpyro.factor("all", 0.3)
+
+    def guide():
+        with numpyro.plate("data", 2):
+            bernoulli("e", numpyro.param("shift", 0.0))
+
+    outcomes = product_of(e=[[0, 0], [0, 1], [1, 0], [1, 1]])
+    return model, guide, {"shift": [-2.0]}, {"plate_particles": {"data": 4}}, outcomes
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", [joint, local_particles, chain, one_guide])
+def test_proposals_that_are_made_before_the_run(case):
+    """As above. The sampler of one guide without defence has no local particles of the model, as its present has."""
+    kernel, model, outcomes = kernel_of(case)
+    kernel.prepare(random.key(2), NUMBER, 1)
+    assert (kernel._made is None) == (case is one_guide)
+
+    def step(present, key, made=None):
+        return kernel._global_step(present, key, jax.tree.map(lambda x: x[0], made))
+
+    assert_same_frequencies(*moved_by(step, model, outcomes, *(() if kernel._made is None else (kernel._made,))))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", [joint, common_plate])
 def test_a_global_step_knows_what_the_inner_step_did(case):
@@ -144,14 +175,14 @@ def test_a_global_step_knows_what_the_inner_step_did(case):
     assert_same_frequencies(*moved_by(lambda present, key: step(present, key), model, outcomes))
 
 
-def moved_by(step, model, outcomes):
+def moved_by(step, model, outcomes, *more):
     """The exact probabilities of outcomes, and how many of as many exact draws are at each after a step."""
     log_joint = jax.vmap(lambda values: numpyro.infer.util.log_density(model, (), {}, values)[0])(outcomes)
     probability = np.exp(np.asarray(log_joint - logsumexp(log_joint), float))
     draws = random.categorical(random.key(0), log_joint, shape=(NUMBER,))
     present = {name: values[draws] for name, values in outcomes.items()}
-    run = jax.jit(lambda keys, present: jax.lax.map(lambda x: step(x[1], x[0])[0], (keys, present), batch_size=20_000))
-    new = run(random.split(random.key(1), NUMBER), present)
+    run = jax.jit(lambda *inputs: jax.lax.map(lambda each: step(*each)[0], inputs, batch_size=20_000))
+    new = run(present, random.split(random.key(1), NUMBER), *more)
     is_same = [new[n].reshape(NUMBER, 1, -1) == v.reshape(1, len(v), -1) for n, v in outcomes.items()]
     return probability, np.asarray(jnp.concatenate(is_same, axis=-1).all(-1).sum(0))
 

@@ -112,9 +112,8 @@ class Mixture:
         shared_key, local_key = split(rng_key)
         params = one_start(starts, start)
         guide_trace = self.defence.draw(params, shared_key, is_alone)
-        return Levels(
-            self._of_level(guide_trace, None), self._draw_local(starts, params, guide_trace, local_key)
-        ), guide_trace
+        local = self._draw_local(starts, params, guide_trace, local_key)
+        return Levels(self._of_level(guide_trace, None), local), guide_trace
 
     def _of_level(self, guide_trace: Trace, level: str | None) -> Values:
         return {n: x for n, x in drawn(guide_trace).items() if level_of(guide_trace[n], self.approx.local) == level}
@@ -186,8 +185,7 @@ class Mixture:
         (own_key,) = split(rng_key, 1)  # a level deeper than `each_start`, whose draws of the same key are others
         start_key, draw_key, choice_key, rest_key = split(own_key, 4)
         is_alone = chosen_start != ANY
-        of_any = random.randint(start_key, (), 0, self.num_starts) if self.only is None else self.only
-        start = jnp.where(is_alone, chosen_start, of_any)
+        start = jnp.where(is_alone, chosen_start, random.randint(start_key, (), 0, self.num_starts))
         values, guide_trace = self.draw(starts, start, is_alone, draw_key)
         levels, alone, structure = self.densities(starts, values)
         log_p, log_q = levels.shared

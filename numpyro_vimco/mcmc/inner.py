@@ -22,7 +22,7 @@ from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.densities.enumeration import Unmarked
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.draws.approximation import Approximation
-from numpyro_vimco.sites import Trace, base_support, is_discrete, is_marked, states, support_of
+from numpyro_vimco.sites import Trace, bounds_of, is_discrete, is_marked, states, support_of
 
 Values = dict[str, Array]
 
@@ -77,8 +77,7 @@ def still_supports(approx: Approximation) -> dict[str, Constraint]:
     def bounds(latents: Values) -> Values:
         model = Given(substitute(seed(approx.svi.model, jax.random.key(0)), data=params), latents)
         tr = trace(model).get_trace(*approx.args, **approx.kwargs)
-        of_each = {name: base_support(support_of(tr[name]["fn"])) for name in latents}
-        leaves = {name: jax.tree.leaves(vars(support)) for name, support in of_each.items() if support}
+        leaves = {name: bounds_of(support_of(tr[name]["fn"])) for name in latents}
         return {name: jnp.concatenate([jnp.ravel(x) for x in found]) for name, found in leaves.items() if found}
 
     moving = {name for name, sources in dependence(bounds, latents).items() if sources}

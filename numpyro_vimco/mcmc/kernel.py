@@ -17,7 +17,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_vimco.arguments import check_integer
 from numpyro_vimco.compilation import untraced
 from numpyro_vimco.densities.levels import Levels
-from numpyro_vimco.draws.pooling import Mixture, by_start, in_pool, mixture_of, propose_pooled
+from numpyro_vimco.draws.pooling import Mixture, by_start, in_pool, mixture_of, pooled, propose_pooled
 from numpyro_vimco.draws.proposals import structure_of, take
 from numpyro_vimco.export.posterior_draws import weighed
 from numpyro_vimco.mcmc.inner import default_kernel, placed, sites_of_hmc, still_supports, unconstrained
@@ -178,17 +178,19 @@ class GuidedMCMC(MCMCKernel):
         :return: ``init_params`` of the next ``MCMC.run``, with a leading axis for chains if there are several.
         """
         approx, (start_key, *keys) = self._approx, split(rng_key, 2 + self._approx.num_starts)
-        of_each = -(-num_chains // approx.num_starts)
         draws = by_start(approx).all(approx.starts, start_key, 1000, None)
-        of_starts = [
-            weighed(jax.tree.map(lambda x, i=i: x[:, i], draws), approx, False, key, of_each)[0]
-            for i, key in enumerate(keys[1:])
-        ]
-        chain = np.arange(num_chains)
-        first, which = chain % approx.num_starts, chain // approx.num_starts
-        values = {name: np.stack([of_starts[i][name][j] for i, j in zip(first, which)]) for name in self._latents}
+        by_guide = [jax.tree.map(lambda x, i=i: x[:, i], draws) for i in range(approx.num_starts)]
+        # A guide may propose nothing that the posterior holds; so may all, each of another element.
+        by_guide = [one for one in by_guide if not np.isneginf(one.log_weight).all(0).any()]
+        by_guide = by_guide or [propose_pooled(approx, keys[0], 4000)]
+        of_each = -(-num_chains // len(by_guide))
+        of_starts = [weighed(one, approx, False, key, of_each)[0] for one, key in zip(by_guide, keys[1:])]
+        places = [divmod(chain, len(of_starts)) for chain in range(num_chains)]
+        values = {name: np.stack([of_starts[i][name][j] for j, i in places]) for name in self._latents}
         number = num_chains * num_steps * self.num_proposals
-        if not self._structure.dims and number * approx.size <= MOST:
+        # Of a single guide without defence, the sampler of the pool draws no local particles from the model.
+        is_of_mixture = pooled(approx).starts is not None
+        if is_of_mixture and not self._structure.dims and number * approx.size <= MOST:
             made = propose_pooled(approx, keys[0], number)
             shape = (num_chains,) * (num_chains > 1) + (num_steps, self.num_proposals)
             of_latents = {name: made.values[name] for name in self._latents}
@@ -313,7 +315,7 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
         return jnp.shape(one) == jnp.shape(other)
     if hasattr(one, "dtype") and jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-        return True
+        one, other = jax.random.key_data(one), jax.random.key_data(other)
     return np.array_equal(one, other, equal_nan=np.issubdtype(np.asarray(one).dtype, np.inexact))
 
 

@@ -23,7 +23,7 @@ from numpyro_vimco.densities.program import Program
 from numpyro_vimco.objectives.elements import NUM_SOURCES, draw_anywhere
 from numpyro_vimco.private.of_numpyro import without_validation
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import base_support, is_latent_site, sample_sites, support_of
+from numpyro_vimco.sites import bounds_of, is_latent_site, sample_sites, support_of
 
 
 def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], is_traced: bool) -> list[str]:
@@ -107,5 +107,4 @@ def _log_density(program: Program, params: dict[str, Any], rng_key: Array, value
 
 def _moves(support: Constraint | None) -> bool:
     """Whether JAX traces bounds of a support, so that they may depend on latents."""
-    bounds = jax.tree.leaves(vars(support)) if (support := base_support(support)) else []
-    return any(isinstance(bound, jax.core.Tracer) for bound in bounds)
+    return any(isinstance(bound, jax.core.Tracer) for bound in bounds_of(support))
