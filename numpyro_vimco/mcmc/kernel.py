@@ -57,7 +57,7 @@ class GuidedState(NamedTuple):
 
 class GuidedMCMC(MCMCKernel):
     r"""
-    MCMC whose steps are one of another kernel and one over the whole posterior, which a fit proposes.
+    MCMC that a fit guides. A step is one of another kernel, and a *global step*, whose proposals come from the fit.
 
     Importance weights fail where the guide cannot follow the posterior. MCMC fails where its steps cannot cross between
     modes. Here each does what the other cannot::
@@ -68,13 +68,15 @@ class GuidedMCMC(MCMCKernel):
 
     :meth:`.Posterior.refine` does this in one line, with chains that begin at draws of each start.
 
-    **The global step** draws n proposals from the defended guides of all starts, whose mixture has the density q. Of
-    these and the present state one is taken, in proportion to w = p(x, z) / q(z): iterated sampling importance
-    resampling [1, 2]. It leaves the posterior invariant, whatever the guides are. Where plates are common to all
-    sites, each of their elements takes one by itself, and the proposals of a step come from one guide, or one component
-    of its defence, chosen at random: so what elements take is independent. In plates and chains that have particles of
-    their own, the present local values are one of the M particles, or one of the K samples of each step: conditional
-    importance sampling [3], here with several guides (derived in ``docs/mathematics.md``).
+    **The global step** draws n proposals from the defended guides of all starts, whose mixture has the density q. It
+    takes one of these or the present state, in proportion to w = p(x, z) / q(z): iterated sampling importance
+    resampling [1, 2]. It leaves the posterior invariant, whatever the guides are.
+
+    Where plates are common to all sites, each of their elements takes one by itself. All proposals of a step then come
+    from one guide, or from one component of its defence, which is chosen at random: so what elements take is
+    independent. Where a plate or a chain has particles of its own, the present local values are one of the M particles,
+    or one of the K samples of each step: conditional importance sampling [3], here with several guides (derived in
+    ``docs/mathematics.md``).
 
     :param Posterior posterior: of :func:`fit`, whose starts have one posterior: no parameters of the model beside
         several starts.
@@ -177,28 +179,31 @@ class GuidedMCMC(MCMCKernel):
 
         :return: ``init_params`` of the next ``MCMC.run``, with a leading axis for chains if there are several.
         """
-        approx, (start_key, *keys) = self._approx, split(rng_key, 2 + self._approx.num_starts)
-        draws = by_start(approx).all(approx.starts, start_key, 1000, None)
+        approx, (start_key, proposal_key) = self._approx, split(rng_key)
+        # Of a single guide without defence, the sampler of the pool draws no local particles from the model.
+        is_of_mixture = pooled(approx).starts is not None
+        number = num_chains * num_steps * self.num_proposals
+        if is_of_mixture and not self._structure.dims and number * approx.size <= MOST:
+            made = propose_pooled(approx, proposal_key, number)
+            shape = (num_chains,) * (num_chains > 1) + (num_steps, self.num_proposals)
+            both = {name: made.values[name] for name in self._latents}, made.log_weight
+            self._made = jax.tree.map(lambda x: jnp.asarray(x.reshape(shape + x.shape[1:])), both)
+        first = jax.jit(jax.vmap(self.as_inner))(self._first_values(start_key, num_chains))
+        return first if num_chains > 1 else jax.tree.map(lambda x: x[0], first)
+
+    def _first_values(self, rng_key: Array, num_chains: int) -> dict[str, np.ndarray]:
+        """A weighted draw of each start in turn, for so many chains."""
+        approx = self._approx
+        draw_key, pool_key, *keys = split(rng_key, 2 + approx.num_starts)
+        draws = by_start(approx).all(approx.starts, draw_key, 1000, None)
         by_guide = [jax.tree.map(lambda x, i=i: x[:, i], draws) for i in range(approx.num_starts)]
         # A guide may propose nothing that the posterior holds; so may all, each of another element.
         by_guide = [one for one in by_guide if not np.isneginf(one.log_weight).all(0).any()]
-        by_guide = by_guide or [propose_pooled(approx, keys[0], 4000)]
+        by_guide = by_guide or [propose_pooled(approx, pool_key, 4000)]
         of_each = -(-num_chains // len(by_guide))
-        of_starts = [weighed(one, approx, False, key, of_each)[0] for one, key in zip(by_guide, keys[1:])]
-        places = [divmod(chain, len(of_starts)) for chain in range(num_chains)]
-        values = {name: np.stack([of_starts[i][name][j] for j, i in places]) for name in self._latents}
-        number = num_chains * num_steps * self.num_proposals
-        # Of a single guide without defence, the sampler of the pool draws no local particles from the model.
-        is_of_mixture = pooled(approx).starts is not None
-        if is_of_mixture and not self._structure.dims and number * approx.size <= MOST:
-            made = propose_pooled(approx, keys[0], number)
-            shape = (num_chains,) * (num_chains > 1) + (num_steps, self.num_proposals)
-            of_latents = {name: made.values[name] for name in self._latents}
-            self._made = jax.tree.map(
-                lambda x: jnp.asarray(x.reshape(shape + x.shape[1:])), (of_latents, made.log_weight)
-            )
-        native = jax.jit(jax.vmap(self.as_inner))(values)
-        return native if num_chains > 1 else jax.tree.map(lambda x: x[0], native)
+        of_guides = [weighed(one, approx, False, key, of_each)[0] for one, key in zip(by_guide, keys)]
+        places = [divmod(chain, len(of_guides)) for chain in range(num_chains)]
+        return {name: np.stack([of_guides[i][name][j] for j, i in places]) for name in self._latents}
 
     def _begin(
         self, rng_key: Array, init_params: Values | None, num_warmup: int, args: tuple, kwargs: dict

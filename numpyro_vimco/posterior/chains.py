@@ -17,7 +17,7 @@ from numpyro_vimco.sites import element_names
 
 # Vehtari et al. 2021: chains are not done from this R-hat on, or below this ESS for four chains.
 R_HAT, ESS = 1.01, 400
-# Of no use: those of Gelman and Rubin's time, and what no error can be estimated from.
+# From this R-hat on, or below this ESS, draws are of no use: they do not even tell their own error.
 BAD_R_HAT, BAD_ESS = 1.05, 100
 # Global steps that move less often than this do not connect regions.
 MOVED = 0.01

@@ -472,7 +472,7 @@ class Posterior:
 
         :param MCMC mcmc: chains of :meth:`refine`, which are exported in place of resampled draws, with ``moved`` and
             ``diverging`` among the sample_stats; ``r_hat``, ``ess_bulk`` and ``ess_tail``, of the worst element, are
-            attributes. Defaults to None.
+            attributes. What says how to draw (``num_samples`` to ``pool``) is then not used. Defaults to None.
         :param jax.random.key rng_key: random number generator key. Defaults to one from that of the fit: the draws are
             then kept, and the same at the next call.
         :param int num_samples: number of posterior draws. Defaults to 1,000.
