@@ -8,6 +8,7 @@ import warnings
 
 import jaxlib.version
 
+from numpyro_vimco.control_flow import sum_out
 from numpyro_vimco.guides import AutoDiscrete, AutoMixed
 from numpyro_vimco.mcmc import GuidedMCMC
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
@@ -27,6 +28,7 @@ __all__ = [
     "VIMCOStar",
     "fit",
     "plots",
+    "sum_out",
 ]
 
 if jaxlib.version.__version__ == "0.10.2" and "xla_cpu_experimental_ynn_fusion_type" not in os.getenv("XLA_FLAGS", ""):

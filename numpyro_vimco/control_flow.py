@@ -11,7 +11,8 @@ Private parts of NumPyro are these arguments, and the mark `_control_flow_done` 
 were seen in NumPyro 0.20, the oldest that is admitted, and in 0.22.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from typing import Any
 
 import jax
@@ -112,6 +113,56 @@ class Given(Messenger):
             return _InScan(body, values, reverse)(carry, x)
 
         return given_body, init, (series, xs), length, reverse
+
+
+class _SummedOut(Messenger):
+    """A program some of whose latents are marked ``infer={"enumerate": "parallel"}``.
+
+    :ivar met: names of these, as far as they were met.
+    """
+
+    def __init__(self, fn: Callable | None, names: Collection[str], met: set[str]):
+        super().__init__(fn)
+        self.names, self.met = names, met
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "control_flow":
+            is_fn = [callable(x) and not isinstance(x, jax.Array) for x in msg["args"]]
+            inside = lambda fn: _SummedOut(fn, self.names, self.met)  # noqa: E731
+            msg["args"] = tuple(inside(x) if is_so else x for x, is_so in zip(msg["args"], is_fn))
+        elif msg["type"] == "sample" and msg["name"] in self.names:
+            self.met.add(msg["name"])
+            if not msg["is_observed"]:
+                msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+
+
+def sum_out(model: Callable, names: Collection[str]) -> Callable:
+    """
+    The model with marks ``infer={"enumerate": "parallel"}`` at some of its latents, inside of `scan` and `cond` too.
+
+    It is what `config_enumerate` of NumPyro does for all latents, and only outside of control flow::
+
+        model = sum_out(model, {"z"})
+        svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5, num_particles=64))
+
+    :param callable model: a NumPyro model, which stays as it is.
+    :param names: names of the latents.
+    :raises ValueError: when the model is called, for a name that it does not sample.
+    """
+    names = frozenset([names] if isinstance(names, str) else names)
+
+    @wraps(model)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        met: set[str] = set()
+        with _SummedOut(None, names, met):
+            result = model(*args, **kwargs)
+        if missing := names - met:
+            raise ValueError(
+                f"`sum_out` names '{min(missing)}', but the model samples no such site. Give the names of latents."
+            )
+        return result
+
+    return marked
 
 
 class _Inside(Given):

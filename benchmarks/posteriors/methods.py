@@ -90,6 +90,29 @@ def recommended_run(name, model, objective, about, quantities, seed, num_steps, 
     return row, Run(num_steps, of_fit.seconds, clock.seconds - of_fit.seconds, clock.compiling)
 
 
+def planned(about, seed, budget, num_steps=2000, improves=False):
+    """`fit(model, ...)` as it is, and where ``improves``, `improve` for the budget: one row."""
+    quantities = Quantities(about)
+    fit_key, key = random.split(random.key(seed))
+    forget_compiled()
+    clock = Clock()
+    with clock:
+        posterior = fit(about.model, fit_key, num_steps, *about.args, progress_bar=False)
+        if improves:
+            posterior = posterior.improve(key, budget - clock.so_far)
+        draws = posterior.to_arviz(num_samples=4000, num_proposals=16_000, groups=())["posterior"]
+        flat = {name: x.values.reshape(-1, *x.shape[2:]) for name, x in draws.data_vars.items()}
+        estimate = mean_asked(quantities, flat)
+    diagnostics = posterior.diagnostics
+    ess = float(np.min(diagnostics.ess)) / diagnostics.num_draws
+    yield {
+        "method": "planned, improved" if improves else "planned", "seed": seed, "size": num_steps, **clock.columns(),
+        **quantities.error(estimate), **quantities.of_evidence(diagnostics.log_evidence), "relative_ess": ess,
+        "pareto_k": float(np.max(diagnostics.pareto_k)), "verdict": posterior.verdict,
+        "note": "; ".join(posterior.improvements) or posterior.plan.what,
+    }  # fmt: skip
+
+
 def refined(about, seed, budget, num_steps=2000):
     """`fit` and then `refine`, as they are by default: one row. Latents of few states are summed out where they can be.
 
@@ -140,4 +163,6 @@ METHODS = {
     "NUTS": enumerated_nuts,
     "PyMC": compound_step,
     "refined": refined,
+    "planned": planned,
+    "improved": partial(planned, improves=True),
 }

@@ -3,10 +3,11 @@
 
 """Draws of the posterior: those of the guides, resampled by their weights, and of summed sites given these."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+from jax import random
 from jaxtyping import Array
 import numpy as np
 from numpyro.infer import MCMC
@@ -47,6 +48,13 @@ class PosteriorDraws:
     @property
     def latents(self) -> Arrays:
         return self.sampled | self.summed
+
+    def some(self, rng_key: Array, number: int) -> "PosteriorDraws":
+        """So many of the draws, at random: each once as long as there are enough. One chain, without what is of all."""
+        order = np.asarray(random.permutation(rng_key, len(self.start)))
+        index = np.resize(order, number)
+        sampled, summed = jax.tree.map(lambda x: x[index], (self.sampled, self.summed))
+        return replace(self, start=self.start[index], sampled=sampled, summed=summed, stats={}, extra={})
 
     @property
     def num_chains(self) -> int:

@@ -58,7 +58,7 @@ def keys_of(rng_key: Array) -> Keys:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Settings:
     """How a fit goes: the arguments of :func:`~numpyro_vimco.fit`.
 
     :ivar num_steps: of which ``tempering`` is a share.
@@ -86,17 +86,19 @@ class Fit:
     starts: Starts
     state: FitState
     steps: Steps
-    plan: Plan
+    settings: Settings
     rng_key: Array
 
 
-def begin(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, num_starts: int, init_params: Any) -> Fit:
+def begin(
+    svi: SVI, rng_key: Array, args: tuple, kwargs: dict, settings: Settings, num_starts: int, init_params: Any
+) -> Fit:
     """A fit before its first step.
 
     :raises ValueError: as :func:`~numpyro_vimco.fit`.
     """
     num_starts = check_integer("num_starts", num_starts, 1, "so many fits run side by side")
-    tempering_steps = _tempering_steps(plan.tempering, num_starts, plan.num_steps)
+    tempering_steps = _tempering_steps(settings.tempering, num_starts, settings.num_steps)
     states = initial_states(svi, keys_of(rng_key).init, num_starts, args, {"init_params": init_params, **kwargs})
     first = jax.device_put(np.float32(1))
     if tempering_steps.max() > 0:
@@ -105,10 +107,10 @@ def begin(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, num_s
     step = np.zeros((), tempering_steps.dtype)
     counts = jax.device_put((step, tempering_steps, first, np.zeros(num_starts, bool)))
     state = FitState(states, *counts)
-    return _checked(svi, rng_key, args, kwargs, plan, state)
+    return _checked(svi, rng_key, args, kwargs, settings, state)
 
 
-def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, state: Any) -> Fit:
+def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, settings: Settings, state: Any) -> Fit:
     """A fit at the state of an earlier one.
 
     :raises ValueError: as :func:`~numpyro_vimco.fit`.
@@ -118,17 +120,17 @@ def go_on_from(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, 
             f"`init_state` is of type {type(state).__name__}, but must be the `state` of a posterior that `fit` "
             "returned. `svi.run` goes on from the state of a single fit."
         )
-    if not callable(plan.tempering) and (np.asarray(state.tempering_steps) < 0).any():
+    if not callable(settings.tempering) and (np.asarray(state.tempering_steps) < 0).any():
         raise ValueError(
-            f"`tempering` is {plan.tempering!r}, but `init_state` is of a fit whose inverse temperature was a function "
-            "of the step, which a state does not hold. Pass the function again."
+            f"`tempering` is {settings.tempering!r}, but `init_state` is of a fit whose inverse temperature was a "
+            "function of the step, which a state does not hold. Pass the function again."
         )
     if svi.constrain_fn is None:
         svi.init(keys_of(rng_key).init, *args, **kwargs)
-    return _checked(svi, rng_key, args, kwargs, plan, state)
+    return _checked(svi, rng_key, args, kwargs, settings, state)
 
 
-def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, state: FitState) -> Fit:
+def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, settings: Settings, state: FitState) -> Fit:
     num_starts = len(state.failed)
     params_of = _params_of(svi)
     params = params_of(state.svi)
@@ -154,23 +156,23 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, plan: Plan, st
             "`fit(svi, rng_key, num_steps, x)`.",
             stacklevel=4,
         )
-    if plan.start_sharding is not None:
-        _check_start_sharding(plan.start_sharding, num_starts)
+    if settings.start_sharding is not None:
+        _check_start_sharding(settings.start_sharding, num_starts)
     steps = Steps(
         svi,
         args,
-        {"forward_mode_differentiation": plan.forward_mode_differentiation, **kwargs},
+        {"forward_mode_differentiation": settings.forward_mode_differentiation, **kwargs},
         units_of(approx.guide_trace),
-        _inverse_temperature(plan.tempering, num_starts),
-        plan.stable_update,
-        plan.vectorize_starts,
-        plan.start_sharding,
-        older_loops=plan.num_steps * num_starts * approx.num_particles * approx.size < QUICK,
+        _inverse_temperature(settings.tempering, num_starts),
+        settings.stable_update,
+        settings.vectorize_starts,
+        settings.start_sharding,
+        older_loops=settings.num_steps * num_starts * approx.num_particles * approx.size < QUICK,
     )
     none = np.zeros((num_starts, 0), np.float32)
     alike = int(state.step) == 0 and _are_alike(params, num_starts)
     starts = Starts.without_evidence(params, none, none, state.svi, np.asarray(state.failed), alike)
-    return Fit(approx, starts, state, steps, plan, rng_key)
+    return Fit(approx, starts, state, steps, settings, rng_key)
 
 
 def _params_of(svi: SVI) -> Compiled:
@@ -188,9 +190,9 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
     :raises ValueError: if NaN came up in all starts.
     """
     approx, svi = fit.approx, fit.approx.svi
-    if callable(fit.plan.tempering):
+    if callable(fit.settings.tempering):
         _check_temperatures(fit.steps.inverse_temperature, int(fit.state.step) + np.arange(num_steps))
-    if approx.has_posterior() and fit.plan.start_sharding is None:
+    if approx.has_posterior() and fit.settings.start_sharding is None:
         _compile_ahead(approx)
     state, losses, temperatures = fit.steps.run(fit.state, num_steps, progress_bar)
     failed = np.asarray(state.failed)
@@ -210,7 +212,7 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
     keys = keys_of(fit.rng_key)
     approx = with_starts(approx, starts)
     if approx.has_posterior():
-        if fit.plan.recover and losses.shape[1] >= LEAST_STEPS:
+        if fit.settings.recover and losses.shape[1] >= LEAST_STEPS:
             starts = _recovered(approx, keys.recovery, starts, state, fit.steps, losses.shape[1], progress_bar)
         starts = with_log_evidence(with_starts(approx, starts), keys.evidence, starts, progress_bar)
         approx = with_starts(approx, starts)

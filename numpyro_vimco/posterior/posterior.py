@@ -4,7 +4,10 @@
 """The fitted posterior, which owns what is known of it, and :func:`fit`, which makes one."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from functools import cached_property
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import jax
@@ -25,24 +28,39 @@ from numpyro_vimco.draws.approximation import Approximation, misfit, taken
 from numpyro_vimco.export import inference_data, predictions
 from numpyro_vimco.export.posterior_draws import PosteriorDraws, draw_posterior, draws_of_chains
 from numpyro_vimco.fitting import run
-from numpyro_vimco.fitting.run import Fit, Plan
+from numpyro_vimco.fitting.run import Fit, Settings
 from numpyro_vimco.fitting.state import FitState, Starts
 from numpyro_vimco.mcmc.kernel import GuidedMCMC
+from numpyro_vimco.planning.plan import Plan
+from numpyro_vimco.planning.rules import first_that_begins
 from numpyro_vimco.posterior import tables
 from numpyro_vimco.posterior.chains import ChainDiagnostics, diagnose_chains
+from numpyro_vimco.posterior.improving import improve, rows
 from numpyro_vimco.randomness import split, split_by_name
 
 # What takes a key of its own, from that of the fit or from one that is given.
 KEYS = ("evidence", "diagnose", "draws", "to_arviz", "gradient_snr")
+DEFAULT_STEPS = 2000
+TO_IMPROVE = Finding(
+    "not-good-yet",
+    "What helps can be tried in turn until the verdict is good, for three minutes.",
+    {},
+    "posterior = posterior.improve(random.key(2))",
+)
+STEPS_FIRST = "data follow the number of steps, `fit(model, rng_key, 2000, x)`"
 # What a posterior is made from.
 Result: TypeAlias = SVIRunResult | SVIState | FitState | Mapping[str, Any]
 
 
 def fit(
-    svi: SVI,
+    model: SVI | Callable,
     rng_key: Array,
-    num_steps: int,
+    num_steps: int | None = None,
+    /,
     *args,
+    guide: Callable | None = None,
+    optim: Any = None,
+    loss: Any = None,
     num_starts: int = 4,
     tempering: float | Sequence[float] | Callable = 0.5,
     recover: bool = True,
@@ -56,7 +74,17 @@ def fit(
     **kwargs,
 ) -> "Posterior":
     r"""
-    Fit several times at once, from starts of their own, with a tempered likelihood: in place of ``svi.run``.
+    Fit a model several times at once, from starts of their own, with a tempered likelihood::
+
+        posterior = fit(model, random.key(0), 2000, x)
+        print(posterior)
+
+    **The plan.** From a model follows which latents are summed out, which have particles of their own in a plate or in
+    a chain, and the guide, the objective and the learning rate (``docs/which_objective.md`` has the rules).
+    ``posterior.plan`` says what was chosen, and ``posterior.plan.code()`` has it as code. The model is not changed, and
+    its marks ``infer={"enumerate": …}`` are kept: ``"parallel"`` for a latent that is summed out, None for one that is
+    not. ``guide``, ``optim`` and ``loss`` take the place of what the plan would choose. An :class:`SVI` in place of the
+    model has all of these, and is fitted as it is, in place of ``svi.run``.
 
     One fit may lose a part of the posterior, and nothing that it proposes afterwards shows it. Another start that did
     not lose it does. Starts differ in all their keys, and so in where an automatic guide begins (``init_loc_fn``).
@@ -91,11 +119,14 @@ def fit(
     number of steps taken and over how many β rises, which is a share of ``num_steps`` of the *first* call; to plan a
     fit in parts, pass ``tempering`` as a function. Ctrl-C ends a fit with what there is, which can go on too.
 
-    :param SVI svi: the inference object, with any objective, guide and optimiser.
+    :param model: a NumPyro model, or an `SVI` with any objective, guide and optimiser.
     :param jax.random.key rng_key: random number generator key.
-    :param int num_steps: number of steps of each start. 0 gives the initial state, to load
-        a saved one into.
-    :param args: arguments to the model / guide.
+    :param int num_steps: number of steps of each start. None is 2,000, for a model: ``fit(model, rng_key, None, x)``,
+        or ``fit(model, rng_key, x=x)``. 0 gives the initial state, to load a saved one into.
+    :param args: arguments to the model / guide, after the number of steps.
+    :param guide: a guide, in place of the plan's :class:`.AutoMixed`. It says which latents are sampled.
+    :param optim: an optimiser of NumPyro or optax, in place of Adam with the plan's learning rate.
+    :param loss: an objective, in place of the plan's :class:`.VIMCOStar`.
     :param int num_starts: number of starts. Defaults to 4, as many as chains in MCMC. Where a fit goes on, it is that
         of ``init_state``.
     :param tempering: share of the steps over which β rises, in [0, 1], or one for each start; 0 for none. Or
@@ -126,21 +157,57 @@ def fit(
 
     1. *Annealed Importance Sampling*, Radford Neal, arXiv physics/9803008, for the path of targets
     """
+    began = perf_counter()
     check_key(rng_key)
-    num_steps = check_integer("num_steps", num_steps, 0, "so many steps are taken")
-    if problem := misfit(svi, args, {**svi.static_kwargs, **kwargs}):
-        raise ValueError(
-            f"What `fit` was given for the model and the guide does not fit {problem}. Arguments of the model follow "
-            "the number of steps as they are, `fit(svi, rng_key, 2000, x)`; the number of starts is `num_starts`."
-        )
-    plan = Plan(
+    given = {name: x for name, x in (("guide", guide), ("optim", optim), ("loss", loss)) if x is not None}
+    _check_model(model, num_steps, given, init_state)
+    num_steps = check_integer("num_steps", DEFAULT_STEPS if num_steps is None else num_steps, 0, STEPS_FIRST)
+    settings = Settings(
         tempering, recover, stable_update, forward_mode_differentiation, vectorize_starts, start_sharding, num_steps
     )
-    if init_state is None:
-        begun = run.begin(svi, rng_key, args, kwargs, plan, num_starts, init_params)
+
+    def begin(svi: SVI) -> Fit:
+        if problem := misfit(svi, args, {**svi.static_kwargs, **kwargs}):
+            raise ValueError(
+                f"What `fit` was given for the model and the guide does not fit {problem}. Arguments of the model "
+                "follow the number of steps as they are, `fit(model, rng_key, 2000, x)`; the number of starts is "
+                "`num_starts`."
+            )
+        if init_state is None:
+            return run.begin(svi, rng_key, args, kwargs, settings, num_starts, init_params)
+        return run.go_on_from(svi, rng_key, args, kwargs, settings, init_state)
+
+    if isinstance(model, SVI):
+        plan, begun = None, begin(model)
     else:
-        begun = run.go_on_from(svi, rng_key, args, kwargs, plan, init_state)
-    return Posterior._of(run.run(begun, num_steps, progress_bar), progress_bar)
+        plan, begun = first_that_begins(model, args, kwargs, num_steps, num_starts, given, begin)
+    posterior = Posterior._of(run.run(begun, num_steps, progress_bar), progress_bar, plan)
+    posterior.seconds = perf_counter() - began
+    return posterior
+
+
+def _check_model(model: Any, num_steps: Any, given: Mapping[str, Any], init_state: Any) -> None:
+    """Raise for what goes with an SVI only, or with a model only."""
+    if isinstance(model, SVI):
+        if num_steps is None:
+            raise ValueError("`num_steps` is None, but an `SVI` has its own schedule: say for how many steps it is.")
+        if given:
+            name = next(iter(given))
+            raise ValueError(
+                f"`{name}` is given beside an `SVI`, which has its own. Pass the model in place of the `SVI`, "
+                f"`fit(model, rng_key, num_steps, ..., {name}={name})`, or put it into the `SVI`."
+            )
+        return
+    if not callable(model):
+        raise ValueError(
+            f"`fit` was given {type(model).__name__}, but takes a NumPyro model, `fit(model, rng_key, 2000, x)`, or an "
+            "`SVI`."
+        )
+    if init_state is not None:
+        raise ValueError(
+            "`init_state` is given beside a model. A state belongs to one guide and optimiser: go on by "
+            "`posterior.resume(num_steps)`, or pass the `SVI` that `posterior.plan.code()` makes."
+        )
 
 
 class Posterior:
@@ -167,6 +234,14 @@ class Posterior:
     state: Any
     #: All starts, side by side (:class:`~numpyro_vimco.fitting.state.Starts`).
     starts: Starts
+    #: How the model is fitted (:class:`~numpyro_vimco.planning.plan.Plan`); None where the user gave an `SVI`.
+    plan: Plan | None = None
+    #: Chains that stand for the posterior in place of weighted draws, where :meth:`improve` found them better.
+    mcmc: MCMC | None = None
+    #: What :meth:`improve` did, with the verdict after each step and the seconds that it took.
+    improvements: tuple[str, ...] = ()
+    #: How many seconds the fit took; 0 if it is not known.
+    seconds: float = 0.0
 
     def __init__(self, svi: SVI, result: "Result | Posterior", *args, **kwargs):
         if problem := misfit(svi, args, {**svi.static_kwargs, **kwargs}):
@@ -186,8 +261,9 @@ class Posterior:
         self._set(approx, starts, state, rng_key, None, True)
 
     @classmethod
-    def _of(cls, fitted: Fit, progress_bar: bool) -> "Posterior":
+    def _of(cls, fitted: Fit, progress_bar: bool, plan: Plan | None = None) -> "Posterior":
         posterior = cls.__new__(cls)
+        posterior.plan = plan
         posterior._set(
             fitted.approx, fitted.starts, fitted.state, run.keys_of(fitted.rng_key).posterior, fitted, progress_bar
         )
@@ -272,14 +348,18 @@ class Posterior:
     def verdict(self) -> str:
         """One of "good", "usable" and "bad".
 
-        :class:`~numpyro_vimco.diagnostics.verdict.Diagnostics` says what each means.
+        :class:`~numpyro_vimco.diagnostics.verdict.Diagnostics` says what each means, or
+        :class:`~numpyro_vimco.posterior.chains.ChainDiagnostics` where there are chains (:attr:`mcmc`).
         """
-        return self.diagnostics.verdict
+        return self.diagnostics.verdict if self._of_chains is None else self._of_chains.verdict
 
     @property
     def findings(self) -> list[Finding]:
         """What to make of it, or what to do, the gravest first: each with a code, a sentence, numbers and a remedy."""
-        return self.diagnostics.findings
+        found = self.diagnostics.findings if self._of_chains is None else self._of_chains.findings
+        if self.plan is None or self.verdict == "good" or self.improvements:
+            return found
+        return [*found, TO_IMPROVE]
 
     @property
     def log_evidence(self) -> float:
@@ -341,15 +421,13 @@ class Posterior:
                 f"`sample_shape` is {sample_shape!r}, but must be a tuple of positive integers, such as (1000,)."
             )
         number = int(np.prod(sample_shape))
-        # Of few draws the best of four is no draw of the posterior.
-        draws = self._draw(rng_key, number, max(4 * number, 1000), True, True, None)
-        return {
-            name: jnp.asarray(value.reshape(sample_shape + value.shape[1:])) for name, value in draws.latents.items()
-        }
+        latents = self._drawn(rng_key, number).latents
+        return {name: jnp.asarray(value.reshape(sample_shape + value.shape[1:])) for name, value in latents.items()}
 
     def predict(self, rng_key: Array, *args, **kwargs) -> dict[str, np.ndarray]:
         """
-        Forecasts, and predictions for new data: the model with other arguments, at 1,000 draws of the posterior.
+        Forecasts, and predictions for new data: the model with other arguments, at 1,000 draws of the posterior, or at
+        all of its chains (:attr:`mcmc`).
 
         Latents that the new program shares with the fit come from the posterior; the rest is drawn from the model. A
         plate of another size has other elements, so that its latents are drawn anew. A series in `scan` goes on where
@@ -365,7 +443,7 @@ class Posterior:
             whose shape changed in a dimension that is neither a plate's nor time in `scan`.
         """
         check_key(rng_key)
-        draws = self._draw(None, 1000, 4000, True, True, None)
+        draws = self._drawn(None, 1000) if self.mcmc is None else self._draws_of(self.mcmc, None, None)
         return predictions.predict(draws, rng_key, args, kwargs, "predictions" if self._progress_bar else None)
 
     # Chains of MCMC.
@@ -432,6 +510,61 @@ class Posterior:
         known = self.diagnostics.verdict != "bad"
         return diagnose_chains(self._approx.latents(), self.diagnostics.estimates, mcmc, known)
 
+    @cached_property
+    def _of_chains(self) -> ChainDiagnostics | None:
+        return None if self.mcmc is None else self.diagnose_chains(self.mcmc)
+
+    def improve(self, rng_key: Array, seconds: float = 180.0) -> "Posterior":
+        """
+        What helps a posterior that is not "good", step after step, until it is or the time is used::
+
+            posterior = posterior.improve(random.key(2))
+            print(posterior)
+
+        In this order: more draws, if only their number was too small; the plan of ``fit(model, ...)``, if the fit had
+        weights that are products over a plate or a chain; chains of MCMC (:meth:`refine`), which mended more of the
+        benchmark posteriors than more steps did (``docs/benchmarks.md``); longer chains, if these have not mixed; as
+        many steps again, where the plan chose the optimiser, and chains once more. It keeps what has the best verdict,
+        of equals the last.
+
+        A verdict "good" after many tries is a little less sure than one of a first try.
+
+        :param jax.random.key rng_key: random number generator key.
+        :param float seconds: time after which no step is begun. A step that has begun is finished, so that it may take
+            longer. Defaults to 180.
+        :return: another posterior; this one stays as it is. Its ``improvements`` say what was done. Where chains are
+            best, they are its ``mcmc``, and verdict, findings, draws and what is exported are theirs.
+        """
+        check_key(rng_key)
+        approx, steps = self._approx, max(self.losses.shape[1], DEFAULT_STEPS)
+
+        def replanned(rng_key: Array) -> Posterior:
+            return fit(approx.svi.model, rng_key, steps, *approx.args, progress_bar=self._progress_bar, **approx.kwargs)
+
+        return improve(self, rng_key, seconds, replanned if self.plan is None else None)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether more steps have a learning rate for them: the plan chose the optimiser."""
+        return self.plan is not None and "optim" not in self.plan.given
+
+    def _improved(self, improvements: tuple[str, ...]) -> "Posterior":
+        other = copy(self)
+        other.improvements = improvements
+        return other
+
+    def _again(self, num_draws: int) -> "Posterior":
+        """The same with other draws."""
+        other = copy(self)
+        other.diagnose(num_draws)
+        return other
+
+    def _with_chains(self, mcmc: MCMC) -> "Posterior":
+        other = copy(self)
+        other.mcmc, other._draws = mcmc, {}
+        other.__dict__.pop("_of_chains", None)
+        return other
+
     def to_arviz(
         self,
         mcmc: MCMC | None = None,
@@ -472,7 +605,8 @@ class Posterior:
 
         :param MCMC mcmc: chains of :meth:`refine`, which are exported in place of resampled draws, with ``moved`` and
             ``diverging`` among the sample_stats; ``r_hat``, ``ess_bulk`` and ``ess_tail``, of the worst element, are
-            attributes. What says how to draw (``num_samples`` to ``pool``) is then not used. Defaults to None.
+            attributes. What says how to draw (``num_samples`` to ``pool``) is then not used. Defaults to
+            None: those of :meth:`improve`, if there are any.
         :param jax.random.key rng_key: random number generator key. Defaults to one from that of the fit: the draws are
             then kept, and the same at the next call.
         :param int num_samples: number of posterior draws. Defaults to 1,000.
@@ -531,15 +665,14 @@ class Posterior:
             **({"num_steps": steps} if steps else {}),
             **({"starts": self.starts.kept} if self._is_several else {}),
         }
+        mcmc = self.mcmc if mcmc is None else mcmc
         if mcmc is None:
             draws = self._draw(rng_key, num_samples, num_proposals, resample, pool, progress_bar)
             attributes["num_proposals"] = num_proposals
         else:
-            attributes |= self.diagnose_chains(mcmc).attributes()
-            weighted = self._draw(None, 1000, 4000, True, True, progress_bar)
-            draws = draws_of_chains(
-                self._approx, self._key("draws", rng_key), mcmc, weighted.log_evidence, self._shows(progress_bar)
-            )
+            of_chains = self._of_chains if mcmc is self.mcmc else self.diagnose_chains(mcmc)
+            attributes |= of_chains.attributes() if of_chains else {}
+            draws = self._draws_of(mcmc, rng_key, progress_bar)
         return inference_data.to_arviz(
             draws,
             self._key("to_arviz", rng_key),
@@ -551,6 +684,18 @@ class Posterior:
             attributes=attributes,
             progress_bar=self._shows(progress_bar),
         )
+
+    def _drawn(self, rng_key: Array | None, number: int) -> PosteriorDraws:
+        """So many draws of equal weight, of the chains if there are any."""
+        if self.mcmc is None:
+            # Of few draws the best of four is no draw of the posterior.
+            return self._draw(rng_key, number, max(4 * number, 1000), True, True, None)
+        return self._draws_of(self.mcmc, rng_key, None).some(self._key("draws", rng_key), number)
+
+    def _draws_of(self, mcmc: MCMC, rng_key: Array | None, progress_bar: bool | None) -> PosteriorDraws:
+        """All draws of chains."""
+        weighted, key = self._draw(None, 1000, 4000, True, True, progress_bar), self._key("draws", rng_key)
+        return draws_of_chains(self._approx, key, mcmc, weighted.log_evidence, self._shows(progress_bar))
 
     def _draw(
         self,
@@ -584,7 +729,7 @@ class Posterior:
         num_steps = check_integer("num_steps", num_steps, 0, "so many steps are taken")
         show, approx = self._shows(progress_bar), self._approx
         if self._fit is not None:
-            return Posterior._of(run.run(self._fit, num_steps, show), show)
+            return Posterior._of(run.run(self._going_on(num_steps), num_steps, show), show, self.plan)
         if not isinstance(self.state, SVIState):
             raise ValueError(
                 "This posterior was made from parameters or another posterior's starts, and does not know the "
@@ -595,6 +740,16 @@ class Posterior:
         result = approx.svi.run(self._rng_key, num_steps, *args, init_state=self.state, progress_bar=show, **kwargs)
         losses = np.concatenate([self.losses[0], np.asarray(result.losses)])
         return Posterior(approx.svi, result._replace(losses=jnp.asarray(losses)), *args, **kwargs)
+
+    def _going_on(self, num_steps: int) -> Fit:
+        """The fit, with a learning rate for so many more steps where the plan chose one: its own ends at zero."""
+        fitted = self._fit
+        assert fitted is not None
+        if self.plan is None or "optim" in self.plan.given or not num_steps:
+            return fitted
+        svi = copy(fitted.steps.svi)
+        svi.optim = self.plan.optim_after(self.losses.shape[1], num_steps)
+        return replace(fitted, steps=replace(fitted.steps, svi=svi))
 
     # Printing.
 
@@ -611,7 +766,13 @@ class Posterior:
 
     def _table(self) -> tuple[dict[str, str], list[Finding]]:
         try:
-            return tables.rows(self.diagnostics), self.findings
+            before = {} if self.plan is None else {"plan": "; ".join(self.plan.lines())}
+            if self.improvements:
+                before["improved"] = "; ".join(self.improvements)
+            about = tables.rows(self.diagnostics)
+            if self._of_chains is not None:
+                about = rows(self._of_chains, about["log evidence"])
+            return {**before, **about}, self.findings
         except (ValueError, NotImplementedError) as error:  # there is no verdict, and the reason is what can be said
             return {"verdict": "none"}, [Finding("no-verdict", str(error))]
 
