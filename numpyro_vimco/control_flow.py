@@ -121,15 +121,15 @@ class _SummedOut(Messenger):
     :ivar met: names of these, as far as they were met.
     """
 
-    def __init__(self, fn: Callable | None, names: Collection[str], met: set[str]):
+    def __init__(self, fn: Callable | None, names: Collection[str], met: set[str]) -> None:
         super().__init__(fn)
         self.names, self.met = names, met
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "control_flow":
-            is_fn = [callable(x) and not isinstance(x, jax.Array) for x in msg["args"]]
-            inside = lambda fn: _SummedOut(fn, self.names, self.met)  # noqa: E731
-            msg["args"] = tuple(inside(x) if is_so else x for x, is_so in zip(msg["args"], is_fn))
+            programs = {0} if is_scan(msg) else {1, 2}  # the body; both branches
+            args = enumerate(msg["args"])
+            msg["args"] = tuple(_SummedOut(x, self.names, self.met) if i in programs else x for i, x in args)
         elif msg["type"] == "sample" and msg["name"] in self.names:
             self.met.add(msg["name"])
             if not msg["is_observed"]:

@@ -21,6 +21,7 @@ RANK = {"bad": 0, "usable": 1, "good": 2}
 LONGEST = 8
 # Findings that more draws of the guides mend, and that other weights do.
 MORE_DRAWS = {"few-draws", "uncertain-evidence"}
+SAID_WITH = {"not-good-yet", "heavy-tail"}
 OTHER_PLAN = {"joint-weight", "joint-path"}
 LONGER_CHAINS = {"chains-disagree", "few-effective-draws"}
 
@@ -73,7 +74,7 @@ def improve(
     steps = Steps(posterior, seconds)
     plan_key, first_key, second_key, third_key = split(rng_key, 4)
     codes = {finding.code for finding in posterior.findings}
-    if not steps.is_over and posterior.mcmc is None and codes & MORE_DRAWS:
+    if not steps.is_over and posterior.mcmc is None and codes & MORE_DRAWS and codes <= MORE_DRAWS | SAID_WITH:
         number = 4 * posterior.diagnostics.num_draws
         steps.take(f"{number:,} draws", lambda: posterior._again(number))
     if not steps.is_over and replanned is not None and codes & OTHER_PLAN:
