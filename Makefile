@@ -1,6 +1,7 @@
 # make demo          variable selection on real data: prints, and saves, what it finds
 # make test          lint, type check and the tests that take seconds: 6 minutes on 2 cores, 4 once programs are compiled
-# make test-long     the others: examples, pages, posteriors with a known truth
+# make test-long     the others, each with one of its cases: half an hour
+# make test-weekly   all other cases, examples, and pages that take minutes: an hour
 # make test-all      all tests on Python 3.11 and 3.13, which are the oldest and the newest, as far as they are found;
 #                    and `make test-oldest`
 # make test-oldest   the tests that take seconds, with the oldest NumPyro, JAX and ArviZ that pyproject.toml admits
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo test test-long test-all test-oldest test-nightly pytest slow lint ruff mypy docs publish-docs outputs \
+.PHONY: demo test test-long test-weekly test-all test-oldest test-nightly pytest slow lint ruff mypy docs publish-docs outputs \
   benchmark posteriors dist check-tag clean
 
 demo: $(INSTALLED)
@@ -32,7 +33,10 @@ pytest: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
 
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m long
+	$(BIN)/python -m pytest -n 2 -m 'long and not weekly'
+
+test-weekly: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m weekly
 
 # With nothing compiled before, as on a machine of CI.
 slow: $(INSTALLED)
@@ -57,7 +61,7 @@ test-all:
 	  for python in python$$version $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python; do \
 	    if $$python -c 'import venv' 2>/dev/null; then \
 	      echo "== $$($$python --version)"; found=1; \
-	      $(MAKE) --no-print-directory pytest test-long PYTHON=$$python VENV=.venv-$$version || exit 1; \
+	      $(MAKE) --no-print-directory pytest test-long test-weekly PYTHON=$$python VENV=.venv-$$version || exit 1; \
 	      oldest=$${oldest:-$$python}; \
 	      break; \
 	    fi; \

@@ -27,11 +27,24 @@ with install_import_hook("numpyro_vimco.objectives.control_variates", "beartype.
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
 
 
+# Of these each case is a test by itself, and says whether it is weekly.
+OF_ITS_OWN = ("test_docs.py",)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """A long test with several cases is run with one of them at each change, and weekly with the others."""
     for item in items:
         if item.nodeid in SLOW:
             item.add_marker(pytest.mark.long)
+    is_long = {item: item.get_closest_marker("long") is not None for item in items}
+    run = {item.nodeid.partition("[")[0] for item in items if not is_long[item]}
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if is_long[item] and hasattr(item, "callspec") and item.path.name not in OF_ITS_OWN:
+            if name in run:
+                item.add_marker(pytest.mark.weekly)
+            run.add(name)
 
 
 AS_FOR_USERS = ("test_docs", "test_examples", "test_scale")

@@ -8,6 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ("README.md", "own_estimator.md")
+# Those that `make docs` runs as notebooks, and those that take minutes.
+WEEKLY = ("quick_start", "occupancy", "bad_to_good", "checking_a_fit", "refining", "which_objective", "writing_a_guide")
+MARKS = {page: () for page in SHORT} | {f"{page}.md": (pytest.mark.long, pytest.mark.weekly) for page in WEEKLY}
 COLUMNS = 88  # of the site's column
 
 
@@ -18,11 +21,7 @@ def blocks(page, language="python"):
 @pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")  # ArviZ's own
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, id=page.name, marks=() if page.name in SHORT else pytest.mark.long)
-        for page in PAGES
-        if blocks(page)
-    ],
+    [pytest.param(page, id=page.name, marks=MARKS.get(page.name, pytest.mark.long)) for page in PAGES if blocks(page)],
 )
 def test_code_of_page_runs(page):
     namespace = {}

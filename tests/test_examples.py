@@ -14,6 +14,7 @@ def run(name, *argv):
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 @pytest.mark.filterwarnings("ignore")  # matplotlib's, scikit-learn's and ArviZ's own
 def test_variable_selection(tmp_path):
     found, errors, log_evidence = run("variable_selection", f"--output={tmp_path}")
@@ -32,6 +33,7 @@ def test_coal_mining(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 def test_cranes(tmp_path):
     """A growth of four per cent a year, as the logarithm of the last count over the first says; forecasts that hold."""
     _, draws, forecast = run("cranes", "--num-steps=500", f"--output={tmp_path}")
@@ -44,12 +46,14 @@ def test_cranes(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 def test_gaussian_mixture(tmp_path):
     joint, local, truth = run("gaussian_mixture", "--num-steps=200", f"--output={tmp_path}")
     assert joint + 10 < local < truth
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 def test_n_mixture(tmp_path):
     argv = ("--num-steps=1000", "--num-draws=1000", "--grid=40", f"--output={tmp_path}")
     log_evidence, ((joint, *_), (local, *errors)) = run("n_mixture", *argv)
@@ -68,6 +72,7 @@ def test_sites_that_are_summed_out(name, num_errors, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 def test_occupancy(tmp_path):
     argv = ("--num-steps=1000", "--grid=40", "--no-progress", f"--output={tmp_path}")
     posterior, log_evidence, error = run("occupancy", *argv)
@@ -77,6 +82,7 @@ def test_occupancy(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 def test_turtles(tmp_path):
     error, found = run("turtles", "--num-steps=1000", "--grid=40", "--num-draws=5000", f"--output={tmp_path}")
     assert abs(error) < 0.1
@@ -87,6 +93,7 @@ def test_turtles(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 def test_signal_and_noise(tmp_path):
     snr = run("signal_and_noise", "--num-draws=2000", "--numbers", "16", "256", f"--output={tmp_path}")
     # Theory: times 4 and over 4. The standard error of a ratio is 3 % (VIMCO-⋆), and that of VIMCO's is 0.02 by itself.
@@ -98,6 +105,7 @@ def test_signal_and_noise(tmp_path):
 # Standard deviations are of 800 draws of 5 coordinates each: their error is about 2 %, that of a slope from N = 64 to
 # 512 about 0.01 (0.03 for the variance), and corrections to the leading order in N are of that size.
 @pytest.mark.long
+@pytest.mark.weekly
 def test_gaussian_snr(tmp_path):
     table, slopes = run("gaussian_snr", "--quick", f"--output={tmp_path}")
     snr, variance = (slopes[quantity]["near", 5][0.0] for quantity in ("SNR", "variance"))
@@ -115,6 +123,7 @@ def test_gaussian_snr(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 def test_state_space(tmp_path):
     tables, bands = run("state_space", "--quick", f"--output={tmp_path}")
     gaussian, population = (table.set_index("estimator") for table in tables.values())
@@ -142,6 +151,7 @@ def test_filters_of_state_space_agree_with_the_dense_normal():
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's own
 def test_sigmoid_belief_network(tmp_path):
     bounds = run("sigmoid_belief_network", "--quick", f"--output={tmp_path}")["bound"]["2 layers", 5]
@@ -153,6 +163,7 @@ def test_sigmoid_belief_network(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.weekly
 @pytest.mark.filterwarnings("ignore")  # funsor's own
 def test_when_not(tmp_path):
     table = run("when_not", "--quick", f"--output={tmp_path}")

@@ -63,7 +63,7 @@ EXPECTED = [
     "numpyro_vimco.diagnostics.gradient_noise.GradientStatistics",
     'note: Revealed type is "xarray.core.dataset.Dataset | None"',
     'Unexpected keyword argument "num_samples" for "diagnose" of "Posterior"',
-    'Argument 3 to "fit" has incompatible type "str"; expected "int"',
+    'Argument 3 to "fit" has incompatible type "str"; expected "int | None"',
     'Missing positional argument "result" in call to "Posterior"',
     'note: Revealed type is "str"',
     'note: Revealed type is "numpyro_vimco.objectives.elbo.VIMCOStar"',

@@ -54,20 +54,19 @@ def first_that_begins(
             f"What `fit` was given for the model does not fit {problem}. Arguments of the model follow the number of "
             "steps as they are, `fit(model, rng_key, 2000, x)`."
         )
+    *others, last = plans(model, args, kwargs, num_steps, num_starts, given)
     reasons: list[str] = []
-    candidates = list(plans(model, args, kwargs, num_steps, num_starts, given))
-    for plan in candidates:
-        is_last = plan is candidates[-1]
+    for plan in others:
         try:
-            fitted = begin(plan.svi(model))
+            return _begun(plan, reasons, begin(plan.svi(model)))
         except Exception as error:  # programs that were not written for sums fail in many ways
-            if is_last:
-                raise
             reasons.append(f"Not {plan.what}: {str(error).partition('. ')[0]}.")
-            continue
-        found = getattr(fitted.approx.svi.loss, "score_sites", None)
-        return replace(plan, reasons=tuple(reasons), score_sites=found or None), fitted
-    raise AssertionError("there is always a plan")
+    return _begun(last, reasons, begin(last.svi(model)))
+
+
+def _begun(plan: Plan, reasons: list[str], fitted: Fit) -> tuple[Plan, Fit]:
+    found = getattr(fitted.approx.svi.loss, "score_sites", None)
+    return replace(plan, reasons=tuple(reasons), score_sites=found or None), fitted
 
 
 def plans(

@@ -35,7 +35,7 @@ from numpyro_vimco.planning.plan import Plan
 from numpyro_vimco.planning.rules import first_that_begins
 from numpyro_vimco.posterior import tables
 from numpyro_vimco.posterior.chains import ChainDiagnostics, diagnose_chains
-from numpyro_vimco.posterior.improving import improve, rows
+from numpyro_vimco.posterior.improving import Ways, improve, rows
 from numpyro_vimco.randomness import split, split_by_name
 
 # What takes a key of its own, from that of the fit or from one that is given.
@@ -47,7 +47,6 @@ TO_IMPROVE = Finding(
     {},
     "posterior = posterior.improve(random.key(2))",
 )
-STEPS_FIRST = "data follow the number of steps, `fit(model, rng_key, 2000, x)`"
 # What a posterior is made from.
 Result: TypeAlias = SVIRunResult | SVIState | FitState | Mapping[str, Any]
 
@@ -161,7 +160,8 @@ def fit(
     check_key(rng_key)
     given = {name: x for name, x in (("guide", guide), ("optim", optim), ("loss", loss)) if x is not None}
     _check_model(model, num_steps, given, init_state)
-    num_steps = check_integer("num_steps", DEFAULT_STEPS if num_steps is None else num_steps, 0, STEPS_FIRST)
+    num_steps = DEFAULT_STEPS if num_steps is None else num_steps
+    num_steps = check_integer("num_steps", num_steps, 0, "so many steps are taken; the model's arguments follow it")
     settings = Settings(
         tempering, recover, stable_update, forward_mode_differentiation, vectorize_starts, start_sharding, num_steps
     )
@@ -536,34 +536,32 @@ class Posterior:
             best, they are its ``mcmc``, and verdict, findings, draws and what is exported are theirs.
         """
         check_key(rng_key)
-        approx, steps = self._approx, max(self.losses.shape[1], DEFAULT_STEPS)
+        can_resume = self.plan is not None and "optim" not in self.plan.given
+        ways = Ways(
+            lambda posterior, number: posterior._with_draws(number),
+            (lambda posterior, key: posterior._planned(key)) if self.plan is None else None,
+            lambda posterior, key, number: posterior._with_chains(posterior.refine(key, num_samples=number)),
+            Posterior.resume if can_resume else None,
+        )
+        best, improvements = improve(self, rng_key, seconds, ways)
+        posterior = copy(best)
+        posterior.improvements = improvements
+        return posterior
 
-        def replanned(rng_key: Array) -> Posterior:
-            return fit(approx.svi.model, rng_key, steps, *approx.args, progress_bar=self._progress_bar, **approx.kwargs)
-
-        return improve(self, rng_key, seconds, replanned if self.plan is None else None)
-
-    @property
-    def can_resume(self) -> bool:
-        """Whether more steps have a learning rate for them: the plan chose the optimiser."""
-        return self.plan is not None and "optim" not in self.plan.given
-
-    def _improved(self, improvements: tuple[str, ...]) -> "Posterior":
-        other = copy(self)
-        other.improvements = improvements
-        return other
-
-    def _again(self, num_draws: int) -> "Posterior":
-        """The same with other draws."""
-        other = copy(self)
-        other.diagnose(num_draws)
-        return other
+    def _with_draws(self, num_draws: int) -> "Posterior":
+        posterior = copy(self)
+        posterior.diagnose(num_draws)
+        return posterior
 
     def _with_chains(self, mcmc: MCMC) -> "Posterior":
-        other = copy(self)
-        other.mcmc, other._draws = mcmc, {}
-        other.__dict__.pop("_of_chains", None)
-        return other
+        posterior = copy(self)
+        posterior.mcmc = mcmc
+        vars(posterior).pop("_of_chains", None)
+        return posterior
+
+    def _planned(self, rng_key: Array) -> "Posterior":
+        approx, steps = self._approx, max(self.losses.shape[1], DEFAULT_STEPS)
+        return fit(approx.svi.model, rng_key, steps, *approx.args, progress_bar=self._progress_bar, **approx.kwargs)
 
     def to_arviz(
         self,
