@@ -7,7 +7,9 @@ from pathlib import Path
 import subprocess
 import sys
 
-SECTIONS = "step_time enumeration scale after_the_fit digits phylogenetics structures chains moving_supports proposals"
+SECTIONS = (
+    "step_time enumeration scale after_the_fit digits phylogenetics structures chains moving_supports proposals plans"
+)
 
 for section in SECTIONS.split():
     print(f"\n== {section}", flush=True)

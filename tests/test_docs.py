@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = ("README.md", "own_estimator.md")
+SHORT = ("own_estimator.md",)
 # Those that `make docs` runs as notebooks, and those that take minutes.
 WEEKLY = ("quick_start", "occupancy", "bad_to_good", "checking_a_fit", "refining", "which_objective", "writing_a_guide")
 MARKS = {page: () for page in SHORT} | {f"{page}.md": (pytest.mark.long, pytest.mark.weekly) for page in WEEKLY}

@@ -71,11 +71,6 @@ class Clock:
         self.compiling += compiling_between(self._began, READ[-1][0])
 
     @property
-    def so_far(self):
-        """Seconds since it was entered last, inside of ``with``."""
-        return read_clocks() - self._read
-
-    @property
     def seconds(self):
         """Without compilation."""
         return self.total - self.compiling

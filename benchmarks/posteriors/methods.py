@@ -91,26 +91,34 @@ def recommended_run(name, model, objective, about, quantities, seed, num_steps, 
 
 
 def planned(about, seed, budget, num_steps=2000, improves=False):
-    """`fit(model, ...)` as it is, and where ``improves``, `improve` for the budget: one row."""
+    """`fit(model, ...)` as it is; and where ``improves``, a second row after `improve`, with what is left of the budget."""
     quantities = Quantities(about)
     fit_key, key = random.split(random.key(seed))
     forget_compiled()
     clock = Clock()
+
+    def row(method, posterior):
+        with clock:
+            draws = posterior.to_arviz(num_samples=4000, num_proposals=16_000, groups=())["posterior"]
+            flat = {name: x.values.reshape(-1, *x.shape[2:]) for name, x in draws.data_vars.items()}
+            estimate = mean_asked(quantities, flat)
+        diagnostics = posterior.diagnostics
+        ess = float(np.min(diagnostics.ess)) / diagnostics.num_draws
+        return {
+            "method": method, "seed": seed, "size": num_steps, **clock.columns(),
+            **quantities.error(estimate), **quantities.of_evidence(diagnostics.log_evidence), "relative_ess": ess,
+            "pareto_k": float(np.max(diagnostics.pareto_k)), "verdict": posterior.verdict,
+            "note": "; ".join(posterior.improvements) or posterior.plan.what,
+        }  # fmt: skip
+
     with clock:
         posterior = fit(about.model, fit_key, num_steps, *about.args, progress_bar=False)
-        if improves:
-            posterior = posterior.improve(key, budget - clock.so_far)
-        draws = posterior.to_arviz(num_samples=4000, num_proposals=16_000, groups=())["posterior"]
-        flat = {name: x.values.reshape(-1, *x.shape[2:]) for name, x in draws.data_vars.items()}
-        estimate = mean_asked(quantities, flat)
-    diagnostics = posterior.diagnostics
-    ess = float(np.min(diagnostics.ess)) / diagnostics.num_draws
-    yield {
-        "method": "planned, improved" if improves else "planned", "seed": seed, "size": num_steps, **clock.columns(),
-        **quantities.error(estimate), **quantities.of_evidence(diagnostics.log_evidence), "relative_ess": ess,
-        "pareto_k": float(np.max(diagnostics.pareto_k)), "verdict": posterior.verdict,
-        "note": "; ".join(posterior.improvements) or posterior.plan.what,
-    }  # fmt: skip
+        verdict = posterior.verdict
+    yield row("planned", posterior)
+    if improves:
+        with clock:
+            posterior = posterior.improve(key, budget - clock.total) if verdict != "good" else posterior
+        yield row("planned, improved", posterior)
 
 
 def refined(about, seed, budget, num_steps=2000):
