@@ -35,7 +35,7 @@ OF_ITS_OWN = ("test_docs.py",)
 def pytest_collection_modifyitems(items):
     """A long test with several cases is run with one of them at each change, and weekly with the others."""
     for item in items:
-        if item.nodeid in SLOW:
+        if item.nodeid in SLOW or item.get_closest_marker("weekly"):
             item.add_marker(pytest.mark.long)
     is_long = {item: item.get_closest_marker("long") is not None for item in items}
     run = {item.nodeid.partition("[")[0] for item in items if not is_long[item]}

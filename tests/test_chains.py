@@ -442,6 +442,7 @@ def test_draws_of_the_prior_are_weighted_by_the_data_of_their_step():
     assert (np.abs(draws.mean(0) - seen - 5) < 2.5).all()
 
 
+@pytest.mark.weekly
 def test_a_pool_of_fewer_starts_is_another_program():
     """A start may fail after draws of all were compiled: what is kept of their trace must not be traced."""
     x = np.array([3, 5, 4])
@@ -537,6 +538,7 @@ def test_posterior_of_a_chain():
     assert (np.abs(found.posterior["z"].mean(("chain", "draw")).values - states) < 5 * error + 1e-3).all()
 
 
+@pytest.mark.weekly
 def test_two_chains_one_of_which_draws_two_latents_at_a_step():
     """Its evidence is the exact one, by a grid of g and all paths, within 5 standard errors."""
     x, w = np.array([0.4, 2.1, -0.3]), np.array([[1.1, 0.2], [2.3, -0.5]])
@@ -572,6 +574,7 @@ def test_two_chains_one_of_which_draws_two_latents_at_a_step():
     assert abs(posterior.log_evidence - log_evidence) < 5 * posterior.log_evidence_std_error
 
 
+@pytest.mark.weekly
 def test_a_path_that_is_one_value_is_advised_to_be_a_chain():
     seen = np.array([12, 15, 9, 14, 11, 8, 13, 10])
 

@@ -61,6 +61,7 @@ def test_n_mixture(tmp_path):
     assert np.abs(errors).max() < 0.2  # a tenth of these in 4,000 steps
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 @pytest.mark.parametrize("name, num_errors", [("capture_recapture", 4), ("mixture_selection", 2)])
 def test_sites_that_are_summed_out(name, num_errors, tmp_path):

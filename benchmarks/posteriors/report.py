@@ -149,6 +149,32 @@ def _is_fastest(methods, runs, clock, budget, factor=1.5):
     return bool(runs.time_to_right(clock, budget) <= factor * best < np.inf)
 
 
+def plans(results, budget=180):
+    """`fit(model, ...)` alone and with `improve`: the worst error of all seeds, verdicts, and seconds of the longest.
+
+    The last row has how many are within 0.1, those within the budget, and how many "good" are wrong of all.
+    """
+    names = ("planned", "planned, improved")
+    rows, right, wrong, good = [], [0, 0], [0, 0], [0, 0]
+    for problem, methods in results.items():
+        if not all(name in methods and methods[name].seeds for name in names):
+            continue
+        cells = []
+        for i, name in enumerate(names):
+            runs = [rows[-1] for rows in methods[name].seeds.values()]
+            error = max(float(row["error"]) for row in runs)
+            right[i] += error <= RIGHT
+            good[i] += sum(row["verdict"] == "good" for row in runs)
+            wrong[i] += sum(row["right"] == "False" for row in runs)
+            seconds = max(float(row["seconds_with_compilation"]) for row in runs)
+            late = " *" if seconds > LATE * budget else ""
+            cells += [number(error, 3), ", ".join(sorted({row["verdict"] for row in runs})), f"{seconds:.0f}{late}"]
+        rows.append([problem, *cells])
+    total = [x for i in (0, 1) for x in (f"{right[i]} of {len(rows)}", f"{wrong[i]} of {good[i]} good are wrong", "")]
+    header = ["", "`fit(model)`: error", "says", "seconds", "with `improve`: error", "says", "seconds"]
+    return table(header, [*rows, ["*within 0.1*", *total]])
+
+
 def wrong_goods(results):
     """Every row that says "good" and is not right."""
     header = ["problem", "method", "seed", "steps or draws", "seconds", "error", "of"]
@@ -262,6 +288,7 @@ def write_report(folder, budget=60):
     """Fill the marked parts of the page, and draw the picture."""
     results = collect(folder)
     parts = {
+        "plans": plans(results),
         "verdicts": verdicts(results, budget),
         "wrong": wrong_goods(results),
         "others": others_win(results, budget),

@@ -3,8 +3,8 @@
 
 """What a user holds after a fit.
 
-`posterior` is the object, `tables` how it is printed, `plots` its pictures. `chains` has what is said of chains of MCMC,
-and `improving` what is done about a posterior that is not good.
+`posterior` is the object, `tables` how it is printed, `plots` its pictures. `chains` has what is said of chains, and
+`improving` what is done about a posterior that is not good.
 """
 
 from numpyro_vimco.posterior import plots
