@@ -203,7 +203,9 @@ def test_a_guide_says_what_is_sampled():
 
 def test_without_funsor_nothing_is_summed_out(monkeypatch):
     monkeypatch.setattr("numpyro_vimco.planning.rules.find_spec", lambda name: None)
-    assert first(mixture).plate_particles == {"data": LOCAL}
+    plan = first(mixture)
+    assert plan.plate_particles == {"data": LOCAL}
+    assert plan.notes == ("Not 'z' summed out: that needs the package funsor (`pip install funsor`).",)
 
 
 def test_memory_is_bounded_by_chunks():

@@ -40,7 +40,7 @@ class Plan:
     :ivar chunk_size: number of particles that are evaluated at a time, where memory asks for it; else None.
     :ivar score_sites: latents that use the score function as the density jumps; None before they were looked for.
     :ivar given: what the user chose: ``guide``, ``optim`` and ``loss``, as far as they were given.
-    :ivar reasons: why other plans were not taken.
+    :ivar notes: why other plans were not taken, and what else is worth to know.
     """
 
     num_steps: int
@@ -56,7 +56,7 @@ class Plan:
     chunk_size: int | None = None
     score_sites: frozenset[str] | None = None
     given: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def svi(self, model: Callable) -> SVI:
         """The inference object of a model."""
@@ -156,7 +156,7 @@ class Plan:
         return "AutoMixed" if part == "guide" else f"Adam at {self._rate}"
 
     def __str__(self) -> str:
-        return "\n".join([*self.lines(), *self.reasons])
+        return "\n".join([*self.lines(), *self.notes])
 
 
 def _code(value: Any) -> str:

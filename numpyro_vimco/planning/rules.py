@@ -13,6 +13,7 @@ import jax
 from numpyro.handlers import block, seed, trace
 from numpyro.infer import SVI
 
+from numpyro_vimco.arguments import listed
 from numpyro_vimco.draws.approximation import signature_misfit
 from numpyro_vimco.fitting.run import Fit
 from numpyro_vimco.planning.plan import Plan
@@ -55,18 +56,18 @@ def first_that_begins(
             "steps as they are, `fit(model, rng_key, 2000, x)`."
         )
     *others, last = plans(model, args, kwargs, num_steps, num_starts, given)
-    reasons: list[str] = []
+    notes: list[str] = []
     for plan in others:
         try:
-            return _begun(plan, reasons, begin(plan.svi(model)))
+            return _begun(plan, notes, begin(plan.svi(model)))
         except Exception as error:  # programs that were not written for sums fail in many ways
-            reasons.append(f"Not {plan.what}: {str(error).partition('. ')[0]}.")
-    return _begun(last, reasons, begin(last.svi(model)))
+            notes.append(f"Not {plan.what}: {str(error).partition('. ')[0]}.")
+    return _begun(last, notes, begin(last.svi(model)))
 
 
-def _begun(plan: Plan, reasons: list[str], fitted: Fit) -> tuple[Plan, Fit]:
+def _begun(plan: Plan, notes: list[str], fitted: Fit) -> tuple[Plan, Fit]:
     found = getattr(fitted.approx.svi.loss, "score_sites", None)
-    return replace(plan, reasons=tuple(reasons), score_sites=found or None), fitted
+    return replace(plan, notes=(*plan.notes, *notes), score_sites=found or None), fitted
 
 
 def plans(
@@ -87,7 +88,12 @@ def plans(
     sampled = _sampled(given.get("guide"), args, kwargs)
     marked = {name: x.num_values for name, x in known.latents.items() if x.is_marked and name not in sampled}
     first = Plan(num_steps, marked=marked, given=given, alpha=1.0 if known.subsampled else 0.5)
-    sums = _sums(known, sampled, marked) if find_spec("funsor") else {}
+    sums = _sums(known, sampled, marked)
+    if sums and not find_spec("funsor"):
+        note = f"Not {listed(sums)} summed out: that needs the package funsor (`pip install funsor`)."
+        first, sums = replace(first, notes=(note,)), {}
+    if known.latents and not any(about.is_discrete for about in known.latents.values()):
+        first = replace(first, notes=("All latents are continuous. If all have a reparameterised sampler, use NUTS.",))
     candidates = [_local(replace(first, summed=sums), known)] if sums else []
     candidates.append(_local(first, known))
     joint = _joint(first, known)
