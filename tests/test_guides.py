@@ -522,6 +522,7 @@ def test_discrete_guide_reaches_the_exact_posterior():
     np.testing.assert_allclose(jax.nn.softmax(params["z_auto_logits"]), jax.nn.softmax(log_joint), atol=0.1)
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 def test_mixture_of_iris_with_local_particles():
     """Petal lengths of 150 irises in two clusters, against the same model with the assignments summed out."""

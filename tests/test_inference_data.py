@@ -433,6 +433,7 @@ print(tree["posterior"]["u0"].size, kilobytes)
 """
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_million_draws_of_ten_sites_in_two_gigabytes():

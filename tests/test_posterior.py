@@ -354,7 +354,7 @@ def test_resumed_fit_is_one_long_run():
     whole = quietly(
         new_svi(), random.key(2), 260, X, num_starts=2, tempering=lambda step: jnp.minimum(1, 0.02 + step / 80)
     )
-    schedule = whole._fit.plan.tempering
+    schedule = whole._fit.settings.tempering
     part = quietly(new_svi(), random.key(2), 90, X, num_starts=2, tempering=schedule)
     before = part.losses.copy()
     resumed = part.resume(150).resume(20)

@@ -46,6 +46,7 @@ def test_variable_selection(name, relative_ess):
         assert abs(of_weights["log_evidence"] - log_evidence) < 0.03
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 def test_change_points():
     about = problem("change_points")
@@ -54,6 +55,7 @@ def test_change_points():
         assert abs(of_weights["log_evidence"] - about.truth.log_evidence) < 0.1
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 def test_karate_club():
     about = problem("karate_club")
@@ -64,6 +66,7 @@ def test_karate_club():
 # A part of benchmarks/agreement.py: rate, α, tempering and κ of fits of four starts.
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["diabetes", "strongly_correlated_design"])
 def test_right_fits_are_called_good(name):
@@ -72,6 +75,7 @@ def test_right_fits_are_called_good(name):
     assert float(four["error"]) < 0.02 and not four["wrong"]
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 @pytest.mark.parametrize(
     "setting",

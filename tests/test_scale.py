@@ -210,6 +210,7 @@ def run(*command, timeout=240):
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.weekly
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.long
 def test_a_million_particles_in_two_gigabytes():
@@ -222,6 +223,7 @@ def test_eight_devices_give_what_one_gives():
     assert run(sys.executable, "tests/devices.py") == "held"
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 def test_two_processes_give_what_one_gives():
     with socket.socket() as free:

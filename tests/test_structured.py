@@ -312,6 +312,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 def test_every_support_beside_every_other():
     def model(x):
