@@ -167,6 +167,7 @@ def test_line_is_exact_for_a_normal():
     assert np.sum(np.exp(log_weight) * stats.norm.pdf(values)) == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.weekly
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_no_wrong_good_and_36_of_40_right():

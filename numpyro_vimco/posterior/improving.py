@@ -110,7 +110,10 @@ def improve(posterior: Any, rng_key: Array, seconds: float, ways: Ways) -> tuple
     return steps.best, tuple(steps.done)
 
 
-def rows(found: ChainDiagnostics, log_evidence: str) -> dict[str, str]:
-    """What is printed of a posterior that chains stand for."""
-    about = found.rows()
-    return {"verdict": about.pop("verdict"), "log evidence": f"{log_evidence} (weighted draws)", **about}
+def rows(found: ChainDiagnostics, log_evidence: str, verdict: str) -> dict[str, str]:
+    """What is printed of a posterior that chains stand for.
+
+    :param verdict: of the weighted draws, which the log evidence is of.
+    """
+    about, of_weights = found.rows(), f'{log_evidence}, of weighted draws, whose verdict is "{verdict}"'
+    return {"verdict": about.pop("verdict"), "log evidence": of_weights, **about}

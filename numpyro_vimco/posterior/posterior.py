@@ -769,7 +769,7 @@ class Posterior:
                 before["improved"] = "; ".join(self.improvements)
             about = tables.rows(self.diagnostics)
             if self._of_chains is not None:
-                about = rows(self._of_chains, about["log evidence"])
+                about = rows(self._of_chains, about["log evidence"], about["verdict"])
             return {**before, **about}, self.findings
         except (ValueError, NotImplementedError) as error:  # there is no verdict, and the reason is what can be said
             return {"verdict": "none"}, [Finding("no-verdict", str(error))]
