@@ -13,13 +13,12 @@ import numpyro
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
-from numpyro.infer import SVI
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 import optax
 import pytest
 
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit, sum_out
 from numpyro_vimco.diagnostics.findings import Finding
-from numpyro_vimco.planning.plan import Plan
 from numpyro_vimco.planning.rules import LOCAL, SAMPLES, plans
 from numpyro_vimco.posterior.improving import Ways, improve
 
@@ -123,6 +122,34 @@ def crossed(x):
             numpyro.sample("right", dist.Bernoulli(jnp.where(able == 1, 0.9, guess)), obs=right)
 
 
+def abilities(x):
+    """Either plate could have particles, and not both: the answers are in both."""
+    with numpyro.plate("item", 25, dim=-2):
+        difficulty = numpyro.sample("difficulty", dist.Normal(0, 1))
+    with numpyro.plate("person", len(x), dim=-1):
+        ability = numpyro.sample("ability", dist.Normal(0, 1))
+        with numpyro.plate("item", 25, dim=-2):
+            right = (x > 1) * jnp.ones((25, 1))
+            numpyro.sample("right", dist.Bernoulli(logits=ability - difficulty), obs=right)
+
+
+def blocks(x):
+    """Rows and columns have classes: only one of the two can be summed out."""
+    loc = numpyro.sample("loc", dist.Normal(0, 1).expand([2, 2]).to_event(2))
+    with numpyro.plate("row", 20, dim=-2):
+        row = numpyro.sample("row_class", dist.Bernoulli(0.5))
+    with numpyro.plate("column", len(x), dim=-1):
+        column = numpyro.sample("column_class", dist.Bernoulli(0.5))
+        with numpyro.plate("row", 20, dim=-2):
+            numpyro.sample("x", dist.Normal(loc[row, column], 1.0), obs=x * jnp.ones((20, 1)))
+
+
+def by_factor(x):
+    loc = numpyro.sample("loc", dist.Normal(0, 1))
+    with numpyro.plate("data", len(x)):
+        numpyro.factor("x", -0.5 * (x - loc) ** 2)
+
+
 def subsampled(x):
     loc = numpyro.sample("loc", dist.Normal(0, 1))
     with numpyro.plate("data", len(x), subsample_size=5):
@@ -145,7 +172,7 @@ def from_one(x):
 
 
 def first(model, x=MANY, **given):
-    return next(plans(model, (x,), {}, 2000, 4, given))
+    return plans(model, (x,), {}, 2000, 4, given)[0]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +188,8 @@ def first(model, x=MANY, **given):
         (second_order, {}, {}, {}, ("share", "z")),
         (shifted, {"z": 2}, {}, {}, ("loc",)),  # until its density was evaluated
         (crossed, {"able": 2}, {}, {}, ("guess",)),
+        (abilities, {}, {"item": LOCAL}, {}, ("ability",)),
+        (blocks, {"row_class": 2}, {}, {}, ("loc", "column_class")),
         (many_values, {}, {"data": LOCAL}, {}, ("loc",)),
         (from_one, {}, {"data": LOCAL}, {}, ("loc",)),
     ],
@@ -201,6 +230,59 @@ def test_a_guide_says_what_is_sampled():
     assert svi.loss.plate_particles == {"data": LOCAL}
 
 
+def test_a_guide_stays_as_it_was():
+    """Where it begins depends on the key of the fit."""
+    guide = AutoMixed(mixture)
+    assert not first(mixture, guide=guide).summed
+    assert guide.prototype_trace is None
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "summed", "plates", "chains", "joint"),
+    [
+        (mixture, Trace_ELBO(), {}, {}, {}, ("means", "z")),
+        (mixture, TraceEnum_ELBO(), {"z": 2}, {}, {}, ("means",)),
+        (mixture, VIMCOStar(0.5, 64), {"z": 2}, {}, {}, ("means",)),
+        (counted, VIMCOStar(0.5, 64), {}, {}, {}, ("rate", "count")),
+        (counted, VIMCOStar(0.5, 4, plate_particles={"site": 3}), {}, {"site": 3}, {}, ("rate",)),
+        (population, VIMCOStar(0.5, 64), {}, {}, {}, ("growth", "count")),
+        (population, VIMCOStar(0.5, 4, chain_particles={"count": 5}), {}, {}, {"count": 5}, ("growth",)),
+    ],
+)
+def test_an_objective_says_what_has_particles(model, loss, summed, plates, chains, joint):
+    """And only some sum out what is marked: others of NumPyro draw it from the model."""
+    plan = first(model, loss=loss)
+    assert dict(plan.summed) == summed
+    assert (plan.plate_particles, plan.chain_particles, plan.joint) == (plates, chains, joint)
+    svi = plan.svi(model)
+    assert svi.loss is loss
+    assert svi.guide.chains == chains.keys()
+
+
+def test_code_has_the_arguments_as_they_were_given():
+    assert plans(mixture, (), {"x": FEW}, 10, 4, {})[0].code().endswith("fit(svi, jax.random.key(0), 10, **kwargs)")
+    assert first(mixture).code().endswith("fit(svi, jax.random.key(0), 2000, *args)")
+
+
+def test_a_fit_that_goes_on_has_a_rate_for_it():
+    """Behind the plan's end, that is: one that was interrupted goes on with what was planned."""
+    plan = replace(first(mixture), num_steps=100)
+    for taken, number in ((100, 50), (150, 50), (30, 20), (30, 120)):
+        optim = plan.optim_after(taken, number)
+        state = optim.init({"x": jnp.zeros(())})
+        steps = [float(optim.get_params(state)["x"])]
+        for _ in range(taken + number):  # Adam's steps along a constant gradient are the rate
+            state = optim.update({"x": jnp.ones(())}, state, 0.0)
+            steps.append(float(optim.get_params(state)["x"]))
+        rates = -np.diff(steps)
+        planned = np.array([plan.schedule()(i) for i in range(min(100, taken + number))])
+        np.testing.assert_allclose(rates[: len(planned)], planned, atol=1e-5)
+        end = max(taken, 100)
+        if taken + number > end:
+            assert rates[end] > 0.0099
+            assert rates[-1] < 0.001
+
+
 def test_without_funsor_nothing_is_summed_out(monkeypatch):
     monkeypatch.setattr("numpyro_vimco.planning.rules.find_spec", lambda name: None)
     plan = first(mixture)
@@ -211,11 +293,17 @@ def test_without_funsor_nothing_is_summed_out(monkeypatch):
 def test_memory_is_bounded_by_chunks():
     x = jnp.zeros(10**6)
     whole = 64 * 4 * 4 * 8 * 4 * 10**6  # particles, starts, bytes, arrays; two values of each of two densities
-    plan = next(plans(mixture, (x,), {}, 2000, 4, {}, memory=whole / 3))
+    plan = plans(mixture, (x,), {}, 2000, 4, {}, memory=whole / 3)[0]
     assert 64 % plan.chunk_size == 0
     assert 64 / 6 < plan.chunk_size <= 64 / 3
-    assert next(plans(mixture, (x,), {}, 2000, 4, {}, memory=whole * 1.1)).chunk_size is None
+    assert plans(mixture, (x,), {}, 2000, 4, {}, memory=whole * 1.1)[0].chunk_size is None
     assert plan.svi(mixture).loss.chunk_size == plan.chunk_size
+    # A factor has no value, and a distribution may be larger than its values.
+    tight = plans(by_factor, (x,), {}, 2000, 4, {}, memory=64 * 4 * 4 * 8 * 10**6 / 3)[0]
+    assert tight.chunk_size == plan.chunk_size
+    least = plans(by_factor, (x,), {}, 2000, 4, {}, memory=1e6)[0]
+    assert least.chunk_size == 1
+    assert "One particle of each start takes 0 GiB in a step. Subsample the data." in least.notes
 
 
 @pytest.mark.parametrize("model", [regimes, mixture])
@@ -249,7 +337,7 @@ def test_a_user_reads_the_plan():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", [mixture, population, walk, shifted])
+@pytest.mark.parametrize("model", [shifted, walk, population, mixture])
 def test_code_is_the_plan(model):
     """Also where the first plans are not possible: elements of a plate that are not independent."""
     posterior = fit(model, random.key(0), 40, MANY, progress_bar=False)
@@ -281,9 +369,13 @@ def test_a_planned_fit():
     exact = jax.nn.logsumexp(log_joint) + 2 * np.log(grid[1] - grid[0])
     assert posterior.verdict == "good"
     assert abs(posterior.log_evidence - exact) < 5 * posterior.diagnostics.log_evidence_std_error + 0.01
+    assert posterior.svi.loss.num_particles == 64
+    assert fit(mixture, random.key(0), 0, x, progress_bar=False).losses.shape == (4, 0)
     more = posterior.resume(100)
     assert any(np.abs(more.params[name] - value).max() > 1e-3 for name, value in posterior.params.items())
     assert posterior.improve(random.key(1)).improvements == ()  # there is nothing to do
+    with pytest.raises(ValueError, match="`seconds` is 0, but must be a positive number"):
+        posterior.improve(random.key(1), 0)
 
 
 def an_svi(model=mixture):
@@ -322,8 +414,13 @@ class Tried:
     codes: tuple[str, ...] = ("poor-guide",)
     improvements: tuple[str, ...] = ()
     seconds: float = 50.0
+    given: tuple[str, ...] = ()
     losses = np.zeros((4, 2000))
     diagnostics = SimpleNamespace(num_draws=10_000)
+
+    @property
+    def plan(self):
+        return None if "joint-weight" in self.codes else SimpleNamespace(given=self.given)
 
     @property
     def findings(self):
@@ -332,16 +429,26 @@ class Tried:
     def to(self, step, codes=("poor-guide",)):
         verdict, seconds = self.after[step]
         self.clock[0] += seconds
-        if verdict == "error":
-            raise ValueError("It is a Delta.")
+        if isinstance(verdict, BaseException):
+            raise verdict
         return replace(self, verdict=verdict, codes=codes)
+
+
+KEYS = []
+
+
+def noted(key):
+    """Each key is taken once."""
+    KEYS.append(tuple(random.key_data(key).tolist()))
+    assert len(set(KEYS)) == len(KEYS)
 
 
 WAYS = Ways(
     lambda posterior, number: posterior.to("draws"),
-    lambda posterior, key: posterior.to("plan"),
-    lambda posterior, key, number: posterior.to(number, ("chains-disagree",)),
+    lambda posterior, key: noted(key) or posterior.to("plan"),
+    lambda posterior, key, number: noted(key) or posterior.to(number, ("chains-disagree",)),
     lambda posterior, number: posterior.to("steps"),
+    lambda posterior, key: noted(key) or posterior.to("particles"),
 )
 
 
@@ -362,25 +469,40 @@ WAYS = Ways(
             ["chains (refine): bad, 70 s", "2,000 steps more: usable, 120 s"],
             "usable",
         ),
-        # What is worse is not kept.
+        # What is worse is not kept, and no chains begin there.
         ({1000: ("bad", 170)}, {"verdict": "usable"}, ["chains (refine): bad, 170 s"], "usable"),
         (
-            {1000: ("error", 1), "steps": ("good", 40)},
+            {1000: ("usable", 65), "steps": ("bad", 50)},
+            {"verdict": "usable"},
+            ["chains (refine): usable, 65 s", "2,000 steps more: bad, 50 s"],
+            "usable",
+        ),
+        (
+            {1000: (ValueError("It is a Delta."), 1), "steps": ("good", 40)},
             {},
-            ["chains (refine): not possible. It is a Delta.", "2,000 steps more: good, 40 s"],
+            ["chains (refine): not possible, ValueError: It is a Delta.", "2,000 steps more: good, 40 s"],
             "good",
         ),
+        (
+            {1000: (RuntimeError("RESOURCE_EXHAUSTED"), 1), "particles": ("good", 40)},
+            {"given": ("optim",)},
+            ["chains (refine): not possible, RuntimeError: RESOURCE_EXHAUSTED", "four times the particles: good, 40 s"],
+            "good",
+        ),
+        ({1000: (KeyboardInterrupt(), 20)}, {}, ["chains (refine): interrupted"], "bad"),
         ({"draws": ("good", 5)}, {"codes": ("uncertain-evidence",)}, ["40,000 draws: good, 5 s"], "good"),
         ({"plan": ("good", 90)}, {"codes": ("joint-weight",)}, ["another plan: good, 90 s"], "good"),
+        ({1000: ("bad", 60)}, {"given": ("optim", "loss")}, ["chains (refine): bad, 60 s"], "bad"),
         ({1000: ("bad", 200)}, {}, ["chains (refine): bad, 200 s"], "bad"),
         ({}, {"verdict": "good"}, [], "good"),
     ],
 )
 def test_steps_of_improve(monkeypatch, after, options, done, verdict):
     clock = [0.0]
+    KEYS.clear()
     monkeypatch.setattr("numpyro_vimco.posterior.improving.perf_counter", lambda: clock[0])
     begun = Tried(**{"verdict": "bad", "after": after, "clock": clock, **options})
-    best, improvements = improve(begun, random.key(0), 180.0, WAYS)
+    best, improvements = improve(begun, random.key(0), 180.0, WAYS, False)
     assert list(improvements) == done
     assert best.verdict == verdict
 
@@ -417,6 +539,7 @@ def test_chains_stand_for_an_improved_posterior():
     mean = (1 - share) * 0.5 * 2 / scale**2
     ess = float(tree["posterior"].attrs["ess_bulk"])
     assert abs(a.mean() - mean) < 5 * a.std() / np.sqrt(ess)
+    assert better.starts.agreement is better.diagnostics.agreement
     draws = better.sample(random.key(3), (500,))
     known = np.asarray(better.mcmc.get_samples()["a"])
     assert np.isin(np.asarray(draws["a"]), known).all()
@@ -424,7 +547,3 @@ def test_chains_stand_for_an_improved_posterior():
     predicted = better.predict(random.key(4), None)
     assert predicted["x"].shape == (4000,)
     assert isinstance(better, Posterior)
-
-
-def test_plans_are_plain():
-    assert Plan(10).what == "weights of each element"

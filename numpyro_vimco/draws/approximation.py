@@ -130,8 +130,8 @@ class Approximation:
             name, number, size = self.subsampled
             raise ValueError(
                 f"Plate '{name}' is subsampled ({number} of {size}). The posterior is that of all data: "
-                "`Posterior(svi, posterior, ...)` with arguments of the model for which the plate is whole. An "
-                "automatic guide subsamples as at its first call, unless it is given `create_plates`."
+                "`Posterior(posterior.svi, posterior, ...)` with arguments of the model for which the plate is whole. "
+                "An automatic guide subsamples as at its first call, unless it is given `create_plates`."
             )
         if not self._has_latents:
             raise ValueError(

@@ -12,7 +12,7 @@ from numpyro.optim import optax_to_numpyro
 import optax
 
 from numpyro_vimco.arguments import listed
-from numpyro_vimco.control_flow import sum_out
+from numpyro_vimco.control_flow import with_marks
 from numpyro_vimco.guides import AutoMixed
 from numpyro_vimco.objectives import VIMCOStar
 
@@ -28,8 +28,8 @@ class Plan:
     ``loss`` to :func:`~numpyro_vimco.fit`, or run the code with the change.
 
     :ivar num_steps: number of steps.
-    :ivar summed: latents that are summed out as the plan says so, with their numbers of values.
-    :ivar marked: latents that are summed out as the model says so, likewise.
+    :ivar summed: latents that the plan sums out, with their numbers of values.
+    :ivar marked: latents that the model marks to be summed out, likewise.
     :ivar joint: latents that a particle draws together.
     :ivar num_particles: number of particles.
     :ivar plate_particles: number of particles of each element, by plate.
@@ -38,9 +38,10 @@ class Plan:
     :ivar alpha: order of the bound.
     :ivar joint_plates: plates whose elements share one weight.
     :ivar chunk_size: number of particles that are evaluated at a time, where memory asks for it; else None.
-    :ivar score_sites: latents that use the score function as the density jumps; None before they were looked for.
+    :ivar score_sites: latents that use the score function as the density jumps; None if none was found.
     :ivar given: what the user chose: ``guide``, ``optim`` and ``loss``, as far as they were given.
-    :ivar notes: why other plans were not taken, and what else is worth to know.
+    :ivar arguments: those of the model, as they are written in the code.
+    :ivar notes: why better plans were not possible, and advice.
     """
 
     num_steps: int
@@ -56,12 +57,13 @@ class Plan:
     chunk_size: int | None = None
     score_sites: frozenset[str] | None = None
     given: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    arguments: str = "*args"
     notes: tuple[str, ...] = ()
 
     def svi(self, model: Callable) -> SVI:
         """The inference object of a model."""
         if self.summed:
-            model = sum_out(model, self.summed)
+            model = with_marks(model, self.summed)
         given = self.given
         return SVI(
             model,
@@ -71,13 +73,17 @@ class Plan:
         )
 
     def schedule(self) -> Callable:
-        """The learning rate: held while the likelihood is tempered, then a cosine."""
-        return optax.warmup_cosine_decay_schedule(self._rate, self._rate, self.num_steps // 2, self.num_steps)
+        """The learning rate: held for half of the steps, over which the likelihood is tempered; then a cosine."""
+        steps = max(self.num_steps, 1)
+        return optax.warmup_cosine_decay_schedule(self._rate, self._rate, self.num_steps // 2, steps)
 
     def optim_after(self, taken: int, num_steps: int) -> Any:
-        """The optimiser of a fit that goes on after so many steps: a cosine once more, from the same rate."""
-        again = optax.cosine_decay_schedule(self._rate, num_steps)
-        return optax_to_numpyro(optax.adam(optax.join_schedules([self.schedule(), again], [taken])))
+        """The optimiser of a fit that goes on after so many steps: behind its own end, a cosine from the same rate."""
+        end = max(taken, self.num_steps)
+        if taken + num_steps <= end:
+            return optax_to_numpyro(optax.adam(self.schedule()))
+        again = optax.cosine_decay_schedule(self._rate, taken + num_steps - end)
+        return optax_to_numpyro(optax.adam(optax.join_schedules([self.schedule(), again], [end])))
 
     @property
     def _rate(self) -> float:
@@ -96,7 +102,8 @@ class Plan:
     def code(self) -> str:
         """What the plan does, in Python: the lines that ``fit(model, ...)`` stands for.
 
-        ``model`` and ``args`` are the user's. Where the user chose a part, it stands under its name.
+        ``model`` and ``args`` are the user's. Where the user chose a part, it stands under its name. Other arguments of
+        ``fit``, such as ``num_starts``, are left out.
         """
         names = ["AutoMixed"] * ("guide" not in self.given) + ["VIMCOStar"] * ("loss" not in self.given) + ["fit"]
         lines = ["import jax", "from numpyro.infer import SVI"]
@@ -108,19 +115,19 @@ class Plan:
             chains = f", chains={sorted(self.chain_particles)}" if self.chain_particles else ""
             lines.append(f"guide = AutoMixed(model{chains})")
         if "optim" not in self.given:
-            rate, half, steps = self._rate, self.num_steps // 2, self.num_steps
+            rate, half, steps = self._rate, self.num_steps // 2, max(self.num_steps, 1)
             lines.append(f"rate = optax.warmup_cosine_decay_schedule({rate}, {rate}, {half}, {steps})")
             lines.append("optim = optax.adam(rate)")
         if "loss" not in self.given:
             options = "".join(f", {name}={_code(value)}" for name, value in self._options().items())
             lines.append(f"loss = VIMCOStar({self.alpha}, num_particles={self.num_particles}{options})")
         lines.append("svi = SVI(model, guide, optim, loss)")
-        lines.append(f"posterior = fit(svi, jax.random.key(0), {self.num_steps}, *args)")
+        lines.append(f"posterior = fit(svi, jax.random.key(0), {self.num_steps}, {self.arguments})")
         return "\n".join(lines)
 
     @property
     def what(self) -> str:
-        """What tells it from other plans of the same model."""
+        """A phrase that distinguishes it from the model's other plans."""
         sums = [f"{listed(self.summed)} summed out"] if self.summed else []
         local = [f"particles of {listed(self.local)}"] if self.local else []
         return " and ".join(sums + local) or "weights of each element"

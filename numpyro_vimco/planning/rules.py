@@ -3,7 +3,7 @@
 
 """From what is known of a model to plans, the best first. Each rule says by what measurement it stands."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 import math
@@ -11,41 +11,46 @@ from typing import Any
 
 import jax
 from numpyro.handlers import block, seed, trace
-from numpyro.infer import SVI
+from numpyro.infer import SVI, TraceEnum_ELBO
 
 from numpyro_vimco.arguments import listed
 from numpyro_vimco.draws.approximation import signature_misfit
 from numpyro_vimco.fitting.run import Fit
+from numpyro_vimco.guides.automatic import Call, recorded_calls
+from numpyro_vimco.objectives import ImportanceWeightedELBO
 from numpyro_vimco.planning.plan import Plan
 from numpyro_vimco.planning.structure import Latent, Structure
 from numpyro_vimco.sites import is_latent_site, sample_sites
 
-# Particles where all latents are drawn together: `benchmarks/posteriors`. Where some have particles of their own there
-# are as many evaluations of the data: 8 with 8 for each.
+# Particles where all latents are drawn together: `benchmarks/posteriors`. If some have particles of their own, 8 × 8
+# give as many evaluations of the data.
 JOINT, SHARED, LOCAL, SAMPLES = 64, 8, 8, 16
-# Elements of a plate are summed out, or have particles, where there are so many or more: fewer are drawn jointly.
+# Plates of fewer elements have no particles of their own: their latents are drawn with all others. Not measured.
 LEAST_ELEMENTS = 20
-# Values that a density may depend on together, of sites that are summed out. A sum of S values costs S evaluations for
+# Combinations of values of the summed latents that one density depends on. A sum of S values costs S evaluations for
 # each of 64 particles, where 8 particles of 8 cost one (`benchmarks/plans.py`).
 MOST_VALUES = 32
 # Numbers in the arrays of all particles of a step that are alive at once, by site (`benchmarks/plans.py`).
 ALIVE = 8
+# Objectives that sum out marked latents; others of NumPyro draw them from the model.
+OF_SUMS = (ImportanceWeightedELBO, TraceEnum_ELBO)
 GIB = 2**30
 
 
-def first_that_begins(
+def first_possible(
     model: Callable,
     args: tuple,
     kwargs: dict[str, Any],
     num_steps: int,
     num_starts: int,
     given: Mapping[str, Any],
+    memory: float,
     begin: Callable[[SVI], Fit],
 ) -> tuple[Plan, Fit]:
     """The first plan whose fit begins without an error, and this fit.
 
-    What a program admits is known where its densities are evaluated: whether elements of a plate are independent,
-    whether a density that was written for drawn values holds where they are summed out.
+    Only evaluating the densities shows what a program admits: whether elements of a plate are independent, whether a
+    density that was written for drawn values holds where they are summed out.
 
     :param begin: raises where a plan is not possible.
     :raises ValueError: that of the last plan, which takes the model as it is.
@@ -55,13 +60,13 @@ def first_that_begins(
             f"What `fit` was given for the model does not fit {problem}. Arguments of the model follow the number of "
             "steps as they are, `fit(model, rng_key, 2000, x)`."
         )
-    *others, last = plans(model, args, kwargs, num_steps, num_starts, given)
+    *others, last = plans(model, args, kwargs, num_steps, num_starts, given, memory)
     notes: list[str] = []
     for plan in others:
         try:
             return _begun(plan, notes, begin(plan.svi(model)))
         except Exception as error:  # programs that were not written for sums fail in many ways
-            notes.append(f"Not {plan.what}: {str(error).partition('. ')[0]}.")
+            notes.append(f"Not {plan.what}: {str(error).partition('. ')[0].rstrip('.')}.")
     return _begun(last, notes, begin(last.svi(model)))
 
 
@@ -78,39 +83,66 @@ def plans(
     num_starts: int,
     given: Mapping[str, Any],
     memory: float = 2 * GIB,
-) -> Iterator[Plan]:
+) -> list[Plan]:
     """Plans for a model, the best first: with sums, with particles for plates and chains, and joint.
 
     :param given: what the user chose, by the names of SVI's arguments.
+    :param num_starts: how many of them take a step together.
     :param memory: in bytes, of the arrays of a step.
     """
     known = Structure.of(model, args, kwargs)
     sampled = _sampled(given.get("guide"), args, kwargs)
     marked = {name: x.num_values for name, x in known.latents.items() if x.is_marked and name not in sampled}
-    first = Plan(num_steps, marked=marked, given=given, alpha=1.0 if known.subsampled else 0.5)
-    sums = _sums(known, sampled, marked)
+    arguments = ", ".join(["*args"] * bool(args) + ["**kwargs"] * bool(kwargs)) or "*args"
+    alpha = 1.0 if known.subsampled else 0.5
+    first = Plan(num_steps, marked=marked, given=given, alpha=alpha, arguments=arguments)
+    loss = given.get("loss")
+    sums = _sums(known, sampled, marked) if loss is None or isinstance(loss, OF_SUMS) else {}
     if sums and not find_spec("funsor"):
         note = f"Not {listed(sums)} summed out: that needs the package funsor (`pip install funsor`)."
         first, sums = replace(first, notes=(note,)), {}
     if known.latents and not any(about.is_discrete for about in known.latents.values()):
         first = replace(first, notes=("All latents are continuous. If all have a reparameterised sampler, use NUTS.",))
-    candidates = [_local(replace(first, summed=sums), known)] if sums else []
-    candidates.append(_local(first, known))
+    kinds = [replace(first, summed=sums), first] if sums else [first]
+    if loss is not None:
+        return [_of_loss(plan, known, loss) for plan in kinds]
+    candidates = [_local(plan, known) for plan in kinds]
     joint = _joint(first, known)
     common = set.intersection(*map(set, known.plates.values())) if known.plates else set()
     candidates += [joint] if joint != candidates[-1] else []
     candidates += [replace(joint, joint_plates=tuple(sorted(common)))] if common else []
-    for plan in candidates:
-        yield _within(plan, known, num_starts, memory)
+    return [_within(plan, known, num_starts, memory) for plan in candidates]
 
 
 def _sampled(guide: Callable | None, args: tuple, kwargs: dict) -> set[str]:
     """What a guide that the user gave samples."""
     if guide is None:
         return set()
-    with block():
+    calls: list[Call] = []
+    with recorded_calls(calls), block():
         tr = trace(seed(guide, jax.random.key(0))).get_trace(*args, **kwargs)
+    for call in calls:
+        if not call.was_called:
+            call.undo()  # where it begins depends on the key of the fit
     return {site["name"] for site in sample_sites(tr) if is_latent_site(site)}
+
+
+def _of_loss(plan: Plan, known: Structure, loss: Any) -> Plan:
+    """A plan with the objective that the user gave."""
+    left = _left(plan, known)
+    plates = dict(getattr(loss, "plate_particles", {}))
+    chains = {name: x for name, x in getattr(loss, "chain_particles", {}).items() if name in left}
+    local = {plate: tuple(name for name, about in left.items() if plate in about.plates) for plate in plates}
+    local |= {chain: tuple(name for name, x in left.items() if x.scan == left[chain].scan) for chain in chains}
+    own = {name for latents in local.values() for name in latents}
+    joint = tuple(name for name in left if name not in own)
+    number = getattr(loss, "num_particles", 1)
+    return replace(plan, plate_particles=plates, chain_particles=chains, local=local, joint=joint, num_particles=number)
+
+
+def _left(plan: Plan, known: Structure) -> dict[str, Latent]:
+    """Latents that are sampled."""
+    return {name: about for name, about in known.latents.items() if name not in {**plan.summed, **plan.marked}}
 
 
 def _sums(known: Structure, sampled: set[str], marked: Mapping[str, int]) -> dict[str, int]:
@@ -121,11 +153,13 @@ def _sums(known: Structure, sampled: set[str], marked: Mapping[str, int]) -> dic
     """
     found: dict[str, int] = {}
     for name, about in sorted(known.latents.items(), key=lambda item: item[1].num_values):
-        if not _can_be_summed(name, about, known) or name in sampled or about.is_settled:
+        if not _can_be_summed(name, about, known) or name in sampled or about.has_mark:
             continue
         others = {**marked, **found, name: about.num_values}
-        tables = [math.prod(others[x] for x in factor if x in others) for factor in known.factors.values()]
-        if max(tables) <= MOST_VALUES:
+        together = [[x for x in factor if x in others] for factor in known.factors.values() if name in factor]
+        tables = [math.prod(others[x] for x in table) for table in together]
+        is_crossed = any(_are_crossed(known.plates[name], known.plates[x]) for table in together for x in table)
+        if max(tables) <= MOST_VALUES and not is_crossed:
             found[name] = about.num_values
     # A chain is summed out as a whole, or has samples.
     for scan in {known.latents[name].scan for name in found} - {None}:
@@ -147,9 +181,13 @@ def _can_be_summed(name: str, about: Latent, known: Structure) -> bool:
     return bool(about.plates) and all(known.plates[name] <= known.plates[site] for site in reached)
 
 
+def _are_crossed(one: frozenset[str], other: frozenset[str]) -> bool:
+    return not (one <= other or other <= one)
+
+
 def _local(plan: Plan, known: Structure) -> Plan:
     """A plan in which plates and chains have particles of their own, where these are beside other latents."""
-    left = {name: x for name, x in known.latents.items() if name not in {**plan.summed, **plan.marked}}
+    left = _left(plan, known)
     local: dict[str, tuple[str, ...]] = {}
     chains: dict[str, int] = {}
     for scan in sorted(known.first_order):
@@ -176,9 +214,10 @@ def _local(plan: Plan, known: Structure) -> Plan:
 
 
 def _local_plates(left: Mapping[str, Latent], known: Structure, summed: Mapping[str, int]) -> dict[str, set[str]]:
-    """Plates whose elements share latents outside of them only, the outermost, each with its latents.
+    """Plates whose elements are independent given the latents outside of them, each with its latents.
 
-    A plate that every site is in needs none: its elements have a bound each.
+    No site is in two of them: of nested or crossed plates it is the one with more latents. A plate that contains every
+    site needs no particles: each of its elements has a bound of its own.
     """
     sizes = {plate: size for about in left.values() for plate, size in about.plates.items()}
     found: dict[str, set[str]] = {}
@@ -192,21 +231,18 @@ def _local_plates(left: Mapping[str, Latent], known: Structure, summed: Mapping[
             found[plate] = inside
     chosen: dict[str, set[str]] = {}
     for plate, inside in sorted(found.items(), key=lambda item: -len(item[1])):
-        if not any(inside & other for other in chosen.values()):
+        if not any({plate, other} <= plates for other in chosen for plates in known.plates.values()):
             chosen[plate] = inside
     return chosen
 
 
 def _joint(plan: Plan, known: Structure) -> Plan:
     """A plan in which a particle draws all latents together."""
-    left = tuple(name for name in known.latents if name not in {**plan.summed, **plan.marked})
-    return replace(plan, joint=left, num_particles=JOINT)
+    return replace(plan, joint=tuple(_left(plan, known)), num_particles=JOINT)
 
 
 def _within(plan: Plan, known: Structure, num_starts: int, memory: float) -> Plan:
     """A plan whose step needs no more memory, by evaluating some of the particles at a time."""
-    if "loss" in plan.given:
-        return plan
     sums = {**plan.summed, **plan.marked}
     of_one = 0
     for site, factor in known.factors.items():
@@ -220,4 +256,8 @@ def _within(plan: Plan, known: Structure, num_starts: int, memory: float) -> Pla
     if at_once >= plan.num_particles:
         return plan
     divisors = [n for n in range(1, plan.num_particles) if plan.num_particles % n == 0 and n <= max(at_once, 1)]
-    return replace(plan, chunk_size=divisors[-1])
+    plan = replace(plan, chunk_size=divisors[-1])
+    if at_once >= 1:
+        return plan
+    note = f"One particle of each start takes {memory / at_once / GIB:,.0f} GiB in a step. Subsample the data."
+    return replace(plan, notes=(*plan.notes, note))

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+import math
 from typing import Any
 
 import jax
@@ -26,20 +27,18 @@ class Latent:
 
     :ivar plates: sizes of its plates of more than one element, by name.
     :ivar num_values: how many values an element has, if they are 0, 1, … and depend on no latent; else 0.
-    :ivar size: number of its elements.
     :ivar scan: the number of the `scan` that draws it; None outside of one.
-    :ivar is_discrete: whether it is.
+    :ivar is_discrete: whether its support is discrete.
     :ivar is_marked: whether the user has marked it to be summed out, ``infer={"enumerate": "parallel"}``.
-    :ivar is_settled: whether the user has said in ``infer`` whether it is to be summed out.
+    :ivar has_mark: whether the user has said in ``infer`` whether it is to be summed out.
     """
 
     plates: Mapping[str, int]
     num_values: int
-    size: int
     scan: int | None
     is_discrete: bool
     is_marked: bool
-    is_settled: bool
+    has_mark: bool
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class Structure:
     :ivar latents: by name, in the order of the model.
     :ivar plates: names of the plates of each sample site.
     :ivar factors: for each sample site, the latents that its log-density depends on.
-    :ivar sizes: number of elements of each sample site.
+    :ivar sizes: number of elements of the largest array of each sample site: its value, its log-density, or a
+        parameter of its distribution.
     :ivar subsampled: whether a plate is.
     :ivar first_order: numbers of the `scan` whose steps depend on the one before only.
     """
@@ -80,7 +80,7 @@ class Structure:
             latents,
             {name: frozenset(_plates(site)) for name, site in sites.items()},
             {name: frozenset(factor) for name, factor in graph.factors.items()},
-            {name: int(np.size(site["value"])) for name, site in sites.items()},
+            {name: _size(site) for name, site in sites.items()},
             any(len(site["value"]) != site["args"][0] for site in tr.values() if site["type"] == "plate"),
             frozenset(_first_order(model, args, kwargs, latents)),
         )
@@ -92,12 +92,16 @@ def _latent(site: dict, scan: int | None, is_moving: bool) -> Latent:
     return Latent(
         _plates(site),
         counts,
-        int(np.size(site["value"])),
         scan,
         is_discrete(site),
         is_marked(site),
         "enumerate" in site["infer"],
     )
+
+
+def _size(site: dict) -> int:
+    leaves = [site["value"], *jax.tree.leaves(site["fn"])]
+    return max(math.prod(site["fn"].batch_shape), *map(np.size, leaves))
 
 
 def _plates(site: dict) -> dict[str, int]:

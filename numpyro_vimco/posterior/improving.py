@@ -17,26 +17,28 @@ RANK = {"bad": 0, "usable": 1, "good": 2}
 # Longer chains have so many times as many draws at most.
 LONGEST = 8
 DRAWS = 1000  # of each chain, as `refine` has them
-# Findings that more draws of the guides mend, and that other weights do.
-MORE_DRAWS = {"few-draws", "uncertain-evidence"}
-SAID_WITH = {"not-good-yet", "heavy-tail"}
-OTHER_PLAN = {"joint-weight", "joint-path"}
-LONGER_CHAINS = {"chains-disagree", "few-effective-draws"}
+# Findings that more draws of the guides mend, and those that may stand beside them; findings that other weights mend,
+# and that longer chains do.
+OF_FEW_DRAWS, BESIDE = {"few-draws", "uncertain-evidence"}, {"not-good-yet", "heavy-tail"}
+OF_JOINT_WEIGHTS = {"joint-weight", "joint-path"}
+OF_SHORT_CHAINS = {"chains-disagree", "few-effective-draws"}
 
 
 class Ways(NamedTuple):
     """What can be done, each from a posterior to another.
 
     :ivar more_draws: of the guides, so many.
-    :ivar replanned: with a key, by the plan of :func:`.fit`; None where it is planned.
+    :ivar planned: with a key, a new fit by the plan of :func:`.fit`.
     :ivar refined: with a key and a number of draws, by chains.
-    :ivar more_steps: so many; None where there is no learning rate for them.
+    :ivar more_steps: so many.
+    :ivar more_particles: with a key, a new fit.
     """
 
     more_draws: Callable[[Any, int], Any]
-    replanned: Callable[[Any, Array], Any] | None
+    planned: Callable[[Any, Array], Any]
     refined: Callable[[Any, Array, int], Any]
-    more_steps: Callable[[Any, int], Any] | None
+    more_steps: Callable[[Any, int], Any]
+    more_particles: Callable[[Any, Array], Any]
 
 
 class Steps:
@@ -45,9 +47,9 @@ class Steps:
     :ivar done: what was done, in words.
     """
 
-    def __init__(self, posterior: Any, seconds: float):
+    def __init__(self, posterior: Any, seconds: float, progress_bar: bool):
         self.best, self.done = posterior, list(posterior.improvements)
-        self._began, self._seconds = perf_counter(), seconds
+        self._began, self._seconds, self._progress_bar = perf_counter(), seconds, progress_bar
 
     @property
     def left(self) -> float:
@@ -58,55 +60,60 @@ class Steps:
     def is_over(self) -> bool:
         return self.best.verdict == "good" or self.left <= 0
 
-    def take(self, what: str, step: Callable[[], Any]) -> float:
-        """Take a step, and keep what it makes if that is no worse; return how many seconds it took.
+    def take(self, what: str, step: Callable[[], Any]) -> tuple[Any, float]:
+        """Take a step, and keep what it makes if that is no worse; return it, and how many seconds it took.
 
-        A step that is not possible is noted, and takes infinitely long.
+        A step that is not possible is noted, makes None and takes infinitely long.
         """
         began = perf_counter()
         try:
             found = step()
             verdict = found.verdict
-        except (ValueError, NotImplementedError) as error:
-            self.done.append(f"{what}: not possible. {error}")
-            return inf
-        took = perf_counter() - began
+        except KeyboardInterrupt:
+            self.done.append(f"{what}: interrupted")
+            self._seconds = 0.0
+            return None, inf
+        except Exception as error:  # of memory too: what there is must not be lost
+            self.done.append(f"{what}: not possible, {type(error).__name__}: {error}")
+            return None, inf
+        finally:
+            took = perf_counter() - began
         self.done.append(f"{what}: {verdict}, {took:.0f} s")
+        if self._progress_bar:
+            print(f"improve: {self.done[-1]}")
         if RANK[verdict] >= RANK[self.best.verdict]:
             self.best = found
-        return took
+        return found, took
 
 
-def improve(posterior: Any, rng_key: Array, seconds: float, ways: Ways) -> tuple[Any, tuple[str, ...]]:
+def improve(
+    posterior: Any, rng_key: Array, seconds: float, ways: Ways, progress_bar: bool
+) -> tuple[Any, tuple[str, ...]]:
     """The best posterior that some steps lead to, and what was done. See :meth:`.Posterior.improve`."""
-    steps = Steps(posterior, seconds)
-    plan_key, *keys = split(rng_key, 4)
+    steps = Steps(posterior, seconds, progress_bar)
+    plan_key, particle_key, *keys = split(rng_key, 5)
     codes = {finding.code for finding in posterior.findings}
-    if not steps.is_over and codes & MORE_DRAWS and codes <= MORE_DRAWS | SAID_WITH:
+    if not steps.is_over and codes & OF_FEW_DRAWS and codes <= OF_FEW_DRAWS | BESIDE:
         number = 4 * posterior.diagnostics.num_draws
         steps.take(f"{number:,} draws", lambda: ways.more_draws(posterior, number))
-    if not steps.is_over and ways.replanned and codes & OTHER_PLAN:
-        replanned = ways.replanned
-        steps.take("another plan", lambda: replanned(posterior, plan_key))
+    if not steps.is_over and posterior.plan is None and codes & OF_JOINT_WEIGHTS:
+        steps.take("another plan", lambda: ways.planned(posterior, plan_key))
     fitted, took = steps.best, inf
     if not steps.is_over:
-        took = steps.take("chains (refine)", lambda: ways.refined(fitted, keys[0], DRAWS))
-    is_mixed = not {finding.code for finding in steps.best.findings} & LONGER_CHAINS
+        _, took = steps.take("chains (refine)", lambda: ways.refined(fitted, keys[0], DRAWS))
+    is_mixed = not {finding.code for finding in steps.best.findings} & OF_SHORT_CHAINS
     if not steps.is_over and not is_mixed and steps.left > 2 * took:
         number = DRAWS * int(min(LONGEST, steps.left / took))
         steps.take(f"chains of {number:,} draws", lambda: ways.refined(fitted, keys[1], number))
-    taken = posterior.losses.shape[1]
-    more: list[Any] = []
-    if not steps.is_over and taken and ways.more_steps and steps.left > posterior.seconds:
-        more_steps = ways.more_steps
-
-        def go_on() -> Any:
-            more.append(more_steps(fitted, taken))
-            return more[0]
-
-        steps.take(f"{taken:,} steps more", go_on)
-    if more and not steps.is_over and took < steps.left:
-        steps.take("chains (refine)", lambda: ways.refined(more[0], keys[2], DRAWS))
+    given = {"optim", "loss"} if fitted.plan is None else fitted.plan.given
+    taken = fitted.losses.shape[1]
+    if not steps.is_over and taken and "optim" not in given and steps.left > fitted.seconds:
+        more, _ = steps.take(f"{taken:,} steps more", lambda: ways.more_steps(fitted, taken))
+        # Chains of a worse fit would be held against weights that say less.
+        if more and RANK[more.verdict] >= RANK[fitted.verdict] and not steps.is_over and took < steps.left:
+            steps.take("chains (refine)", lambda: ways.refined(more, keys[2], DRAWS))
+    if not steps.is_over and "loss" not in given and steps.left > 2 * fitted.seconds:
+        steps.take("four times the particles", lambda: ways.more_particles(fitted, particle_key))
     return steps.best, tuple(steps.done)
 
 

@@ -32,7 +32,7 @@ from numpyro_vimco.fitting.run import Fit, Settings
 from numpyro_vimco.fitting.state import FitState, Starts
 from numpyro_vimco.mcmc.kernel import GuidedMCMC
 from numpyro_vimco.planning.plan import Plan
-from numpyro_vimco.planning.rules import first_that_begins
+from numpyro_vimco.planning.rules import GIB, first_possible
 from numpyro_vimco.posterior import tables
 from numpyro_vimco.posterior.chains import ChainDiagnostics, diagnose_chains
 from numpyro_vimco.posterior.improving import Ways, improve, rows
@@ -43,9 +43,7 @@ KEYS = ("evidence", "diagnose", "draws", "to_arviz", "gradient_snr")
 DEFAULT_STEPS = 2000
 TO_IMPROVE = Finding(
     "not-good-yet",
-    "What helps can be tried in turn until the verdict is good, for three minutes.",
-    {},
-    "posterior = posterior.improve(random.key(2))",
+    'Remedies can be tried in turn, until the verdict is "good" or the time is over.',
 )
 # What a posterior is made from.
 Result: TypeAlias = SVIRunResult | SVIState | FitState | Mapping[str, Any]
@@ -60,6 +58,7 @@ def fit(
     guide: Callable | None = None,
     optim: Any = None,
     loss: Any = None,
+    memory: float = 2 * GIB,
     num_starts: int = 4,
     tempering: float | Sequence[float] | Callable = 0.5,
     recover: bool = True,
@@ -78,12 +77,12 @@ def fit(
         posterior = fit(model, random.key(0), 2000, x)
         print(posterior)
 
-    **The plan.** From a model follows which latents are summed out, which have particles of their own in a plate or in
-    a chain, and the guide, the objective and the learning rate (``docs/which_objective.md`` has the rules).
-    ``posterior.plan`` says what was chosen, and ``posterior.plan.code()`` has it as code. The model is not changed, and
-    its marks ``infer={"enumerate": …}`` are kept: ``"parallel"`` for a latent that is summed out, None for one that is
-    not. ``guide``, ``optim`` and ``loss`` take the place of what the plan would choose. An :class:`SVI` in place of the
-    model has all of these, and is fitted as it is, in place of ``svi.run``.
+    **The plan.** `fit` reads from the model which latents to sum out, and which have particles of their own in a plate
+    or in a chain. It chooses the guide, the objective and the learning rate (``docs/which_objective.md`` has the
+    rules). ``posterior.plan`` says what was chosen, and ``posterior.plan.code()`` returns it as Python code. The model
+    is not changed, and its marks ``infer={"enumerate": …}`` are kept: ``"parallel"`` for a latent that is summed out,
+    None for one that is not. ``guide``, ``optim`` and ``loss`` take the place of what the plan would choose. An
+    :class:`SVI` in place of the model has all of these, and is fitted as it is, in place of ``svi.run``.
 
     One fit may lose a part of the posterior, and nothing that it proposes afterwards shows it. Another start that did
     not lose it does. Starts differ in all their keys, and so in where an automatic guide begins (``init_loc_fn``).
@@ -120,12 +119,14 @@ def fit(
 
     :param model: a NumPyro model, or an `SVI` with any objective, guide and optimiser.
     :param jax.random.key rng_key: random number generator key.
-    :param int num_steps: number of steps of each start. None is 2,000, for a model: ``fit(model, rng_key, None, x)``,
-        or ``fit(model, rng_key, x=x)``. 0 gives the initial state, to load a saved one into.
+    :param int num_steps: number of steps of each start. Defaults to 2,000 for a model: ``fit(model, rng_key, x=x)``, or
+        ``fit(model, rng_key, None, x)``. An `SVI` needs a number. 0 gives the initial state, to load a saved one into.
     :param args: arguments to the model / guide, after the number of steps.
     :param guide: a guide, in place of the plan's :class:`.AutoMixed`. It says which latents are sampled.
     :param optim: an optimiser of NumPyro or optax, in place of Adam with the plan's learning rate.
-    :param loss: an objective, in place of the plan's :class:`.VIMCOStar`.
+    :param loss: an objective, in place of the plan's :class:`.VIMCOStar`. It has the numbers of particles.
+    :param float memory: what the arrays of a step may take, in bytes, as a plan estimates it: it evaluates particles in
+        chunks. Defaults to 2 GiB.
     :param int num_starts: number of starts. Defaults to 4, as many as chains in MCMC. Where a fit goes on, it is that
         of ``init_state``.
     :param tempering: share of the steps over which β rises, in [0, 1], or one for each start; 0 for none. Or
@@ -180,7 +181,8 @@ def fit(
     if isinstance(model, SVI):
         plan, begun = None, begin(model)
     else:
-        plan, begun = first_that_begins(model, args, kwargs, num_steps, num_starts, given, begin)
+        together = num_starts if vectorize_starts else 1
+        plan, begun = first_possible(model, args, kwargs, num_steps, together, given, memory, begin)
     posterior = Posterior._of(run.run(begun, num_steps, progress_bar), progress_bar, plan)
     posterior.seconds = perf_counter() - began
     return posterior
@@ -236,7 +238,7 @@ class Posterior:
     starts: Starts
     #: How the model is fitted (:class:`~numpyro_vimco.planning.plan.Plan`); None where the user gave an `SVI`.
     plan: Plan | None = None
-    #: Chains that stand for the posterior in place of weighted draws, where :meth:`improve` found them better.
+    #: Chains that replace the weighted draws, if :meth:`improve` found them better; else None.
     mcmc: MCMC | None = None
     #: What :meth:`improve` did, with the verdict after each step and the seconds that it took.
     improvements: tuple[str, ...] = ()
@@ -281,6 +283,11 @@ class Posterior:
         self._draws: dict[Any, PosteriorDraws] = {}
 
     @property
+    def svi(self) -> SVI:
+        """The inference object of the fit; that of the plan, where there is one."""
+        return self._approx.svi
+
+    @property
     def params(self) -> dict[str, Any]:
         """Parameters of the best start, without an axis for starts, as ``Predictive`` and ``sample_posterior`` take."""
         return self._approx.params
@@ -297,7 +304,8 @@ class Posterior:
     ) -> Diagnostics:
         """
         Draw from the fitted guides, and see what the importance weights say. What is found is kept: ``verdict``,
-        ``findings``, ``log_evidence`` and what is printed are of the last call.
+        ``findings``, ``log_evidence`` and what is printed are of the last call. Where there are chains (:attr:`mcmc`),
+        verdict and findings are theirs, held against these draws.
 
         **Defended draws.** One tenth of the draws takes a latent, one of its elements, or all latents from the model in
         place of the guide, and all have the density of that mixture (:mod:`~numpyro_vimco.draws.defence`). So a part of
@@ -337,6 +345,7 @@ class Posterior:
         key, show = self._key("diagnose", rng_key), self._shows(progress_bar)
         of_fit = self._fit is not None  # losses at other arguments prove nothing
         self._diagnostics = verdict.diagnose(self._approx, self.starts, self._is_several, of_fit, key, num_draws, show)
+        vars(self).pop("_of_chains", None)  # which are held against these draws
         return self._diagnostics
 
     @property
@@ -357,9 +366,10 @@ class Posterior:
     def findings(self) -> list[Finding]:
         """What to make of it, or what to do, the gravest first: each with a code, a sentence, numbers and a remedy."""
         found = self.diagnostics.findings if self._of_chains is None else self._of_chains.findings
-        if self.plan is None or self.verdict == "good" or self.improvements:
+        if self.plan is None or self.verdict == "good":
             return found
-        return [*found, TO_IMPROVE]
+        remedy = "improve(random.key(3), seconds=600)" if self.improvements else "improve(random.key(2))"
+        return [*found, replace(TO_IMPROVE, remedy=f"posterior = posterior.{remedy}")]
 
     @property
     def log_evidence(self) -> float:
@@ -443,6 +453,7 @@ class Posterior:
             whose shape changed in a dimension that is neither a plate's nor time in `scan`.
         """
         check_key(rng_key)
+        # As many as `to_arviz` has, so that it takes them.
         draws = self._drawn(None, 1000) if self.mcmc is None else self._draws_of(self.mcmc, None, None)
         return predictions.predict(draws, rng_key, args, kwargs, "predictions" if self._progress_bar else None)
 
@@ -516,18 +527,19 @@ class Posterior:
 
     def improve(self, rng_key: Array, seconds: float = 180.0) -> "Posterior":
         """
-        What helps a posterior that is not "good", step after step, until it is or the time is used::
+        Try remedies in turn until the verdict is "good" or the time is over::
 
             posterior = posterior.improve(random.key(2))
             print(posterior)
 
         In this order: more draws, if only their number was too small; the plan of ``fit(model, ...)``, if the fit had
         weights that are products over a plate or a chain; chains of MCMC (:meth:`refine`), which mended more of the
-        benchmark posteriors than more steps did (``docs/benchmarks.md``); longer chains, if these have not mixed; as
-        many steps again, where the plan chose the optimiser, and chains once more. It keeps what has the best verdict,
-        of equals the last.
+        benchmark posteriors than more steps did (``docs/posteriors.md``); longer chains, if these have not mixed; as
+        many steps again, and chains from there, if the plan chose the optimiser; a new fit with four times as many
+        particles, if it chose the objective. It returns the posterior with the best verdict; of several, the latest.
+        Each try is another chance for a wrong "good".
 
-        A verdict "good" after many tries is a little less sure than one of a first try.
+        Ctrl-C ends it with the best so far.
 
         :param jax.random.key rng_key: random number generator key.
         :param float seconds: time after which no step is begun. A step that has begun is finished, so that it may take
@@ -536,32 +548,26 @@ class Posterior:
             best, they are its ``mcmc``, and verdict, findings, draws and what is exported are theirs.
         """
         check_key(rng_key)
-        can_resume = self.plan is not None and "optim" not in self.plan.given
+        if not seconds > 0:
+            raise ValueError(f"`seconds` is {seconds!r}, but must be a positive number: so long steps are begun.")
         ways = Ways(
-            lambda posterior, number: posterior._with_draws(number),
-            (lambda posterior, key: posterior._planned(key)) if self.plan is None else None,
-            lambda posterior, key, number: posterior._with_chains(posterior.refine(key, num_samples=number)),
-            Posterior.resume if can_resume else None,
+            _with_more_draws,
+            _planned,
+            lambda posterior, key, number: _with_chains(posterior, posterior.refine(key, num_samples=number)),
+            Posterior.resume,
+            _with_more_particles,
         )
-        best, improvements = improve(self, rng_key, seconds, ways)
-        posterior = copy(best)
+        posterior, improvements = improve(self, rng_key, seconds, ways, self._progress_bar)
+        posterior = posterior._copy()
         posterior.improvements = improvements
         return posterior
 
-    def _with_draws(self, num_draws: int) -> "Posterior":
+    def _copy(self) -> "Posterior":
         posterior = copy(self)
-        posterior.diagnose(num_draws)
-        return posterior
-
-    def _with_chains(self, mcmc: MCMC) -> "Posterior":
-        posterior = copy(self)
-        posterior.mcmc = mcmc
+        posterior.starts = replace(self.starts, _agreement=lambda: posterior.diagnostics.agreement)
+        posterior._draws = {}
         vars(posterior).pop("_of_chains", None)
         return posterior
-
-    def _planned(self, rng_key: Array) -> "Posterior":
-        approx, steps = self._approx, max(self.losses.shape[1], DEFAULT_STEPS)
-        return fit(approx.svi.model, rng_key, steps, *approx.args, progress_bar=self._progress_bar, **approx.kwargs)
 
     def to_arviz(
         self,
@@ -688,7 +694,7 @@ class Posterior:
         if self.mcmc is None:
             # Of few draws the best of four is no draw of the posterior.
             return self._draw(rng_key, number, max(4 * number, 1000), True, True, None)
-        return self._draws_of(self.mcmc, rng_key, None).some(self._key("draws", rng_key), number)
+        return self._draws_of(self.mcmc, rng_key, None).some(self._key("to_arviz", rng_key), number)
 
     def _draws_of(self, mcmc: MCMC, rng_key: Array | None, progress_bar: bool | None) -> PosteriorDraws:
         """All draws of chains."""
@@ -717,7 +723,8 @@ class Posterior:
 
     def resume(self, num_steps: int, progress_bar: bool | None = None) -> "Posterior":
         """
-        So many steps more, bit for bit those that one long run would have taken.
+        So many steps more, bit for bit those that one long run would have taken. A plan's learning rate ends at zero;
+        steps behind its end get a new cosine.
 
         :param int num_steps: number of steps.
         :param bool progress_bar: whether to show one. Defaults to None: as in the fit.
@@ -727,7 +734,10 @@ class Posterior:
         num_steps = check_integer("num_steps", num_steps, 0, "so many steps are taken")
         show, approx = self._shows(progress_bar), self._approx
         if self._fit is not None:
-            return Posterior._of(run.run(self._going_on(num_steps), num_steps, show), show, self.plan)
+            began = perf_counter()
+            posterior = Posterior._of(run.run(self._going_on(num_steps), num_steps, show), show, self.plan)
+            posterior.seconds = perf_counter() - began
+            return posterior
         if not isinstance(self.state, SVIState):
             raise ValueError(
                 "This posterior was made from parameters or another posterior's starts, and does not know the "
@@ -763,16 +773,16 @@ class Posterior:
         return tables.as_html(*self._table())
 
     def _table(self) -> tuple[dict[str, str], list[Finding]]:
+        before = {} if self.plan is None else {"plan": "; ".join(self.plan.lines())}
+        if self.improvements:
+            before["improved"] = "; ".join(self.improvements)
         try:
-            before = {} if self.plan is None else {"plan": "; ".join(self.plan.lines())}
-            if self.improvements:
-                before["improved"] = "; ".join(self.improvements)
             about = tables.rows(self.diagnostics)
             if self._of_chains is not None:
                 about = rows(self._of_chains, about["log evidence"], about["verdict"])
             return {**before, **about}, self.findings
         except (ValueError, NotImplementedError) as error:  # there is no verdict, and the reason is what can be said
-            return {"verdict": "none"}, [Finding("no-verdict", str(error))]
+            return {**before, "verdict": "none"}, [Finding("no-verdict", str(error))]
 
     # Small help.
 
@@ -783,6 +793,40 @@ class Posterior:
 
     def _shows(self, progress_bar: bool | None) -> bool:
         return self._progress_bar if progress_bar is None else progress_bar
+
+
+def _with_more_draws(posterior: Posterior, number: int) -> Posterior:
+    posterior = posterior._copy()
+    posterior.diagnose(number)
+    return posterior
+
+
+def _with_chains(posterior: Posterior, mcmc: MCMC) -> Posterior:
+    posterior = posterior._copy()
+    posterior.mcmc = mcmc
+    return posterior
+
+
+def _planned(posterior: Posterior, rng_key: Array) -> Posterior:
+    """A new fit of the model as it is planned."""
+    return _fitted_again(posterior, posterior.svi.model, rng_key)
+
+
+def _with_more_particles(posterior: Posterior, rng_key: Array) -> Posterior:
+    """A new fit by the plan, with four times as many particles."""
+    assert posterior.plan is not None
+    plan = replace(posterior.plan, num_particles=4 * posterior.plan.num_particles)
+    svi = copy(posterior.svi)
+    svi.loss = plan.svi(svi.model).loss
+    again = _fitted_again(posterior, svi, rng_key)
+    again.plan = plan
+    return again
+
+
+def _fitted_again(posterior: Posterior, model: SVI | Callable, rng_key: Array) -> Posterior:
+    approx, steps = posterior._approx, max(posterior.losses.shape[1], DEFAULT_STEPS)
+    kwargs = {name: x for name, x in approx.kwargs.items() if name not in approx.svi.static_kwargs or callable(model)}
+    return fit(model, rng_key, steps, *approx.args, progress_bar=posterior._shows(None), **kwargs)
 
 
 def _starts_of(svi: SVI, result: "Result | Posterior") -> tuple[Starts, Any, Array]:
