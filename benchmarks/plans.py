@@ -37,11 +37,11 @@ def model(x, num_values):
 
 def forms(args, num_steps):
     """The plans of the model, by what they do."""
-    with_sums = replace_limit(10**6)
+    before = replace_limit(10**6)
     try:
-        found = list(rules.plans(model, args, {}, num_steps, 4, {}, memory=1e15))
+        found = rules.plans(model, args, {}, num_steps, 4, {}, memory=1e15)
     finally:
-        replace_limit(with_sums)
+        replace_limit(before)
     return dict(zip(("summed out", "particles", "joint"), found))
 
 

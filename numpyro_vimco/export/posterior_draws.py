@@ -50,7 +50,7 @@ class PosteriorDraws:
         return self.sampled | self.summed
 
     def some(self, rng_key: Array, number: int) -> "PosteriorDraws":
-        """So many of the draws, at random: each once as long as there are enough. One chain, without what is of all."""
+        """So many of the draws, at random: each once as long as there are enough. They have no sampler statistics."""
         order = np.asarray(random.permutation(rng_key, len(self.start)))
         index = np.resize(order, number)
         sampled, summed = jax.tree.map(lambda x: x[index], (self.sampled, self.summed))
