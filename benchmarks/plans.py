@@ -1,10 +1,12 @@
 """What the rules of `fit(model, ...)` stand on: sums against particles, and the memory of a step.
 
-    taskset -c 0 python benchmarks/plans.py [--values 2 8 32 128] [--elements 100] [--steps 1000]
+    taskset -c 0 python benchmarks/plans.py [--values 2 8 32 128] [--elements 100] [--steps 1000] [--starts]
 
 Each datum is a Normal about one of S levels, of an unknown location and scale. The forms are those of the plans: the
 levels summed out, with particles of their own, or drawn with all else. ``off`` is the log evidence less that of the
 sums. Memory is what XLA asks for in one step of one start, beside what a plan takes it to be.
+
+With ``--starts``, in place of these: fits of the karate club that may have either name, by 4 and 8 starts, with eight keys.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import numpyro.distributions as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import temp_size
+from benchmarks.posteriors import problem
 from benchmarks.posteriors.measuring import Clock, forget_compiled
 from numpyro_vimco import fit
 from numpyro_vimco.planning import rules
@@ -57,12 +60,27 @@ def planned_memory(plan, args):
     low, high = 1.0, 1e15  # the least memory for which particles need no chunks
     while high / low > 1.01:
         middle = (low * high) ** 0.5
-        fits = rules._within(replace(plan, chunk_size=None), known, 1, middle).chunk_size is None
+        fits = rules._within(replace(plan, chunk_size=None, num_starts=1), known, middle).chunk_size is None
         low, high = (low, middle) if fits else (middle, high)
     return high
 
 
+def starts():
+    """How often a verdict is "good" where the log evidence is wrong."""
+    about = problem("karate_club_either")
+    print("starts   log evidence, less the truth, and verdict")
+    for number in (4, 8):
+        for seed in range(8):
+            key = random.split(random.key(seed))[0]
+            posterior = fit(about.model, key, 2000, *about.args, num_starts=number, progress_bar=False)
+            off = posterior.log_evidence - about.truth.log_evidence
+            print(f"{number:6} {off:10.2f}  {posterior.verdict}", flush=True)
+
+
 def main(options):
+    if options.starts:
+        starts()
+        return
     rng = np.random.default_rng(0)
     print("values  form          ms a step      off     ESS    MiB a step   planned")
     for num_values in options.values:
@@ -92,4 +110,5 @@ if __name__ == "__main__":
     parser.add_argument("--values", type=int, nargs="+", default=[2, 8, 32, 128])
     parser.add_argument("--elements", type=int, default=100)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--starts", action="store_true", help="only fits of several numbers of starts")
     main(parser.parse_args())

@@ -202,6 +202,13 @@ def test_first_plan(model, summed, plates, chains, joint):
     assert plan.alpha == 0.5
 
 
+@pytest.mark.parametrize(("model", "given", "number"), [(selection, None, 4), (walk, 2, 2), (shifted, None, 8)])
+def test_many_discrete_elements_that_are_drawn_together_have_more_starts(model, given, number):
+    plan = plans(model, (MANY,), {}, 2000, given, {})[-1]
+    assert plan.num_starts == number
+    assert ("num_starts=" in plan.code()) == (number != 4)
+
+
 def test_a_few_elements_are_drawn_together():
     assert not first(counted, FEW).plate_particles
 

@@ -37,6 +37,7 @@ class Plan:
     :ivar local: latents of each of these plates and chains.
     :ivar alpha: order of the bound.
     :ivar joint_plates: plates whose elements share one weight.
+    :ivar num_starts: number of starts.
     :ivar chunk_size: number of particles that are evaluated at a time, where memory asks for it; else None.
     :ivar score_sites: latents that use the score function as the density jumps; None if none was found.
     :ivar given: what the user chose: ``guide``, ``optim`` and ``loss``, as far as they were given.
@@ -54,6 +55,7 @@ class Plan:
     local: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     alpha: float = 0.5
     joint_plates: tuple[str, ...] = ()
+    num_starts: int = 4
     chunk_size: int | None = None
     score_sites: frozenset[str] | None = None
     given: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -103,7 +105,7 @@ class Plan:
         """What the plan does, in Python: the lines that ``fit(model, ...)`` stands for.
 
         ``model`` and ``args`` are the user's. Where the user chose a part, it stands under its name. Other arguments of
-        ``fit``, such as ``num_starts``, are left out.
+        ``fit``, such as ``tempering``, are left out.
         """
         names = ["AutoMixed"] * ("guide" not in self.given) + ["VIMCOStar"] * ("loss" not in self.given) + ["fit"]
         lines = ["import jax", "from numpyro.infer import SVI"]
@@ -122,7 +124,8 @@ class Plan:
             options = "".join(f", {name}={_code(value)}" for name, value in self._options().items())
             lines.append(f"loss = VIMCOStar({self.alpha}, num_particles={self.num_particles}{options})")
         lines.append("svi = SVI(model, guide, optim, loss)")
-        lines.append(f"posterior = fit(svi, jax.random.key(0), {self.num_steps}, {self.arguments})")
+        starts = "" if self.num_starts == 4 else f", num_starts={self.num_starts}"
+        lines.append(f"posterior = fit(svi, jax.random.key(0), {self.num_steps}, {self.arguments}{starts})")
         return "\n".join(lines)
 
     @property
@@ -151,8 +154,9 @@ class Plan:
             found.append(f"{listed(self.joint)}: {beside}" + (" with all of these" if self.local else ""))
         if self.score_sites:
             found.append(f"{listed(sorted(self.score_sites))}: score function, as the density jumps there")
+        starts = "" if self.num_starts == 4 else f" of {self.num_starts} starts"
         names = [self._name(part) for part in ("guide", "loss", "optim")]
-        found.append(f"{names[0]}, {names[1]}, {names[2]}, {self.num_steps:,} steps")
+        found.append(f"{names[0]}, {names[1]}, {names[2]}, {self.num_steps:,} steps{starts}")
         return found
 
     def _name(self, part: str) -> str:

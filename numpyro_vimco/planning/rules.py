@@ -25,6 +25,10 @@ from numpyro_vimco.sites import is_latent_site, sample_sites
 # Particles where all latents are drawn together: `benchmarks/posteriors`. If some have particles of their own, 8 × 8
 # give as many evaluations of the data.
 JOINT, SHARED, LOCAL, SAMPLES = 64, 8, 8, 16
+# Starts; and where so many discrete elements or more are drawn together, which may have several modes. On the karate
+# club that may have either name, a start loses the larger mode with probability 0.6: of 8 fits of 4 starts, 3 were
+# wrong and called "good"; of 8 fits of 8 starts, none (`benchmarks/plans.py --starts`).
+STARTS, MANY_STARTS, MANY_SWITCHES = 4, 8, 10
 # Plates of fewer elements have no particles of their own: their latents are drawn with all others. Not measured.
 LEAST_ELEMENTS = 20
 # Combinations of values of the summed latents that one density depends on. A sum of S values costs S evaluations for
@@ -42,10 +46,10 @@ def first_possible(
     args: tuple,
     kwargs: dict[str, Any],
     num_steps: int,
-    num_starts: int,
+    num_starts: int | None,
     given: Mapping[str, Any],
     memory: float,
-    begin: Callable[[SVI], Fit],
+    begin: Callable[[SVI, int], Fit],
 ) -> tuple[Plan, Fit]:
     """The first plan whose fit begins without an error, and this fit.
 
@@ -64,10 +68,10 @@ def first_possible(
     notes: list[str] = []
     for plan in others:
         try:
-            return _begun(plan, notes, begin(plan.svi(model)))
+            return _begun(plan, notes, begin(plan.svi(model), plan.num_starts))
         except Exception as error:  # programs that were not written for sums fail in many ways
             notes.append(f"Not {plan.what}: {str(error).partition('. ')[0].rstrip('.')}.")
-    return _begun(last, notes, begin(last.svi(model)))
+    return _begun(last, notes, begin(last.svi(model), last.num_starts))
 
 
 def _begun(plan: Plan, notes: list[str], fitted: Fit) -> tuple[Plan, Fit]:
@@ -80,14 +84,14 @@ def plans(
     args: tuple,
     kwargs: dict[str, Any],
     num_steps: int,
-    num_starts: int,
+    num_starts: int | None,
     given: Mapping[str, Any],
     memory: float = 2 * GIB,
 ) -> list[Plan]:
     """Plans for a model, the best first: with sums, with particles for plates and chains, and joint.
 
     :param given: what the user chose, by the names of SVI's arguments.
-    :param num_starts: how many of them take a step together.
+    :param num_starts: how many the user asks for; None if that is the plan's choice.
     :param memory: in bytes, of the arrays of a step.
     """
     known = Structure.of(model, args, kwargs)
@@ -105,13 +109,21 @@ def plans(
         first = replace(first, notes=("All latents are continuous. If all have a reparameterised sampler, use NUTS.",))
     kinds = [replace(first, summed=sums), first] if sums else [first]
     if loss is not None:
-        return [_of_loss(plan, known, loss) for plan in kinds]
+        return [_with_starts(_of_loss(plan, known, loss), known, num_starts) for plan in kinds]
     candidates = [_local(plan, known) for plan in kinds]
     joint = _joint(first, known)
     common = set.intersection(*map(set, known.plates.values())) if known.plates else set()
     candidates += [joint] if joint != candidates[-1] else []
     candidates += [replace(joint, joint_plates=tuple(sorted(common)))] if common else []
-    return [_within(plan, known, num_starts, memory) for plan in candidates]
+    return [_within(_with_starts(plan, known, num_starts), known, memory) for plan in candidates]
+
+
+def _with_starts(plan: Plan, known: Structure, num_starts: int | None) -> Plan:
+    """A plan with as many starts as the user asks for, or more than usual where modes are many."""
+    if num_starts is None:
+        switches = sum(known.latents[name].size for name in plan.joint if known.latents[name].is_discrete)
+        num_starts = MANY_STARTS if switches >= MANY_SWITCHES else STARTS
+    return replace(plan, num_starts=num_starts)
 
 
 def _sampled(guide: Callable | None, args: tuple, kwargs: dict) -> set[str]:
@@ -241,7 +253,7 @@ def _joint(plan: Plan, known: Structure) -> Plan:
     return replace(plan, joint=tuple(_left(plan, known)), num_particles=JOINT)
 
 
-def _within(plan: Plan, known: Structure, num_starts: int, memory: float) -> Plan:
+def _within(plan: Plan, known: Structure, memory: float) -> Plan:
     """A plan whose step needs no more memory, by evaluating some of the particles at a time."""
     sums = {**plan.summed, **plan.marked}
     of_one = 0
@@ -252,7 +264,7 @@ def _within(plan: Plan, known: Structure, num_starts: int, memory: float) -> Pla
             for level in own
         )
         of_one += known.sizes[site] * copies * math.prod(sums[name] for name in factor if name in sums)
-    at_once = memory / max(4 * ALIVE * of_one * num_starts, 1)
+    at_once = memory / max(4 * ALIVE * of_one * plan.num_starts, 1)
     if at_once >= plan.num_particles:
         return plan
     divisors = [n for n in range(1, plan.num_particles) if plan.num_particles % n == 0 and n <= max(at_once, 1)]

@@ -27,6 +27,7 @@ class Latent:
 
     :ivar plates: sizes of its plates of more than one element, by name.
     :ivar num_values: how many values an element has, if they are 0, 1, … and depend on no latent; else 0.
+    :ivar size: number of its elements.
     :ivar scan: the number of the `scan` that draws it; None outside of one.
     :ivar is_discrete: whether its support is discrete.
     :ivar is_marked: whether the user has marked it to be summed out, ``infer={"enumerate": "parallel"}``.
@@ -35,6 +36,7 @@ class Latent:
 
     plates: Mapping[str, int]
     num_values: int
+    size: int
     scan: int | None
     is_discrete: bool
     is_marked: bool
@@ -92,6 +94,7 @@ def _latent(site: dict, scan: int | None, is_moving: bool) -> Latent:
     return Latent(
         _plates(site),
         counts,
+        int(np.size(site["value"])),
         scan,
         is_discrete(site),
         is_marked(site),

@@ -32,7 +32,7 @@ from numpyro_vimco.fitting.run import Fit, Settings
 from numpyro_vimco.fitting.state import FitState, Starts
 from numpyro_vimco.mcmc.kernel import GuidedMCMC
 from numpyro_vimco.planning.plan import Plan
-from numpyro_vimco.planning.rules import GIB, first_possible
+from numpyro_vimco.planning.rules import GIB, STARTS, first_possible
 from numpyro_vimco.posterior import tables
 from numpyro_vimco.posterior.chains import ChainDiagnostics, diagnose_chains
 from numpyro_vimco.posterior.improving import Ways, improve, rows
@@ -59,7 +59,7 @@ def fit(
     optim: Any = None,
     loss: Any = None,
     memory: float = 2 * GIB,
-    num_starts: int = 4,
+    num_starts: int | None = None,
     tempering: float | Sequence[float] | Callable = 0.5,
     recover: bool = True,
     progress_bar: bool = True,
@@ -127,8 +127,8 @@ def fit(
     :param loss: an objective, in place of the plan's :class:`.VIMCOStar`. It has the numbers of particles.
     :param float memory: what the arrays of a step may take, in bytes, as a plan estimates it: it evaluates particles in
         chunks. Defaults to 2 GiB.
-    :param int num_starts: number of starts. Defaults to 4, as many as chains in MCMC. Where a fit goes on, it is that
-        of ``init_state``.
+    :param int num_starts: number of starts. Defaults to 4, as many as chains in MCMC, and to 8 if a plan draws 10 or
+        more discrete elements together. Where a fit goes on, it is that of ``init_state``.
     :param tempering: share of the steps over which β rises, in [0, 1], or one for each start; 0 for none. Or
         a function from the step (traced, from 0 on) to β, as optax's schedules are; it may return an array of
         shape ``(num_starts,)``. Defaults to 0.5. Where a fit goes on, a share is that of ``init_state``, and a
@@ -167,7 +167,7 @@ def fit(
         tempering, recover, stable_update, forward_mode_differentiation, vectorize_starts, start_sharding, num_steps
     )
 
-    def begin(svi: SVI) -> Fit:
+    def begin(svi: SVI, num_starts: int) -> Fit:
         if problem := misfit(svi, args, {**svi.static_kwargs, **kwargs}):
             raise ValueError(
                 f"What `fit` was given for the model and the guide does not fit {problem}. Arguments of the model "
@@ -179,10 +179,9 @@ def fit(
         return run.go_on_from(svi, rng_key, args, kwargs, settings, init_state)
 
     if isinstance(model, SVI):
-        plan, begun = None, begin(model)
+        plan, begun = None, begin(model, STARTS if num_starts is None else num_starts)
     else:
-        together = num_starts if vectorize_starts else 1
-        plan, begun = first_possible(model, args, kwargs, num_steps, together, given, memory, begin)
+        plan, begun = first_possible(model, args, kwargs, num_steps, num_starts, given, memory, begin)
     posterior = Posterior._of(run.run(begun, num_steps, progress_bar), progress_bar, plan)
     posterior.seconds = perf_counter() - began
     return posterior
@@ -818,15 +817,18 @@ def _with_more_particles(posterior: Posterior, rng_key: Array) -> Posterior:
     plan = replace(posterior.plan, num_particles=4 * posterior.plan.num_particles)
     svi = copy(posterior.svi)
     svi.loss = plan.svi(svi.model).loss
-    again = _fitted_again(posterior, svi, rng_key)
+    again = _fitted_again(posterior, svi, rng_key, plan.num_starts)
     again.plan = plan
     return again
 
 
-def _fitted_again(posterior: Posterior, model: SVI | Callable, rng_key: Array) -> Posterior:
+def _fitted_again(
+    posterior: Posterior, model: SVI | Callable, rng_key: Array, num_starts: int | None = None
+) -> Posterior:
     approx, steps = posterior._approx, max(posterior.losses.shape[1], DEFAULT_STEPS)
     kwargs = {name: x for name, x in approx.kwargs.items() if name not in approx.svi.static_kwargs or callable(model)}
-    return fit(model, rng_key, steps, *approx.args, progress_bar=posterior._shows(None), **kwargs)
+    options: dict[str, Any] = {"num_starts": num_starts, "progress_bar": posterior._shows(None)}
+    return fit(model, rng_key, steps, *approx.args, **options, **kwargs)
 
 
 def _starts_of(svi: SVI, result: "Result | Posterior") -> tuple[Starts, Any, Array]:
