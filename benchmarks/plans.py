@@ -6,7 +6,8 @@ Each datum is a Normal about one of S levels, of an unknown location and scale. 
 levels summed out, with particles of their own, or drawn with all else. ``off`` is the log evidence less that of the
 sums. Memory is what XLA asks for in one step of one start, beside what a plan takes it to be.
 
-With ``--starts``, in place of these: fits of the karate club that may have either name, by 4 and 8 starts, with eight keys.
+With ``--starts``, in place of these: fits of the karate club that may have either name, by 4 and 8 starts, with eight
+keys.
 """
 
 import argparse
