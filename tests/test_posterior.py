@@ -111,7 +111,9 @@ def test_all_data_in_place_of_a_subsample():
 
     svi = SVI(model, guide, optax.adam(0.02), VIMCOStar(1.0, 4))
     of_part = quietly(svi, random.key(0), 50, X, 2, num_starts=2)
-    with pytest.raises(ValueError, match=r"Plate 'row' is subsampled \(2 of 4\).*`Posterior\(svi, posterior, ...\)`"):
+    with pytest.raises(
+        ValueError, match=r"Plate 'row' is subsampled \(2 of 4\).*`Posterior\(posterior.svi, posterior, ...\)`"
+    ):
         of_part.diagnose()
     assert "verdict       none" in str(of_part) and "subsampled" in str(of_part)
     whole = Posterior(svi, of_part, X, 4)
