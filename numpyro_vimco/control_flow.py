@@ -45,6 +45,12 @@ def is_scan(msg: dict) -> bool:
     return msg["type"] == "control_flow" and "history" in msg["kwargs"]
 
 
+def carry_inside(msg: dict, wrap: Callable[[Callable], Callable]) -> None:
+    """Wrap the programs of a message of control flow: the body of a `scan`, both branches of a `cond`."""
+    programs = {0} if is_scan(msg) else {1, 2}
+    msg["args"] = tuple(wrap(x) if i in programs else x for i, x in enumerate(msg["args"]))
+
+
 def length_of(xs: Any, length: int | None) -> int:
     """The number of steps of a `scan` with these arguments."""
     return len(jax.tree.leaves(xs)[0]) if length is None else length
@@ -87,9 +93,10 @@ class Given(Messenger):
         self.values = values
 
     def process_message(self, msg: dict) -> None:
-        if msg["type"] == "control_flow":
-            inside = self._in_scan if is_scan(msg) else self._in_cond
-            msg["args"] = inside(*msg["args"])
+        if is_scan(msg):
+            msg["args"] = self._in_scan(*msg["args"])
+        elif msg["type"] == "control_flow":
+            carry_inside(msg, lambda branch: _Inside(branch, self.values))
         elif msg["type"] == "sample" and msg["name"] in self.values and not msg["is_observed"]:
             if msg["value"] is None:
                 self._give(msg)
@@ -99,9 +106,6 @@ class Given(Messenger):
     def _give(self, msg: dict) -> None:
         msg["value"] = self.values[msg["name"]]
         _check_shape(msg)
-
-    def _in_cond(self, pred, true_fun: Callable, false_fun: Callable, operand) -> tuple:
-        return pred, _Inside(true_fun, self.values), _Inside(false_fun, self.values), operand
 
     def _in_scan(self, body: Callable, init, xs, length: int | None, reverse: bool) -> tuple:
         length = length_of(xs, length)
@@ -127,24 +131,11 @@ class _SummedOut(Messenger):
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "control_flow":
-            programs = {0} if is_scan(msg) else {1, 2}  # the body; both branches
-            args = enumerate(msg["args"])
-            msg["args"] = tuple(_SummedOut(x, self.names, self.met) if i in programs else x for i, x in args)
+            carry_inside(msg, lambda program: _SummedOut(program, self.names, self.met))
         elif msg["type"] == "sample" and msg["name"] in self.names:
             self.met.add(msg["name"])
             if not msg["is_observed"]:
                 msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
-
-
-def with_marks(model: Callable, names: Collection[str]) -> Callable:
-    """What :func:`sum_out` makes, for names that are known to be right: a call may leave out their sites."""
-
-    @wraps(model)
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        with _SummedOut(None, names, set()):
-            return model(*args, **kwargs)
-
-    return marked
 
 
 def sum_out(model: Callable, names: Collection[str]) -> Callable:
@@ -160,14 +151,21 @@ def sum_out(model: Callable, names: Collection[str]) -> Callable:
     :param names: names of the latents.
     :raises ValueError: when the model is called, for a name that it does not sample.
     """
-    names = frozenset([names] if isinstance(names, str) else names)
+    return with_marks(model, frozenset([names] if isinstance(names, str) else names), True)
+
+
+def with_marks(model: Callable, names: Collection[str], all_are_met: bool) -> Callable:
+    """What :func:`sum_out` makes.
+
+    :param all_are_met: whether each call of the model must sample all of them.
+    """
 
     @wraps(model)
     def marked(*args: Any, **kwargs: Any) -> Any:
         met: set[str] = set()
         with _SummedOut(None, names, met):
             result = model(*args, **kwargs)
-        if missing := names - met:
+        if all_are_met and (missing := set(names) - met):
             raise ValueError(
                 f"`sum_out` names '{min(missing)}', but the model samples no such site. Give the names of latents."
             )

@@ -91,7 +91,7 @@ def recommended_run(name, model, objective, about, quantities, seed, num_steps, 
 
 
 def planned(about, seed, budget, num_steps=2000, improves=False):
-    """`fit(model, ...)` as it is; and where ``improves``, a second row after `improve` by what is left of it."""
+    """`fit(model, ...)` as it is; and where ``improves``, a second row after `improve` for the rest of the budget."""
     quantities = Quantities(about)
     fit_key, key = random.split(random.key(seed))
     forget_compiled()

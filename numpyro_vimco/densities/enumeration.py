@@ -25,6 +25,7 @@ from jaxtyping import Array
 from numpyro.primitives import Messenger
 
 from numpyro_vimco.checks.enumeration_checks import crossed_error, log_prob_shape
+from numpyro_vimco.control_flow import carry_inside
 from numpyro_vimco.densities.zero_weights import FLOOR
 from numpyro_vimco.private.of_funsor import import_funsor, in_logs, names_of_dims
 from numpyro_vimco.sites import Trace, is_marked, sample_sites
@@ -61,7 +62,7 @@ class Unmarked(Messenger):
                 msg["infer"]["enumerate"] = None
         elif msg["type"] == "control_flow":
             names = self.names if _is_enumerated(msg) else None
-            msg["args"] = tuple(Unmarked(arg, names) if callable(arg) else arg for arg in msg["args"])
+            carry_inside(msg, lambda program: Unmarked(program, names))
 
 
 class _AsItIs(Messenger):

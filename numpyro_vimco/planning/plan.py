@@ -18,6 +18,7 @@ from numpyro_vimco.objectives import VIMCOStar
 
 # Adam's learning rate: that of `benchmarks/posteriors`; with chains that of `benchmarks/chains.py`.
 RATE, RATE_OF_CHAINS = 0.01, 0.02
+STARTS = 4  # as many as chains in MCMC
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Plan:
     local: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     alpha: float = 0.5
     joint_plates: tuple[str, ...] = ()
-    num_starts: int = 4
+    num_starts: int = STARTS
     chunk_size: int | None = None
     score_sites: frozenset[str] | None = None
     given: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -65,19 +66,24 @@ class Plan:
     def svi(self, model: Callable) -> SVI:
         """The inference object of a model."""
         if self.summed:
-            model = with_marks(model, self.summed)
+            model = with_marks(model, self.summed, False)  # a call with other arguments may leave out their sites
         given = self.given
         return SVI(
             model,
             given["guide"] if "guide" in given else AutoMixed(model, chains=self.chain_particles.keys()),
             given["optim"] if "optim" in given else optax.adam(self.schedule()),
-            given["loss"] if "loss" in given else VIMCOStar(self.alpha, self.num_particles, **self._options()),
+            self.loss(),
         )
+
+    def loss(self) -> Any:
+        """The objective."""
+        if "loss" in self.given:
+            return self.given["loss"]
+        return VIMCOStar(self.alpha, self.num_particles, **self._options())
 
     def schedule(self) -> Callable:
         """The learning rate: held for half of the steps, over which the likelihood is tempered; then a cosine."""
-        steps = max(self.num_steps, 1)
-        return optax.warmup_cosine_decay_schedule(self._rate, self._rate, self.num_steps // 2, steps)
+        return optax.warmup_cosine_decay_schedule(*self._schedule)
 
     def optim_after(self, taken: int, num_steps: int) -> Any:
         """The optimiser of a fit that goes on after so many steps: behind its own end, a cosine from the same rate."""
@@ -86,6 +92,10 @@ class Plan:
             return optax_to_numpyro(optax.adam(self.schedule()))
         again = optax.cosine_decay_schedule(self._rate, taken + num_steps - end)
         return optax_to_numpyro(optax.adam(optax.join_schedules([self.schedule(), again], [end])))
+
+    @property
+    def _schedule(self) -> tuple[float, float, int, int]:
+        return self._rate, self._rate, self.num_steps // 2, max(self.num_steps, 1)
 
     @property
     def _rate(self) -> float:
@@ -104,8 +114,8 @@ class Plan:
     def code(self) -> str:
         """What the plan does, in Python: the lines that ``fit(model, ...)`` stands for.
 
-        ``model`` and ``args`` are the user's. Where the user chose a part, it stands under its name. Other arguments of
-        ``fit``, such as ``tempering``, are left out.
+        ``model`` and ``args`` are the user's, as is each part that the user chose. Other arguments of ``fit``, such as
+        ``tempering``, are left out.
         """
         names = ["AutoMixed"] * ("guide" not in self.given) + ["VIMCOStar"] * ("loss" not in self.given) + ["fit"]
         lines = ["import jax", "from numpyro.infer import SVI"]
@@ -117,14 +127,13 @@ class Plan:
             chains = f", chains={sorted(self.chain_particles)}" if self.chain_particles else ""
             lines.append(f"guide = AutoMixed(model{chains})")
         if "optim" not in self.given:
-            rate, half, steps = self._rate, self.num_steps // 2, max(self.num_steps, 1)
-            lines.append(f"rate = optax.warmup_cosine_decay_schedule({rate}, {rate}, {half}, {steps})")
+            lines.append(f"rate = optax.warmup_cosine_decay_schedule{self._schedule}")
             lines.append("optim = optax.adam(rate)")
         if "loss" not in self.given:
             options = "".join(f", {name}={_code(value)}" for name, value in self._options().items())
             lines.append(f"loss = VIMCOStar({self.alpha}, num_particles={self.num_particles}{options})")
         lines.append("svi = SVI(model, guide, optim, loss)")
-        starts = "" if self.num_starts == 4 else f", num_starts={self.num_starts}"
+        starts = "" if self.num_starts == STARTS else f", num_starts={self.num_starts}"
         lines.append(f"posterior = fit(svi, jax.random.key(0), {self.num_steps}, {self.arguments}{starts})")
         return "\n".join(lines)
 
@@ -154,7 +163,7 @@ class Plan:
             found.append(f"{listed(self.joint)}: {beside}" + (" with all of these" if self.local else ""))
         if self.score_sites:
             found.append(f"{listed(sorted(self.score_sites))}: score function, as the density jumps there")
-        starts = "" if self.num_starts == 4 else f" of {self.num_starts} starts"
+        starts = "" if self.num_starts == STARTS else f" of {self.num_starts} starts"
         names = [self._name(part) for part in ("guide", "loss", "optim")]
         found.append(f"{names[0]}, {names[1]}, {names[2]}, {self.num_steps:,} steps{starts}")
         return found

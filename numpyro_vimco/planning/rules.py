@@ -18,17 +18,17 @@ from numpyro_vimco.draws.approximation import signature_misfit
 from numpyro_vimco.fitting.run import Fit
 from numpyro_vimco.guides.automatic import Call, recorded_calls
 from numpyro_vimco.objectives import ImportanceWeightedELBO
-from numpyro_vimco.planning.plan import Plan
+from numpyro_vimco.planning.plan import STARTS, Plan
 from numpyro_vimco.planning.structure import Latent, Structure
 from numpyro_vimco.sites import is_latent_site, sample_sites
 
 # Particles where all latents are drawn together: `benchmarks/posteriors`. If some have particles of their own, 8 × 8
 # give as many evaluations of the data.
 JOINT, SHARED, LOCAL, SAMPLES = 64, 8, 8, 16
-# Starts; and where so many discrete elements or more are drawn together, which may have several modes. On the karate
+# Starts where so many discrete elements or more are drawn together, which may have several modes. On the karate
 # club that may have either name, a start loses the larger mode with probability 0.6: of 8 fits of 4 starts, 3 were
 # wrong and called "good"; of 8 fits of 8 starts, none (`benchmarks/plans.py --starts`).
-STARTS, MANY_STARTS, MANY_SWITCHES = 4, 8, 10
+MANY_STARTS, MANY_SWITCHES = 8, 10
 # Plates of fewer elements have no particles of their own: their latents are drawn with all others. Not measured.
 LEAST_ELEMENTS = 20
 # Combinations of values of the summed latents that one density depends on. A sum of S values costs S evaluations for
@@ -41,30 +41,16 @@ OF_SUMS = (ImportanceWeightedELBO, TraceEnum_ELBO)
 GIB = 2**30
 
 
-def first_possible(
-    model: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    num_steps: int,
-    num_starts: int | None,
-    given: Mapping[str, Any],
-    memory: float,
-    begin: Callable[[SVI, int], Fit],
-) -> tuple[Plan, Fit]:
+def first_possible(candidates: list[Plan], model: Callable, begin: Callable[[SVI, int], Fit]) -> tuple[Plan, Fit]:
     """The first plan whose fit begins without an error, and this fit.
 
     Only evaluating the densities shows what a program admits: whether elements of a plate are independent, whether a
     density that was written for drawn values holds where they are summed out.
 
-    :param begin: raises where a plan is not possible.
+    :param begin: from an `SVI` and a number of starts; raises where a plan is not possible.
     :raises ValueError: that of the last plan, which takes the model as it is.
     """
-    if problem := signature_misfit(model, args, kwargs):
-        raise ValueError(
-            f"What `fit` was given for the model does not fit {problem}. Arguments of the model follow the number of "
-            "steps as they are, `fit(model, rng_key, 2000, x)`."
-        )
-    *others, last = plans(model, args, kwargs, num_steps, num_starts, given, memory)
+    *others, last = candidates
     notes: list[str] = []
     for plan in others:
         try:
@@ -93,7 +79,13 @@ def plans(
     :param given: what the user chose, by the names of SVI's arguments.
     :param num_starts: how many the user asks for; None if that is the plan's choice.
     :param memory: in bytes, of the arrays of a step.
+    :raises ValueError: for arguments that do not fit the model.
     """
+    if problem := signature_misfit(model, args, kwargs):
+        raise ValueError(
+            f"What `fit` was given for the model does not fit {problem}. Arguments of the model follow the number of "
+            "steps as they are, `fit(model, rng_key, 2000, x)`."
+        )
     known = Structure.of(model, args, kwargs)
     sampled = _sampled(given.get("guide"), args, kwargs)
     marked = {name: x.num_values for name, x in known.latents.items() if x.is_marked and name not in sampled}
@@ -253,23 +245,28 @@ def _joint(plan: Plan, known: Structure) -> Plan:
     return replace(plan, joint=tuple(_left(plan, known)), num_particles=JOINT)
 
 
-def _within(plan: Plan, known: Structure, memory: float) -> Plan:
-    """A plan whose step needs no more memory, by evaluating some of the particles at a time."""
+def memory_of_particle(plan: Plan, known: Structure) -> float:
+    """Bytes that the arrays of one particle of one start take in a step, about."""
     sums = {**plan.summed, **plan.marked}
-    of_one = 0
+    numbers = 0
     for site, factor in known.factors.items():
         own = [level for level, latents in plan.local.items() if factor & set(latents)]
         copies = math.prod(
             plan.chain_particles[level] ** 2 if level in plan.chain_particles else plan.plate_particles[level]
             for level in own
         )
-        of_one += known.sizes[site] * copies * math.prod(sums[name] for name in factor if name in sums)
-    at_once = memory / max(4 * ALIVE * of_one * plan.num_starts, 1)
-    if at_once >= plan.num_particles:
+        numbers += known.sizes[site] * copies * math.prod(sums[name] for name in factor if name in sums)
+    return 4.0 * ALIVE * numbers
+
+
+def _within(plan: Plan, known: Structure, memory: float) -> Plan:
+    """A plan whose step needs no more memory, by evaluating some of the particles at a time."""
+    of_one = max(memory_of_particle(plan, known) * plan.num_starts, 1.0)
+    if plan.num_particles * of_one <= memory:
         return plan
-    divisors = [n for n in range(1, plan.num_particles) if plan.num_particles % n == 0 and n <= max(at_once, 1)]
-    plan = replace(plan, chunk_size=divisors[-1])
-    if at_once >= 1:
+    divisors = [n for n in range(1, plan.num_particles) if plan.num_particles % n == 0 and n * of_one <= memory]
+    plan = replace(plan, chunk_size=max(divisors, default=1))
+    if of_one <= memory:
         return plan
-    note = f"One particle of each start takes {memory / at_once / GIB:,.0f} GiB in a step. Subsample the data."
+    note = f"One particle of each start takes {of_one / GIB:,.0f} GiB in a step. Subsample the data."
     return replace(plan, notes=(*plan.notes, note))

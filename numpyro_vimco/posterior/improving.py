@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
-from numpyro_vimco.posterior.chains import ChainDiagnostics
 from numpyro_vimco.randomness import split
 
 RANK = {"bad": 0, "usable": 1, "good": 2}
@@ -115,12 +114,3 @@ def improve(
     if not steps.is_over and "loss" not in given and steps.left > 2 * fitted.seconds:
         steps.take("four times the particles", lambda: ways.more_particles(fitted, particle_key))
     return steps.best, tuple(steps.done)
-
-
-def rows(found: ChainDiagnostics, log_evidence: str, verdict: str) -> dict[str, str]:
-    """What is printed of a posterior that chains stand for.
-
-    :param verdict: of the weighted draws, which the log evidence is of.
-    """
-    about, of_weights = found.rows(), f'{log_evidence}, of weighted draws, whose verdict is "{verdict}"'
-    return {"verdict": about.pop("verdict"), "log evidence": of_weights, **about}

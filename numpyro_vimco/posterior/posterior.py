@@ -31,20 +31,16 @@ from numpyro_vimco.fitting import run
 from numpyro_vimco.fitting.run import Fit, Settings
 from numpyro_vimco.fitting.state import FitState, Starts
 from numpyro_vimco.mcmc.kernel import GuidedMCMC
-from numpyro_vimco.planning.plan import Plan
-from numpyro_vimco.planning.rules import GIB, STARTS, first_possible
+from numpyro_vimco.planning.plan import STARTS, Plan
+from numpyro_vimco.planning.rules import GIB, first_possible, plans
 from numpyro_vimco.posterior import tables
 from numpyro_vimco.posterior.chains import ChainDiagnostics, diagnose_chains
-from numpyro_vimco.posterior.improving import Ways, improve, rows
+from numpyro_vimco.posterior.improving import Ways, improve
 from numpyro_vimco.randomness import split, split_by_name
 
 # What takes a key of its own, from that of the fit or from one that is given.
 KEYS = ("evidence", "diagnose", "draws", "to_arviz", "gradient_snr")
 DEFAULT_STEPS = 2000
-TO_IMPROVE = Finding(
-    "not-good-yet",
-    'Remedies can be tried in turn, until the verdict is "good" or the time is over.',
-)
 # What a posterior is made from.
 Result: TypeAlias = SVIRunResult | SVIState | FitState | Mapping[str, Any]
 
@@ -181,7 +177,8 @@ def fit(
     if isinstance(model, SVI):
         plan, begun = None, begin(model, STARTS if num_starts is None else num_starts)
     else:
-        plan, begun = first_possible(model, args, kwargs, num_steps, num_starts, given, memory, begin)
+        candidates = plans(model, args, kwargs, num_steps, num_starts, given, memory)
+        plan, begun = first_possible(candidates, model, begin)
     posterior = Posterior._of(run.run(begun, num_steps, progress_bar), progress_bar, plan)
     posterior.seconds = perf_counter() - began
     return posterior
@@ -367,8 +364,9 @@ class Posterior:
         found = self.diagnostics.findings if self._of_chains is None else self._of_chains.findings
         if self.plan is None or self.verdict == "good":
             return found
-        remedy = "improve(random.key(3), seconds=600)" if self.improvements else "improve(random.key(2))"
-        return [*found, replace(TO_IMPROVE, remedy=f"posterior = posterior.{remedy}")]
+        arguments = "random.key(3), seconds=600" if self.improvements else "random.key(2)"
+        sentence = 'Remedies can be tried in turn, until the verdict is "good" or the time is over.'
+        return [*found, Finding("not-good-yet", sentence, {}, f"posterior = posterior.improve({arguments})")]
 
     @property
     def log_evidence(self) -> float:
@@ -548,7 +546,9 @@ class Posterior:
         """
         check_key(rng_key)
         if not seconds > 0:
-            raise ValueError(f"`seconds` is {seconds!r}, but must be a positive number: so long steps are begun.")
+            raise ValueError(
+                f"`seconds` is {seconds!r}, but must be a positive number: no step is begun after so many seconds."
+            )
         ways = Ways(
             _with_more_draws,
             _planned,
@@ -673,8 +673,8 @@ class Posterior:
             draws = self._draw(rng_key, num_samples, num_proposals, resample, pool, progress_bar)
             attributes["num_proposals"] = num_proposals
         else:
-            of_chains = self._of_chains if mcmc is self.mcmc else self.diagnose_chains(mcmc)
-            attributes |= of_chains.attributes() if of_chains else {}
+            of_chains = (self._of_chains if mcmc is self.mcmc else None) or self.diagnose_chains(mcmc)
+            attributes |= of_chains.attributes()
             draws = self._draws_of(mcmc, rng_key, progress_bar)
         return inference_data.to_arviz(
             draws,
@@ -778,7 +778,8 @@ class Posterior:
         try:
             about = tables.rows(self.diagnostics)
             if self._of_chains is not None:
-                about = rows(self._of_chains, about["log evidence"], about["verdict"])
+                evidence = f'{about["log evidence"]}, of weighted draws, whose verdict is "{about["verdict"]}"'
+                about = {"verdict": self.verdict, "log evidence": evidence, **self._of_chains.rows()}
             return {**before, **about}, self.findings
         except (ValueError, NotImplementedError) as error:  # there is no verdict, and the reason is what can be said
             return {**before, "verdict": "none"}, [Finding("no-verdict", str(error))]
@@ -816,7 +817,7 @@ def _with_more_particles(posterior: Posterior, rng_key: Array) -> Posterior:
     assert posterior.plan is not None
     plan = replace(posterior.plan, num_particles=4 * posterior.plan.num_particles)
     svi = copy(posterior.svi)
-    svi.loss = plan.svi(svi.model).loss
+    svi.loss = plan.loss()
     again = _fitted_again(posterior, svi, rng_key, plan.num_starts)
     again.plan = plan
     return again
@@ -826,9 +827,8 @@ def _fitted_again(
     posterior: Posterior, model: SVI | Callable, rng_key: Array, num_starts: int | None = None
 ) -> Posterior:
     approx, steps = posterior._approx, max(posterior.losses.shape[1], DEFAULT_STEPS)
-    kwargs = {name: x for name, x in approx.kwargs.items() if name not in approx.svi.static_kwargs or callable(model)}
     options: dict[str, Any] = {"num_starts": num_starts, "progress_bar": posterior._shows(None)}
-    return fit(model, rng_key, steps, *approx.args, **options, **kwargs)
+    return fit(model, rng_key, steps, *approx.args, **options, **approx.kwargs)  # a plan's SVI has no static ones
 
 
 def _starts_of(svi: SVI, result: "Result | Posterior") -> tuple[Starts, Any, Array]:
