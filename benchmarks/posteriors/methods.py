@@ -90,6 +90,11 @@ def recommended_run(name, model, objective, about, quantities, seed, num_steps, 
     return row, Run(num_steps, of_fit.seconds, clock.seconds - of_fit.seconds, clock.compiling)
 
 
+def flat(posterior):
+    """Draws of all chains of a group of ArviZ, one after the other, by site."""
+    return {name: x.values.reshape(-1, *x.shape[2:]) for name, x in posterior.data_vars.items()}
+
+
 def planned(about, seed, budget, num_steps=2000, improves=False):
     """`fit(model, ...)` as it is; and where ``improves``, a second row after `improve` for the rest of the budget."""
     quantities = Quantities(about)
@@ -100,8 +105,7 @@ def planned(about, seed, budget, num_steps=2000, improves=False):
     def row(method, posterior):
         with clock:
             draws = posterior.to_arviz(num_samples=4000, num_proposals=16_000, groups=())["posterior"]
-            flat = {name: x.values.reshape(-1, *x.shape[2:]) for name, x in draws.data_vars.items()}
-            estimate = mean_asked(quantities, flat)
+            estimate = mean_asked(quantities, flat(draws))
         diagnostics = posterior.diagnostics
         ess = float(np.min(diagnostics.ess)) / diagnostics.num_draws
         return {
@@ -139,9 +143,7 @@ def refined(about, seed, budget, num_steps=2000):
         mcmc = posterior.refine(chain_key, progress_bar=False)
         found = posterior.diagnose_chains(mcmc)
         tree = posterior.to_arviz(mcmc, groups=())
-        draws = {name: x.values for name, x in tree["posterior"].data_vars.items()}
-        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in draws.items()}
-        asked = Mapped(quantities.of, CHUNK)(flat).reshape(mcmc.num_chains, mcmc.num_samples, -1)
+        asked = Mapped(quantities.of, CHUNK)(flat(tree["posterior"])).reshape(mcmc.num_chains, mcmc.num_samples, -1)
     number = mcmc.num_chains * mcmc.num_samples
     yield {
         "method": name, "seed": seed, "size": number, **clock.columns(),

@@ -40,7 +40,7 @@ class Ways(NamedTuple):
     more_particles: Callable[[Any, Array], Any]
 
 
-class Steps:
+class Tries:
     """Steps that are tried, and the best posterior so far.
 
     :ivar done: what was done, in words.
@@ -89,28 +89,28 @@ def improve(
     posterior: Any, rng_key: Array, seconds: float, ways: Ways, progress_bar: bool
 ) -> tuple[Any, tuple[str, ...]]:
     """The best posterior that some steps lead to, and what was done. See :meth:`.Posterior.improve`."""
-    steps = Steps(posterior, seconds, progress_bar)
+    tries = Tries(posterior, seconds, progress_bar)
     plan_key, particle_key, *keys = split(rng_key, 5)
     codes = {finding.code for finding in posterior.findings}
-    if not steps.is_over and codes & OF_FEW_DRAWS and codes <= OF_FEW_DRAWS | BESIDE:
+    if not tries.is_over and codes & OF_FEW_DRAWS and codes <= OF_FEW_DRAWS | BESIDE:
         number = 4 * posterior.diagnostics.num_draws
-        steps.take(f"{number:,} draws", lambda: ways.more_draws(posterior, number))
-    if not steps.is_over and posterior.plan is None and codes & OF_JOINT_WEIGHTS:
-        steps.take("another plan", lambda: ways.planned(posterior, plan_key))
-    fitted, took = steps.best, inf
-    if not steps.is_over:
-        _, took = steps.take("chains (refine)", lambda: ways.refined(fitted, keys[0], DRAWS))
-    is_mixed = not {finding.code for finding in steps.best.findings} & OF_SHORT_CHAINS
-    if not steps.is_over and not is_mixed and steps.left > 2 * took:
-        number = DRAWS * int(min(LONGEST, steps.left / took))
-        steps.take(f"chains of {number:,} draws", lambda: ways.refined(fitted, keys[1], number))
+        tries.take(f"{number:,} draws", lambda: ways.more_draws(posterior, number))
+    if not tries.is_over and posterior.plan is None and codes & OF_JOINT_WEIGHTS:
+        tries.take("another plan", lambda: ways.planned(posterior, plan_key))
+    fitted, took = tries.best, inf
+    if not tries.is_over:
+        _, took = tries.take("chains (refine)", lambda: ways.refined(fitted, keys[0], DRAWS))
+    is_mixed = not {finding.code for finding in tries.best.findings} & OF_SHORT_CHAINS
+    if not tries.is_over and not is_mixed and tries.left > 2 * took:
+        number = DRAWS * int(min(LONGEST, tries.left / took))
+        tries.take(f"chains of {number:,} draws", lambda: ways.refined(fitted, keys[1], number))
     given = {"optim", "loss"} if fitted.plan is None else fitted.plan.given
     taken = fitted.losses.shape[1]
-    if not steps.is_over and taken and "optim" not in given and steps.left > fitted.seconds:
-        more, _ = steps.take(f"{taken:,} steps more", lambda: ways.more_steps(fitted, taken))
+    if not tries.is_over and taken and "optim" not in given and tries.left > fitted.seconds:
+        more, _ = tries.take(f"{taken:,} steps more", lambda: ways.more_steps(fitted, taken))
         # Chains of a worse fit would be held against weights that say less.
-        if more and RANK[more.verdict] >= RANK[fitted.verdict] and not steps.is_over and took < steps.left:
-            steps.take("chains (refine)", lambda: ways.refined(more, keys[2], DRAWS))
-    if not steps.is_over and "loss" not in given and steps.left > 2 * fitted.seconds:
-        steps.take("four times the particles", lambda: ways.more_particles(fitted, particle_key))
-    return steps.best, tuple(steps.done)
+        if more and RANK[more.verdict] >= RANK[fitted.verdict] and not tries.is_over and took < tries.left:
+            tries.take("chains (refine)", lambda: ways.refined(more, keys[2], DRAWS))
+    if not tries.is_over and "loss" not in given and tries.left > 2 * fitted.seconds:
+        tries.take("four times the particles", lambda: ways.more_particles(fitted, particle_key))
+    return tries.best, tuple(tries.done)
