@@ -175,6 +175,11 @@ def base_support(support: Any) -> Any:
     return support
 
 
+def is_count(support: Any) -> bool:
+    """Whether a support is of integers from some one on."""
+    return isinstance(base_support(support), constraints.integer_greater_than)
+
+
 def support_leaves(support: Any) -> list:
     """The bounds of a support; none of a user's that does not tell JAX what it holds."""
     try:

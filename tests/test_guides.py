@@ -233,6 +233,55 @@ def test_a_given_value_is_for_each_element():
 # NumPyro's automatic guides.
 
 
+def visits_by_sites(seen):
+    rate = numpyro.sample("rate", dist.LogNormal(0.0, 1.0))
+    with numpyro.plate("site", seen.shape[1]):
+        count = numpyro.sample("count", dist.Poisson(rate))
+        with numpyro.plate("visit", seen.shape[0]):
+            numpyro.sample("seen", dist.Binomial(count, 0.5), obs=seen)
+
+
+def rows(seen):
+    rate = numpyro.sample("rate", dist.LogNormal(0.0, 1.0))
+    site = np.tile(np.arange(seen.shape[1]), seen.shape[0])
+    count = numpyro.sample("count", dist.Poisson(rate).expand([seen.shape[1]]).to_event(1))
+    with numpyro.plate("row", site.size):
+        numpyro.sample("seen", dist.Binomial(count[site], 0.5), obs=seen.ravel())
+
+
+def of_two_counts(seen):
+    with numpyro.plate("site", seen.shape[1]):
+        count = numpyro.sample("count", dist.Poisson(1.0))
+        others = numpyro.sample("others", dist.Poisson(1.0))
+        numpyro.sample("seen", dist.Binomial(count + others, 0.5), obs=seen[0])
+
+
+def neighbours(seen):
+    """A datum depends on two elements: none has a bound of its own."""
+    with numpyro.plate("site", seen.shape[1]):
+        count = numpyro.sample("count", dist.Poisson(1.0))
+    numpyro.sample("seen", dist.Binomial(count[1:] * count[:-1], 0.5), obs=seen[0, 1:])
+
+
+@pytest.mark.parametrize(
+    ("model", "first"),
+    [(visits_by_sites, [13, 0, 8]), (rows, [13, 0, 8]), (of_two_counts, None), (neighbours, None)],
+)
+def test_counts_begin_above_the_least_that_the_data_admit(model, first):
+    """Sites by visits, and rows that say their site: the prior's median is 1, and twelve were seen at one visit."""
+    seen = np.array([[3, 0, 7], [12, 0, 1]])
+    guide = AutoMixed(model)
+    loc = start(guide, seen)["count_auto_loc"]
+    # A tenth of a unit off on average; without data from 0.5 to 1.
+    np.testing.assert_allclose(loc, 1.0 if first is None else np.maximum(first, 0.7), rtol=0.6)
+
+
+def test_where_counts_begin_can_be_given():
+    seen = np.array([[3, 0, 7], [12, 0, 1]])
+    guide = AutoMixed(visits_by_sites, init_loc_fn=init_to_value(values={"count": 20}))
+    np.testing.assert_allclose(start(guide, seen)["count_auto_loc"], 20.0, rtol=0.6)
+
+
 def mixed_model(x=None):
     rate = numpyro.sample("rate", dist.LogNormal(1.0, 0.5))
     count = numpyro.sample("count", dist.Poisson(rate))

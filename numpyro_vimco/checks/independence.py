@@ -26,7 +26,7 @@ from numpyro.infer import init_to_uniform
 from numpyro_vimco.compilation import ONCE, Compiled
 from numpyro_vimco.private.of_jax import eval_jaxpr
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import base_support, support_of
+from numpyro_vimco.sites import base_support, is_count, support_of
 
 # How far values may differ by rounding, relative to the sum of their terms' sizes.
 ROUNDING = 1e-4
@@ -165,7 +165,7 @@ def _from_support(site: dict, near: Array | None) -> Array | None:
         low, number = 0, 2
     elif isinstance(support, constraints.integer_interval):
         low, number = support.lower_bound, support.upper_bound - support.lower_bound + 1
-    elif isinstance(support, constraints.integer_greater_than) and near is not None:
+    elif is_count(support) and near is not None:
         low, number = near, COUNTS
     else:
         return None

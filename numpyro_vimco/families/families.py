@@ -25,7 +25,7 @@ from numpyro_vimco.families.bounds import Bounds
 from numpyro_vimco.families.components import Components, components_of_prior, spread_components
 from numpyro_vimco.families.distributions import DiscretizedLogistic, DiscretizedLogisticMixture, IntervalCategorical
 from numpyro_vimco.families.units import PositiveInUnits, concrete
-from numpyro_vimco.sites import base_support, unwrapped
+from numpyro_vimco.sites import base_support, is_count, unwrapped
 
 # At the start: the probability that is spread evenly over a finite support, the standard deviation of moves in
 # unconstrained space, and the probability of a value that `init_loc_fn` gives.
@@ -316,7 +316,7 @@ def family_of(site: dict, rng_key: Array, number: int | None = None) -> Family:
         return Boolean()
     if isinstance(support, constraints.integer_interval):
         return Interval(_bound(site, support.lower_bound), _bound(site, support.upper_bound))
-    if isinstance(support, constraints.integer_greater_than):
+    if is_count(support):
         return Count.of_prior(site, _bound(site, support.lower_bound), rng_key, number)
     raise _no_automatic_guide_error(site)
 

@@ -57,11 +57,12 @@ class AutoDiscrete(StructuralGuide):
     has a table if these latents have up to 4,096 values together, and else no upper end.
 
     The guide begins near the prior of each site, at the values that ``init_loc_fn`` gives to the latents that the site
-    depends on. It differs from the prior in two ways. 1% of the probability is spread evenly over finite supports, so
-    that each value is proposed at times. Parameters are moved by 0.1 standard normals in unconstrained space, so that
-    symmetric models (mixtures) can leave the symmetric point; only these moves depend on the key of the fit. Supports
-    are those of the first call's arguments. Continuous latents need another guide; :class:`AutoMixed` has both. Sites
-    that are marked ``infer={"enumerate": "parallel"}`` are left out: the objectives sum them out.
+    depends on. It differs from the prior in three ways. Where the data of the first call rule out small counts (5 were
+    seen, so that 3 is impossible), it begins above these. 1% of the probability is spread evenly over finite supports,
+    so that each value is proposed at times. Parameters are moved by 0.1 standard normals in unconstrained space, so
+    that symmetric models (mixtures) can leave the symmetric point; only these moves depend on the key of the fit.
+    Supports are those of the first call's arguments. Continuous latents need another guide; :class:`AutoMixed` has
+    both. Sites that are marked ``infer={"enumerate": "parallel"}`` are left out: the objectives sum them out.
 
     :param callable model: a NumPyro model.
     :param str prefix: a prefix of the parameters' names. Defaults to ``"auto"``.
@@ -145,6 +146,9 @@ class AutoDiscrete(StructuralGuide):
         def start(site: dict) -> dict[str, Array]:
             family = self.families[site["name"]]
             found = family.start(site, site["value"] if site["name"] in self.begun else None)
+            if site["name"] in known.above_least:
+                above = known.above_least[site["name"]] - family.low
+                found["loc"] = jnp.maximum(found["loc"], above.reshape(above.shape + (1,) * family.event_dim))
             event_dim = site["fn"].event_dim + family.event_dim
             return {k: self._full_size(site, v, event_dim) for k, v in found.items()}
 
@@ -166,9 +170,8 @@ class AutoDiscrete(StructuralGuide):
         """Raise for bounds that are not known for every element at every call."""
         for name, family in self.families.items():
             site = self.prototype_trace[name]
-            subsampled = [f for f in site["cond_indep_stack"] if f.size != self._full_plate_size(f.name)]
-            if subsampled and not has_common_bounds(family):
-                raise bounds_error(site, f"differ between elements of the plate '{subsampled[0].name}', a subsample")
+            if (plate := self._subsampled(site)) and not has_common_bounds(family):
+                raise bounds_error(site, f"differ between elements of the plate '{plate}', a subsample")
 
     def __call__(self, *args, **kwargs) -> dict[str, Array]:
         """

@@ -111,12 +111,12 @@ class AutoMixed(StructuralGuide):
     Finite sites of the model that are marked ``infer={"enumerate": "parallel"}`` are left out, as the objectives sum
     them out. If all discrete sites are marked, the guide is that of the continuous ones.
 
-    **Where a fit begins.** Discrete sites are near their prior (:class:`AutoDiscrete`). Continuous ones have the scale
-    of their prior, times ``init_scale``, and a location from ``init_loc_fn``: about the prior's median. (For
-    *mean_field* it is NumPyro's default, between -2 and 2 in unconstrained space.) A location far from the prior costs
-    *autoregressive* effective sample size, as latents that are switched off have to find their prior again. Where the
-    prior is far wider than the posterior, temper the likelihood (:func:`~numpyro_vimco.fit`), so that not all weight is
-    with one particle.
+    **Where a fit begins.** Discrete sites are near their prior, counts above what the data rule out
+    (:class:`AutoDiscrete`). Continuous ones have the scale of their prior, times ``init_scale``, and a location from
+    ``init_loc_fn``: about the prior's median. (For *mean_field* it is NumPyro's default, between -2 and 2 in
+    unconstrained space.) A location far from the prior costs *autoregressive* effective sample size, as latents that
+    are switched off have to find their prior again. Where the prior is far wider than the posterior, temper the
+    likelihood (:func:`~numpyro_vimco.fit`), so that not all weight is with one particle.
 
     **Units.** A program in other units (kilometres for metres) has the same fit, up to rounding. A location is
     optimised in units of the prior's scale, which is half of the central 68% of draws of the prior in unconstrained

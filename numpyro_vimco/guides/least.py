@@ -1,14 +1,14 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the data of a step say of the latents of a chain, before a fit.
+"""What the data say of counts, before a fit.
 
-The least values of counts: a survey of 12 animals, and no fewer were there. A guide that proposes impossible values at
-one step of a chain has no possible path. Bounds are taken only where they hold for sure, as what lies below them is
-never proposed: the observed site depends on no other discrete latent, and trials at other values of all steps agree.
+Their least values: a survey of 12 animals, and no fewer were there. A guide begins above them. In a chain it proposes
+nothing below them, as one step with impossible values leaves no possible path; so a bound is taken only where the
+observed site depends on no other discrete latent, and trials at other values of all elements agree.
 
-And where a guide begins: at draws of the prior, weighted by the data of their own step. Draws of the prior alone spread
-over orders of magnitude where a population grows by an unknown rate for sixty years.
+And where the guide of a chain begins: at draws of the prior, weighted by the data of their own step. Draws of the prior
+alone spread over orders of magnitude where a population grows by an unknown rate for sixty years.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,15 +18,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 import numpy as np
-from numpyro.distributions import constraints
 
 from numpyro_vimco.compilation import ONCE, Compiled
 from numpyro_vimco.dependence import dependence
 from numpyro_vimco.families.couplings import log_densities
-from numpyro_vimco.sites import Trace, is_discrete, is_latent_site, support_of
+from numpyro_vimco.sites import Trace, base_support, is_count, is_discrete, is_latent_site, support_of
 
-# Counts are looked for up to this size. Values below a bound are tried at so many points, and steps at so many subsets.
-LARGEST, POINTS, SUBSETS = 2**24, 32, 4
+# Counts are looked for up to this size. Values below a bound are tried at so many points, and in subsets of the
+# elements, where the others are so many times the size that is certainly possible.
+LARGEST, POINTS, SUBSETS = 2**24, 32, (1, 1, 4, 64, 1024)
 # Less than the log-density of what is possible.
 FLOOR = -1e30
 # Weights of draws of the prior are raised to the largest of these powers with which so many draws count.
@@ -80,15 +80,15 @@ def least_values(data: Data, prior_draws: Mapping[str, Array]) -> dict[str, np.n
         return {}
     found = {}
     for name, draws in prior_draws.items():
-        support = support_of(data.tr[name]["fn"])
-        own = data.of_shape({name})
-        if not own or not isinstance(support, constraints.integer_greater_than):
+        support = base_support(support_of(data.tr[name]["fn"]))
+        own = [site for site, parents in data.observed.items() if parents == {name}]
+        if not own or not is_count(support):
             continue
         low = np.broadcast_to(np.asarray(support.lower_bound), jnp.shape(data.latents[name]))
 
         def possible(value: Array, name=name, own=own) -> Array:
             densities = data.evaluate({**data.latents, name: value})
-            return jnp.stack([densities[site] > FLOOR for site in own]).all(0)
+            return jnp.concatenate([jnp.ravel(densities[site] > FLOOR) for site in own])
 
         least = _least(Compiled(possible, ONCE), low, np.asarray(draws).max(0))
         if least is not None:
@@ -145,16 +145,30 @@ def _resampled(log_weight: np.ndarray) -> np.ndarray:
 
 
 def _least(possible: Callable, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
-    """The least possible value of each element between two; None if there is none, or elements are not independent."""
+    """The least possible value of each element between two; None if there is none, or elements are not independent.
 
-    def at(value: np.ndarray) -> Bool[np.ndarray, "..."]:
-        return np.asarray(possible(jnp.asarray(value, jnp.result_type(int))))
+    :param possible: from the value of all elements to whether each datum is possible.
+    """
 
-    high = np.maximum(high, low)
-    while not (is_possible := at(high)).all():
+    def is_bad(value: np.ndarray) -> Bool[np.ndarray, "..."]:
+        return ~np.asarray(possible(jnp.asarray(value, jnp.result_type(int))))
+
+    low, high = low.astype(int), np.maximum(high, low).astype(int)
+    while is_bad(high).any():
         if high.max() > LARGEST:
             return None
-        high = np.where(is_possible, high, low + 2 * (high - low) + 1)
+        high = low + 2 * (high - low) + 1
+    # A datum belongs to the one element that makes it impossible: digit by digit of the element's number.
+    number = np.arange(low.size).reshape(low.shape)
+    owner, has_owner = np.asarray(0), np.asarray(True)
+    for digit in range(max(1, low.size.bit_length())):
+        is_one = (number >> digit) & 1
+        of_one, of_zero = is_bad(np.where(is_one, low, high)), is_bad(np.where(is_one, high, low))
+        owner, has_owner = owner | (of_one.astype(int) << digit), has_owner & (of_one ^ of_zero)
+
+    def at(value: np.ndarray) -> Bool[np.ndarray, "..."]:
+        return (np.bincount(owner[has_owner & is_bad(value)], minlength=low.size) == 0).reshape(low.shape)
+
     bottom, top = low - 1, high
     while (top - bottom > 1).any():
         middle = np.where(top - bottom > 1, (bottom + top) // 2, top)
@@ -167,8 +181,9 @@ def _least(possible: Callable, low: np.ndarray, high: np.ndarray) -> np.ndarray 
         below = low + np.floor(fraction * (top - 1 - low)).astype(low.dtype)
         if at(np.where(top > low, below, top))[top > low].any():
             return None
-    for _ in range(SUBSETS):
+    for times in SUBSETS:
         is_below = (rng.random(top.shape) < 0.5) & (top > low)
-        if (at(np.where(is_below, top - 1, high)) == is_below).any():
+        others = np.minimum(low + times * (high - low), LARGEST)
+        if at(np.where(is_below, top - 1, others))[is_below].any():
             return None
     return top

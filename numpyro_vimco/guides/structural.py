@@ -39,7 +39,7 @@ from numpyro_vimco.guides.plan import autoregressive, gated, steps_of
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.private.of_numpyro import PrototypeGuide
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import Trace, is_discrete, is_latent_site, is_marked
+from numpyro_vimco.sites import Trace, base_support, is_count, is_discrete, is_latent_site, is_marked
 
 
 class WithoutMarked(Messenger):
@@ -87,11 +87,13 @@ class StructuralGuide(PrototypeGuide):
     def _set_unknown(self) -> None:
         self.homes: dict[str, str] = {}
         # Supports that depend on latents; and of discrete latents the supports to propose from, draws of priors that
-        # are ones given other latents, and the least values that the data admit.
+        # are ones given other latents, the least values of counts in chains that the data admit, and values above the
+        # least where other counts begin.
         self.moving: dict[str, Moving] = {}
         self.covers: dict[str, Constraint] = {}
         self.prior_draws: Samples = {}
         self.least: dict[str, np.ndarray] = {}
+        self.above_least: dict[str, np.ndarray] = {}
 
     @contextmanager
     def _known_structure(self, args: tuple, kwargs: dict) -> Iterator[None]:
@@ -203,6 +205,9 @@ class StructuralGuide(PrototypeGuide):
         self.covers = {name: self.prototype_trace[name]["fn"].support for name in discrete}
         supports = supports_of(self.model, args, kwargs)
         self.moving = moving_supports(supports, latents)
+        known = self.homes.keys() | self.moving.keys() | self.begun
+        if counts := [name for name in discrete if is_count(self.covers[name]) and name not in known]:
+            self._begin_above_least(Data.of(self.model, args, kwargs, self.prototype_trace), counts)
         for name in self.moving:
             is_needed = name not in discrete or has_total(self.covers[name])
             if is_needed and (why := self._unseen(name)):
@@ -222,11 +227,20 @@ class StructuralGuide(PrototypeGuide):
                 share = sums[name] / jnp.maximum(draws[name].sum(-1), 1)
                 self.prior_draws[name] = jnp.round(draws[name] * share[..., None]).astype(draws[name].dtype)
         self._cover([name for name in named if name in self.moving and name not in totals], supports, latents)
-        if counts := {name: self.prior_draws[name] for name in named if name in self.homes}:
+        if inside := {name: self.prior_draws[name] for name in named if name in self.homes}:
             data = Data.of(self.model, args, kwargs, self.prototype_trace)
-            self.least = least_values(data, counts)
+            self.least = least_values(data, inside)
             self.prior_draws |= near_data(data, self.homes, draws)
         self.covers |= {name: constraints.integer_greater_than(least) for name, least in self.least.items()}
+
+    def _begin_above_least(self, data: Data, names: Iterable[str]) -> None:
+        """Let counts begin above the least that the data admit."""
+        sites = [self.prototype_trace[name] for name in names]
+        values = {site["name"]: site["value"][None] for site in sites if self._subsampled(site) is None}
+        for name, least in least_values(data, values).items():
+            site, low = self.prototype_trace[name], base_support(self.covers[name]).lower_bound
+            self.above_least[name] = np.where(least > low, least + 1, low)
+            site["value"] = jnp.maximum(site["value"], self.above_least[name].astype(site["value"].dtype))
 
     def _cover(self, left: list[str], supports: Callable[[Samples], dict[str, Constraint]], latents: Samples) -> None:
         """Cover the values of integers whose support depends on latents, after those of these latents.
@@ -278,10 +292,14 @@ class StructuralGuide(PrototypeGuide):
         if name in reached:
             return "the site's own values at other times are among them"
         for site in (name, *self.moving[name].parents):
-            for frame in self.prototype_trace[site]["cond_indep_stack"]:
-                if frame.size != self._full_plate_size(frame.name):
-                    return f"the plate '{frame.name}' is subsampled"
+            if plate := self._subsampled(self.prototype_trace[site]):
+                return f"the plate '{plate}' is subsampled"
         return None
+
+    def _subsampled(self, site: dict) -> str | None:
+        """A plate of a site that is subsampled."""
+        frames = site["cond_indep_stack"]
+        return next((f.name for f in frames if f.size != self._full_plate_size(f.name)), None)
 
     def _check_marginals(self, sites: Iterable[Site]) -> None:
         """Raise unless all sites are independent.
