@@ -799,7 +799,7 @@ def test_a_guide_that_draws_what_data_rule_out_is_named():
     with pytest.warns(
         UserWarning, match=r"In 40 of 40 steps of start 0 the loss was infinite: the guide draws what the"
     ):
-        posterior = fitted()
+        posterior = fitted(init_loc_fn=init_to_value(values={"count": 3}))
     with pytest.raises(ValueError, match=r"None of .* draws of the guide has a density under the model"):
         posterior.diagnose(100, random.key(1))
     with warnings.catch_warnings():

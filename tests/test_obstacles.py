@@ -67,7 +67,8 @@ def test_data_that_rule_out_all_draws_end_a_fit_and_are_named():
     with pytest.raises(
         ValueError, match=r"first 1\d\d steps .* site 'y' are impossible in 100% of draws .* at \[2\]\."
     ):
-        quick_fit(model, AutoMixed(model), jnp.array([1, 2, 90]), num_steps=10_000)
+        too_low = AutoMixed(model, init_loc_fn=init_to_value(values={"n": 3}))
+        quick_fit(model, too_low, jnp.array([1, 2, 90]), num_steps=10_000)
 
 
 # Guides.
@@ -204,7 +205,12 @@ SEEN = jnp.array([11, 14, 9, 16, 30, 21, 35])
 
 
 @pytest.mark.parametrize(
-    "count, effort, reverse", [(90, 0.5, False), (2 * SEEN + 1, jnp.arange(14.0).reshape(7, 2), True)]
+    "count, effort, reverse",
+    [
+        (90, 0.5, False),
+        (2 * SEEN + 1, jnp.arange(14.0).reshape(7, 2), True),
+        (2 * np.array(SEEN, np.int64) + 1, np.arange(14.0).reshape(7, 2), False),  # conversion makes another array
+    ],
 )
 def test_a_guide_begins_at_given_values_inside_of_scan(count, effort, reverse):
     guide = AutoMixed(counts_in_time, init_loc_fn=init_to_value(values={"count": count, "effort": effort}))

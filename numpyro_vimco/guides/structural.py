@@ -152,11 +152,10 @@ class StructuralGuide(PrototypeGuide):
             if value is None or not is_latent_site(site):
                 return value
             begun.add(site["name"])
-            value = jnp.asarray(value)
             try:
-                return jnp.broadcast_to(value, site["fn"].shape(site["kwargs"]["sample_shape"]))
+                return jnp.broadcast_to(jnp.asarray(value), site["fn"].shape(site["kwargs"]["sample_shape"]))
             except ValueError:
-                series[site["name"]] = value
+                series[site["name"]] = value  # as it is: an array that is made inside of `scan` is traced
                 return None
 
         model = scans = Scans(substitute(seed(self.model, rng_key), substitute_fn=init))
@@ -170,7 +169,8 @@ class StructuralGuide(PrototypeGuide):
                         f"{jnp.shape(tr[name]['value'])}. Pass one value for each element, or one for all; inside of "
                         "`scan` the first dimension is time."
                     )
-            return trace(Given(model, series)).get_trace(*args, **kwargs) if series else tr
+            given = {name: jnp.asarray(value) for name, value in series.items()}
+            return trace(Given(model, given)).get_trace(*args, **kwargs) if series else tr
 
         with block():
             self.prototype_trace = at_once(structure)
