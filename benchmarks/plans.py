@@ -1,6 +1,6 @@
 """What the rules of `fit(model, ...)` stand on: sums against particles, and the memory of a step.
 
-    taskset -c 0 python benchmarks/plans.py [--values 2 8 32 128] [--elements 100] [--steps 1000] [--starts]
+    taskset -c 0 python benchmarks/plans.py [--values 2 8 32 128] [--elements 5 10 20 100] [--steps 1000] [--starts]
 
 Each datum is a Normal about one of S levels, of an unknown location and scale. The forms are those of the plans: the
 levels summed out, with particles of their own, or drawn with all else. ``off`` is the log evidence less that of the
@@ -11,6 +11,7 @@ keys.
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 import sys
 from unittest import mock
@@ -40,8 +41,8 @@ def model(x, num_values):
 
 
 def forms(args, num_steps):
-    """The plans of the model, by what they do, whatever the number of values."""
-    with mock.patch.object(rules, "MOST_VALUES", 10**6):
+    """The plans of the model, by what they do, whatever the number of values and elements."""
+    with mock.patch.multiple(rules, MOST_VALUES=10**6, LEAST_ELEMENTS=1):
         found = rules.plans(model, args, {}, num_steps, 4, {}, memory=1e15)
     return dict(zip(("summed out", "particles", "joint"), found))
 
@@ -67,9 +68,9 @@ def main(options):
         starts()
         return
     rng = np.random.default_rng(0)
-    print("values  form          ms a step      off     ESS    MiB a step   planned")
-    for num_values in options.values:
-        level = rng.integers(num_values, size=options.elements)
+    print("elements  values  form          ms a step      off     ESS    MiB a step   planned")
+    for elements, num_values in product(options.elements, options.values):
+        level = rng.integers(num_values, size=elements)
         x = jnp.asarray(rng.normal(1 + 4.0 * level / num_values, 0.5), jnp.float32)
         args, exact = (x, num_values), None
         for name, plan in forms(args, options.steps).items():
@@ -85,7 +86,7 @@ def main(options):
             step = jax.jit(lambda state, svi=svi, args=args: svi.update(state, *args)).lower(state).compile()
             planned = plan.num_particles * rules.memory_of_particle(plan, Structure.of(model, args, {}))
             print(
-                f"{num_values:6}  {name:10} {1000 * clock.seconds / options.steps:10.1f} {evidence - exact:10.2f} "
+                f"{elements:8}  {num_values:6}  {name:10} {1000 * clock.seconds / options.steps:10.1f} {evidence - exact:10.2f} "
                 f"{ess:7.1%} {temp_size(step) / 2**20:12.2f} {planned / 2**20:10.2f}",
                 flush=True,
             )
@@ -94,7 +95,7 @@ def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--values", type=int, nargs="+", default=[2, 8, 32, 128])
-    parser.add_argument("--elements", type=int, default=100)
+    parser.add_argument("--elements", type=int, nargs="+", default=[100])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--starts", action="store_true", help="only fits of several numbers of starts")
     main(parser.parse_args())

@@ -1,14 +1,32 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of arguments that are plain values. Each message names the argument, and says what it must be and why."""
+"""Checks of arguments that are plain values, and warnings.
+
+Each message names the argument, and says what it must be and why.
+"""
 
 from collections.abc import Iterable
 import operator
+from pathlib import Path
+import sys
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
+import numpyro
+
+# Whose lines are not the user's.
+LIBRARIES = tuple(str(Path(path).parent) for path in (__file__, numpyro.__file__, jax.__file__))
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` at the line of the user that led to it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def listed(names: Iterable[str]) -> str:

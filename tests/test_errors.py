@@ -12,6 +12,10 @@ PACKAGE = Path(numpyro_vimco.__file__).parent
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 
 
+# In `warn` itself.
+WARN = "warnings.warn(message, stacklevel=level)"
+
+
 def template(node):
     """A message with … for each of its values; None for what is no string."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -29,10 +33,11 @@ def messages_of(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            if name == "warnings.warn" or re.fullmatch(r"[A-Z]\w*(Error|Exception|Warning)", name):
+            is_warning = name in ("warn", "warnings.warn") and ast.unparse(node) != WARN
+            if is_warning or re.fullmatch(r"[A-Z]\w*(Error|Exception|Warning)", name):
                 message = template(node.args[0])
                 assert message, f"line {node.lineno}: write the message where it is raised, for docs/errors.md"
-                messages.add((name.replace("warnings.warn", "UserWarning"), message))
+                messages.add(("UserWarning" if is_warning else name, message))
             elif re.fullmatch(r"check_\w+|\w+_error", name):
                 texts |= {text for text in map(template, node.args) if text and " " in text}
         elif isinstance(node, ast.Raise) and node.exc is not None:
@@ -66,6 +71,6 @@ def test_page_lists_what_is_raised(what):
 
 
 def test_message_that_is_not_literal_is_found():
-    for source in ("raise ValueError(message)", "raise error", "raise make(1)", "warnings.warn(message)"):
+    for source in ("raise ValueError(message)", "raise error", "raise make(1)", "warn(message)"):
         with pytest.raises(AssertionError, match="line 1"):
             messages_of(source)

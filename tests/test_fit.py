@@ -723,8 +723,11 @@ def test_what_is_wrong_with_the_data_is_said_before_the_fit():
     def prior():
         numpyro.sample("z", dist.Bernoulli(0.5))
 
-    with pytest.warns(UserWarning, match="no observed site, so that its posterior is the prior"):
-        fit(SVI(prior, AutoDiscrete(prior), optax.adam(0.1), VIMCOStar(0, 4)), random.key(0), 1, num_starts=1)
+    svi = SVI(prior, AutoDiscrete(prior), optax.adam(0.1), VIMCOStar(0, 4))
+    for either in (svi, prior):
+        with pytest.warns(UserWarning, match="no observed site, so that its posterior is the prior") as caught:
+            fit(either, random.key(0), 1, num_starts=1)
+        assert {warning.filename for warning in caught} == {__file__}  # the user's line, not ours
 
 
 @pytest.mark.filterwarnings("ignore:In 2 of 2 steps of start 0 the loss was infinite")

@@ -7,14 +7,13 @@ Every message names the argument, the site or the plate, says what is wrong, and
 """
 
 from collections.abc import Callable, Collection, Mapping
-import warnings
 
 import jax.numpy as jnp
 from jax.sharding import AxisType, Sharding
 from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
-from numpyro_vimco.arguments import check_integer, listed
+from numpyro_vimco.arguments import check_integer, listed, warn
 from numpyro_vimco.control_flow import is_in_scan, is_of_control_flow
 from numpyro_vimco.randomness import CHAIN
 from numpyro_vimco.sites import Trace, is_latent_site, is_marked, sample_sites
@@ -113,10 +112,9 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
     matched = {name: site for name, site in guide_trace.items() if site["type"] != "plate" or name not in frames}
     check_model_guide_match(model_trace, matched)
     if not any(site["type"] == "param" for site in guide_trace.values()):
-        warnings.warn(
+        warn(
             "The guide has no parameters, so that SVI cannot improve it. Declare them with `numpyro.param`, "
             "`numpyro.contrib.module.flax_module` or an automatic guide.",
-            stacklevel=2,
         )
 
 

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
-import warnings
 
 import jax
 from jax import random
@@ -15,6 +14,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 
 import numpyro_vimco
+from numpyro_vimco.arguments import warn
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.draws.approximation import Approximation, one_start
 from numpyro_vimco.draws.chunks import Chunked
@@ -128,10 +128,9 @@ def _groups(
             )
         except NotImplementedError as error:  # the posterior must not be lost with it
             improper = [name for name, site in approx.latents().items() if not can(site["fn"].sample, random.key(0))]
-            warnings.warn(
+            warn(
                 f"The groups of the prior are left out, as it cannot be sampled: {', '.join(map(repr, improper))} "
                 f"{'has' if len(improper) == 1 else 'have'} no sampler (an improper prior, for example). {error}",
-                stacklevel=4,
             )
             return by_chain, dims
         prior = jax.tree.map(lambda value: value[None], prior)
@@ -186,9 +185,8 @@ def _new_data(site: dict, rng_key: Array) -> Array | None:
         return whole(site).sample(rng_key)
     except Exception as error:  # Whatever it is, the posterior must not be lost with it.
         name, reason = site["name"], f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(
+        warn(
             f"The predictive groups are without site '{name}', as its distribution cannot be sampled: {reason}",
-            stacklevel=2,
         )
         return None
 

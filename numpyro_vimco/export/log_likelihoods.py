@@ -18,7 +18,6 @@ no plate with it (those of one chain in time), have no such value.
 
 from dataclasses import dataclass
 from typing import Any
-import warnings
 
 import jax
 from jax import random
@@ -27,6 +26,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.handlers import seed, substitute, trace
 
+from numpyro_vimco.arguments import warn
 from numpyro_vimco.control_flow import Given, is_in_scan
 from numpyro_vimco.densities.plates import Structure
 from numpyro_vimco.dependence import dependence
@@ -88,33 +88,30 @@ def find_elements(approx: Approximation, structure: Structure) -> tuple[list[Ele
             found.append(Elements(plate, plate_names(approx, dims, plate), _present(approx, sites, dims)))
         else:
             names = ", ".join(f"'{approx.observed[name].name}'" for name in sorted(sites))
-            warnings.warn(
+            warn(
                 f"Plate '{plate}' has latents of its own, which cannot be averaged out of the log-likelihood of its "
                 f"elements ({names}): its elements are not independent, the guide does not draw these latents inside "
                 "of the plate, or a summed site outside of it connects them. Values given the latents do not tell what "
                 "leaving an element out does; the group 'log_likelihood' is without them, and "
                 "'log_likelihood_given_latents' has them.",
-                stacklevel=3,
             )
     alone = {name for name in _with_summed_latents_of_their_own(approx) if name not in inside}
     if alone:
         names = ", ".join(repr(approx.observed[name].name) for name in sorted(alone))
-        warnings.warn(
+        warn(
             f"The data of {names} depend on summed latents that are in no plate with them, as those of a chain in time "
             "do: there is no log-likelihood of a datum with its latent summed out. The group 'log_likelihood' is "
             "without them; 'log_likelihood_given_latents' has them given a draw. If there are several chains, put "
             "them into a plate: each then is an element.",
-            stacklevel=3,
         )
     plates = {plate for elements in found for plate in ([elements.plate] if elements.plate else elements.dims)}
     if factors := [name for name in _factors(approx) if not plates.intersection(_stack(approx.model_trace[name]))]:
-        warnings.warn(
+        warn(
             f"The log-likelihood is without {', '.join(map(repr, factors))}, and so is `az.loo`: a factor has no data "
             "to leave out. If it is the density of data, write these as an observed site, "
             f"numpyro.sample('{factors[0]}', dist.Normal(…), obs=data); for a log-density of your own, with the class "
             "LogDensity of 'Leaving out, and comparing models' in the documentation. If it is a part of the prior, "
             "nothing is missing.",
-            stacklevel=3,
         )
     return found, inside | alone
 

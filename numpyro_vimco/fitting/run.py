@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jaxtyping import Array
 import numpy as np
 from numpyro.infer import SVI
 
-from numpyro_vimco.arguments import check_integer
+from numpyro_vimco.arguments import check_integer, warn
 from numpyro_vimco.compilation import ONCE, Compiled
 from numpyro_vimco.draws.approximation import Approximation, taken
 from numpyro_vimco.draws.pooling import by_start, in_pool, pooled
@@ -151,10 +150,9 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, settings: Sett
             svi.loss.check_program(program_of(approx, approx.local), approx.params, jax.random.key(0))
     sites = [*sample_sites(approx.model_trace), *sample_sites(approx.guide_trace)]
     if not any(site["is_observed"] for site in sites):
-        warnings.warn(
+        warn(
             "The model has no observed site, so that its posterior is the prior. Pass the data: "
             "`fit(svi, rng_key, num_steps, x)`.",
-            stacklevel=4,
         )
     if settings.start_sharding is not None:
         _check_start_sharding(settings.start_sharding, num_starts)
@@ -199,12 +197,11 @@ def run(fit: Fit, num_steps: int, progress_bar: bool) -> Fit:
     losses = np.concatenate([fit.starts.losses, losses], axis=1)
     infinite = np.isposinf(losses).sum(1)
     if losses.size and infinite.max() > losses.shape[1] / 2:
-        warnings.warn(
+        warn(
             f"In {infinite.max():,} of {losses.shape[1]:,} steps of start {infinite.argmax()} the loss was infinite: "
             "the guide draws what the data rule out, and learns nothing from that. Let it begin where the data are "
             'possible: `AutoMixed(model, init_loc_fn=init_to_value(values={"count": seen + 1}))` for a count of at '
             "least what was seen. Or give such data a small probability in the model.",
-            stacklevel=3,
         )
     temperatures = np.concatenate([fit.starts.inverse_temperature, temperatures], axis=1)
     params = approx.kept(_params_of, lambda: _params_of(svi))(state.svi)
@@ -287,15 +284,14 @@ def with_log_evidence(approx: Approximation, rng_key: Array, starts: Starts, sho
         blocks = by_start(approx).blocks(approx.starts, rng_key, EVIDENCE_DRAWS, lambda draw: draw.log_weight, progress)
         log_weights = np.concatenate(list(blocks), axis=0).swapaxes(0, 1).astype(float)
     except (ValueError, NotImplementedError) as error:
-        warnings.warn(f"The log evidence cannot be estimated. {error}", stacklevel=4)
+        warn(f"The log evidence cannot be estimated. {error}")
         return starts
     for i, log_weight in zip(starts.kept, log_weights):
         nan, zero = np.isnan(log_weight).sum(0).max(), np.isneginf(log_weight).sum(0).max()
         if nan or zero == EVIDENCE_DRAWS:
-            warnings.warn(
+            warn(
                 f"The log evidence of start {i} cannot be estimated: of {EVIDENCE_DRAWS:,} draws of its guide, {nan:,} "
                 f"have a NaN weight, and {zero:,} the weight zero.",
-                stacklevel=4,
             )
             continue
         relative = np.exp(log_weight - log_weight.max(0))
@@ -317,5 +313,5 @@ def _recovered(
     try:
         return recovered(approx, rng_key, starts, state, go_on, steps.units, "defence" if show_bar else None)
     except (ValueError, NotImplementedError) as error:
-        warnings.warn(f"What the starts may have lost cannot be looked for. {error}", stacklevel=4)
+        warn(f"What the starts may have lost cannot be looked for. {error}")
         return starts

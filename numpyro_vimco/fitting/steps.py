@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from time import perf_counter
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 import tqdm
 
+from numpyro_vimco.arguments import warn
 from numpyro_vimco.compilation import Compiled
 from numpyro_vimco.draws.approximation import one_start
 from numpyro_vimco.families.units import RealInUnits
@@ -107,10 +107,9 @@ class Steps:
                 if not done:
                     raise
                 taken = sum(len(record.loss) for _, record in done)
-                warnings.warn(
+                warn(
                     f"Interrupted after {taken} of {num_steps} steps. This is what there is; go on with "
                     f"`posterior.resume({num_steps - taken})`.",
-                    stacklevel=3,
                 )
         none = np.zeros((0, len(state.failed)), np.float32)
         losses = np.concatenate([none, *(np.asarray(record.loss) for _, record in done)])
@@ -216,9 +215,8 @@ class Steps:
                     f"All {len(failed)} starts failed, the last of them in step {step}: NaN came up in {where}. "
                     f"{advice}"
                 )
-            warnings.warn(
+            warn(
                 f"Start {i} of {len(failed)} is dropped: in step {step} NaN came up in {where}. The others go on.",
-                stacklevel=4,
             )
         bound = -record.loss[:, ~failed].mean()
         dropped = f", {failed.sum()} of {len(failed)} starts failed" if failed.any() else ""

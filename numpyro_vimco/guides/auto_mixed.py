@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 
+from numpyro_vimco.arguments import warn
 from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.families.components import Components, components_of_prior, spread_components
@@ -327,7 +327,7 @@ class AutoMixed(StructuralGuide):
             why = "each discrete site is in a plate that no continuous site is in"
             if not discrete or not continuous:
                 why = f"the model has no {'continuous' if discrete else 'discrete'} latent"
-            warnings.warn(f"structure='conditional' changes nothing: {why}. Leave it out.", stacklevel=2)
+            warn(f"structure='conditional' changes nothing: {why}. Leave it out.")
             self._sites = []
 
     def _units(self, names: Iterable[str], *args, **kwargs) -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from numpyro.distributions import biject_to
 from numpyro.distributions.constraints import Constraint
 from numpyro.distributions.transforms import IdentityTransform, Transform
 
+from numpyro_vimco.arguments import warn
 from numpyro_vimco.checks.jumps import LINES, candidates, jumps
 from numpyro_vimco.compilation import ONCE, Compiled, untraced
 from numpyro_vimco.densities.levels import Values
@@ -42,22 +42,20 @@ def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], i
         return []
     if is_traced:
         some = next(iter(found))
-        warnings.warn(
+        warn(
             f"The latent '{some}' flows into `{found[some]}`, where the density may jump. JAX traces the arguments, so "
             "that this cannot be tried. If it jumps, pathwise gradients are biased: pass "
             f"`score_sites={{'{some}'}}`. If it does not, pass `score_sites=()`.",
-            stacklevel=5,
         )
         return []
     with untraced():
         are_jumps = _are_jumps(make_program(), params, list(found))
     jumping = [name for name, is_jump in zip(found, are_jumps) if is_jump]
     for name in jumping:
-        warnings.warn(
+        warn(
             f"The density jumps where the latent '{name}' flows into `{found[name]}`. No pathwise gradient sees that, "
             "so that this latent uses the score function. "
             f"Pass `score_sites={{{', '.join(map(repr, jumping))}}}` to leave out the search and this warning.",
-            stacklevel=5,
         )
     return jumping
 
