@@ -1,31 +1,49 @@
-"""Time series of counts: chains of samples beside exact posteriors.
+"""Time series: chains of samples beside exact posteriors, or beside a long run of NUTS.
 
-python benchmarks/chains.py [population] [survivors] [epidemic] [--steps-in-time 30] [--samples 1 4 8 16] [--seeds 3]
+python benchmarks/chains.py [NAME ...] [--steps-in-time 30] [--samples 1 4 8 16] [--seeds 3] [--planned]
 
 - *population*: N_1 ~ Poisson(initial), N_t ~ Poisson(growth N_{t-1} + 1), y_t ~ Binomial(N_t, detection).
 - *survivors*: S_t ~ Binomial(N_{t-1}, survival), R_t ~ Poisson(gain), N_t = S_t + R_t, y_t ~ Binomial(N_t, detection):
   two latents of one step, of which one is bounded by the step before it.
 - *epidemic*: new_t ~ Binomial(50 - I_{t-1}, 1 - exp(-contact I_{t-1} / 50)), still_t ~ Binomial(I_{t-1}, stay), I_t =
   new_t + still_t, y_t ~ Binomial(new_t, reported): chain-binomial, who recovers can fall ill again.
+- *gaussian*: x_t ~ Normal(memory x_{t-1}, noise), y_t ~ Normal(x_t, error).
+- *outliers*: the same with y_t ~ StudentT(3, x_t, error).
+- *volatility*: daily returns of the S&P 500 in percent, from 2008-06-02 on (of the package `arch`, which has to be
+  installed); y_t ~ Normal(0, exp(h_t / 2)), h_t ~ Normal(level + memory (h_{t-1} - level), noise).
+- *sites*: *population* at 50 sites, with a covariate of the initial number, of growth and of detection.
 
-Three numbers of each are unknown. The truth is a sum over all states, at each point of a grid of the three. For each
-number K of samples of a step and each seed: the verdict, the error of the log evidence in nats, the largest error of
-the mean of a global latent in posterior standard deviations, the ESS, and seconds of processor and of wall for `fit`
-with its verdict and 4,000 draws, compilation counted. K = 1 is a fit without `chain_particles`: a path is one particle.
+Three numbers of each are unknown, of *sites* six. The truth of the first four is a sum over all states, or the Kalman
+filter, at each point of a grid of the three. That of *outliers* and *volatility* is NUTS over all latents; that of
+*sites* is NUTS over the six, with the counts summed out up to 80. Their log evidence is not known.
+
+For each number K of samples of a step and each seed: the verdict, the error of the log evidence in nats, the largest
+error of the mean of a global latent in posterior standard deviations, the ESS, and seconds of processor and of wall for
+`fit` with its verdict and 4,000 draws, compilation counted. K = 1 is a fit without `chain_particles`: a path is one
+particle. With ``--planned`` the fits are ``fit(model, key, num_steps, data)`` alone. The last line is the memory of the
+process.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+import resource
+import time
 
 from common import HEADER, row
+import jax
+from jax import random
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 from numpyro.contrib.control_flow import scan
+from numpyro.diagnostics import summary
 import numpyro.distributions as dist
-from numpyro.infer import SVI
+from numpyro.infer import MCMC, NUTS, SVI
 import optax
+import pandas as pd
 from scipy.special import expit
 from scipy.stats import binom, norm, poisson
 
@@ -60,7 +78,7 @@ class Problem:
     log_likelihoods: Callable
 
     def exact(self, seen):
-        """Log evidence in nats, and mean and standard deviation of each global latent."""
+        """Log evidence in nats or None, and mean and standard deviation of each global latent."""
         points = {name: np.linspace(*self.grid[name]) for name in self.priors}
         values = {name: transform(points[name]) for name, (transform, _, _) in self.priors.items()}
         first, second, third = values.values()
@@ -87,6 +105,34 @@ def forward(first, transition, emissions):
         total = total + np.log(sums[..., 0])
         alpha = (alpha / sums) @ transition * emission
     return total + np.log(alpha.sum(-1))
+
+
+@dataclass(frozen=True)
+class ByNUTS:
+    """A time series whose posterior is known from a long run.
+
+    :ivar model: from the data.
+    :ivar chain: a latent of its `scan`.
+    :ivar simulate: from a number of steps to the data.
+    :ivar reference: the model of which NUTS draws.
+    """
+
+    model: Callable
+    chain: str
+    simulate: Callable
+    reference: Callable
+
+    def exact(self, data):
+        begin = time.process_time()
+        kernel = NUTS(self.reference, target_accept_prob=0.95)
+        mcmc = MCMC(kernel, num_warmup=1000, num_samples=2000, num_chains=2, progress_bar=False)
+        mcmc.run(random.key(100), *data)
+        draws = {name: x for name, x in mcmc.get_samples(group_by_chain=True).items() if x.ndim == 2}
+        about = summary(draws)
+        worst = max(x["r_hat"] for x in about.values()), min(x["n_eff"] for x in about.values())
+        seconds = time.process_time() - begin
+        print(f"NUTS: {seconds:.0f}s of the processor, R-hat {worst[0]:.3f}, {worst[1]:.0f} effective draws at least")
+        return None, {name: (float(x["mean"]), float(x["std"])) for name, x in about.items()}
 
 
 def population(seen):
@@ -183,6 +229,116 @@ def of_epidemic(seen, contact, stay, reported):
     return total
 
 
+def gaussian(seen, observation=dist.Normal):
+    memory = share("memory", 1.0)
+    noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
+    error = numpyro.sample("error", dist.LogNormal(0.0, 0.5))
+
+    def step(x, seen):
+        x = numpyro.sample("x", dist.Normal(memory * x, noise))
+        numpyro.sample("seen", observation(x, error), obs=seen)
+        return x, None
+
+    scan(step, 0.0, seen)
+
+
+def outliers(seen):
+    gaussian(seen, lambda x, error: dist.StudentT(3.0, x, error))
+
+
+def gaussian_data(steps, student=False):
+    rng, x, seen = np.random.default_rng(4), 0.0, []
+    for _ in range(steps):
+        x = rng.normal(0.8 * x, 1.0)
+        seen.append(x + 1.2 * (rng.standard_t(3) if student else rng.normal()))
+    return np.array(seen, np.float32)
+
+
+def of_gaussian(seen, memory, noise, error):
+    """Kalman filter, for an array of errors."""
+    mean, variance, total = np.zeros_like(error), np.zeros_like(error), 0.0
+    for y in seen:
+        mean, variance = memory * mean, memory**2 * variance + noise**2
+        total = total + norm.logpdf(y, mean, np.sqrt(variance + error**2))
+        gain = variance / (variance + error**2)
+        mean, variance = mean + gain * (y - mean), (1 - gain) * variance
+    return total
+
+
+def volatility(returns):
+    level = numpyro.sample("level", dist.Normal(0.0, 1.0))
+    memory = share("memory", 3.0, 1.0)
+    noise = numpyro.sample("noise", dist.LogNormal(-1.5, 0.5))
+
+    def day(before, seen):
+        h = numpyro.sample("h", dist.Normal(level + memory * (before - level), noise))
+        numpyro.sample("seen", dist.Normal(0.0, jnp.exp(h / 2)), obs=seen)
+        return h, None
+
+    scan(day, level, returns)
+
+
+def volatility_data(steps):
+    path = Path(find_spec("arch").submodule_search_locations[0]) / "data" / "sp500" / "sp500.csv.gz"
+    prices = pd.read_csv(path, index_col="Date", parse_dates=True)["Adj Close"]
+    returns = 100 * np.log(prices).diff()["2008-06-02":]
+    return (np.asarray(returns[:steps], np.float32),)
+
+
+SITES, MOST = 50, 80
+
+
+def of_sites(habitat, winter, effort):
+    """Numbers of all sites: expected at first, growth of each year, and detection."""
+    locs = {"abundance": 2.0, "habitat": 0.0, "growth": 0.0, "winter": 0.0, "detection": 0.0, "effort": 0.0}
+    a, b, c, d, e, f = (numpyro.sample(f"{name}_effect", dist.Normal(loc, 0.5)) for name, loc in locs.items())
+    return jnp.exp(a + b * habitat), jnp.exp(c + d * winter), jax.nn.sigmoid(e + f * effort)
+
+
+def sites(seen, habitat, winter, effort):
+    """``seen``, ``winter`` and ``effort`` have shape (years, sites)."""
+    initial, growth, detection = of_sites(habitat, winter, effort)
+
+    def year(expected, now):
+        seen, growth, detection = now
+        with numpyro.plate("site", len(habitat)):
+            count = numpyro.sample("count", dist.Poisson(expected))
+            numpyro.sample("seen", dist.Binomial(count, detection), obs=seen)
+        return growth * count + 0.5, None
+
+    scan(year, initial, (seen, growth, detection))
+
+
+def sites_summed(seen, habitat, winter, effort):
+    initial, growth, detection = of_sites(habitat, winter, effort)
+    counts = jnp.arange(MOST + 1)
+
+    def of_site(seen, initial, growth, detection):
+        emission = dist.Binomial(counts, detection[:, None]).log_prob(seen[:, None])
+        emission = jnp.where(counts < seen[:, None], -1e4, emission)
+
+        def year(log_alpha, now):
+            emission, growth = now
+            move = dist.Poisson(growth * counts[:, None] + 0.5).log_prob(counts)
+            largest = log_alpha.max()
+            return jnp.log(jnp.exp(log_alpha - largest) @ jnp.exp(move) + 1e-30) + largest + emission, None
+
+        first = dist.Poisson(initial).log_prob(counts) + emission[0]
+        return jax.nn.logsumexp(jax.lax.scan(year, first, (emission[1:], growth[:-1]))[0])
+
+    numpyro.factor("data", jax.vmap(of_site, (1, 0, 1, 1))(seen, initial, growth, detection).sum())
+
+
+def sites_data(steps):
+    rng = np.random.default_rng(5)
+    habitat, winter, effort = rng.normal(size=SITES), rng.normal(size=(steps, SITES)), rng.normal(size=(steps, SITES))
+    count, seen = rng.poisson(np.exp(2.3 + 0.4 * habitat)), []
+    for t in range(steps):
+        seen.append(rng.binomial(count, expit(0.2 + 0.4 * effort[t])))
+        count = np.minimum(rng.poisson(np.exp(-0.05 + 0.1 * winter[t]) * count + 0.5), MOST)
+    return tuple(np.asarray(x, np.float32) for x in (np.array(seen), habitat, winter, effort))
+
+
 PROBLEMS = {
     "population": Problem(
         population,
@@ -208,21 +364,37 @@ PROBLEMS = {
         {"contact": (-1.8, 2.2, 32), "stay": (-2.4, 2.4, 32), "reported": (-2.0, 3.0, 32)},
         of_epidemic,
     ),
+    "gaussian": Problem(
+        gaussian,
+        "x",
+        gaussian_data,
+        {"memory": (expit, 1.0, 0.5), "noise": (np.exp, 0.0, 0.5), "error": (np.exp, 0.0, 0.5)},
+        {"memory": (-1.6, 3.6, 60), "noise": (-2.2, 1.4, 60), "error": (-2.2, 1.4, 60)},
+        of_gaussian,
+    ),
+    "outliers": ByNUTS(outliers, "x", lambda steps: (gaussian_data(steps, student=True),), outliers),
+    "volatility": ByNUTS(volatility, "h", volatility_data, volatility),
+    "sites": ByNUTS(sites, "count", sites_data, sites_summed),
 }
 
 
-def run(name, steps_in_time, samples, seeds, num_particles, num_steps):
+def run(name, steps_in_time, samples, seeds, num_particles, num_steps, planned):
     problem = PROBLEMS[name]
-    seen = problem.simulate(steps_in_time)
-    log_evidence, moments = problem.exact(seen)
-    print(f"{name}, {steps_in_time} steps in time; exact log evidence {log_evidence:.3f} nats; {num_steps:,} steps")
+    data = problem.simulate(steps_in_time)
+    log_evidence, moments = problem.exact(data)
+    known = "not known" if log_evidence is None else f"{log_evidence:.3f} nats"
+    print(f"{name}, {steps_in_time} steps in time; exact log evidence {known}; {num_steps:,} steps")
     print(f"{'K':>4} {HEADER}")
-    for number in samples:
-        chains = {problem.chain: number} if number > 1 else {}
+    args = data if isinstance(data, tuple) else (data,)
+    for number in ["plan"] if planned else samples:
         for seed in range(seeds):
-            objective = VIMCOStar(0.5, num_particles, chain_particles=chains)
-            svi = SVI(problem.model, AutoMixed(problem.model, chains=chains.keys()), optax.adam(0.02), objective)
-            print(f"{number:>4} {row(svi, seed, num_steps, (seen,), log_evidence, moments)}", flush=True)
+            svi = problem.model  # `fit` takes a model too
+            if not planned:
+                chains = {problem.chain: number} if number > 1 else {}
+                objective = VIMCOStar(0.5, num_particles, chain_particles=chains)
+                svi = SVI(problem.model, AutoMixed(problem.model, chains=chains.keys()), optax.adam(0.02), objective)
+            print(f"{number:>4} {row(svi, seed, num_steps, args, log_evidence, moments)}", flush=True)
+    print(f"memory of the process at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
 if __name__ == "__main__":
@@ -233,6 +405,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-particles", type=int, default=8)
     parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--planned", action="store_true", help="`fit(model, ...)` alone")
     args = vars(parser.parse_args())
     for problem in args.pop("problems"):
         run(problem, **args)

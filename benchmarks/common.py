@@ -32,7 +32,7 @@ HEADER = f"{'seed':>4} {'verdict':>8} {'evidence':>16} {'largest':>8} {'ESS':>6}
 def row(svi, seed, num_steps, data, log_evidence, moments):
     """A fit beside an exact posterior: verdict, errors, ESS and seconds, of which compilation is a part.
 
-    :param log_evidence: the exact one in nats.
+    :param log_evidence: the exact one in nats, or None.
     :param moments: by latent, its exact mean and standard deviation.
     """
     begin = time.process_time(), time.perf_counter()
@@ -41,7 +41,8 @@ def row(svi, seed, num_steps, data, log_evidence, moments):
     draws = posterior.to_arviz(num_samples=4000, groups=(), progress_bar=False)["posterior"]
     spent = time.process_time() - begin[0], time.perf_counter() - begin[1]
     largest = max(np.max(np.abs(draws[n].mean(("chain", "draw")) - mean) / sd) for n, (mean, sd) in moments.items())
-    error = f"{posterior.log_evidence - log_evidence:+.3f} ± {posterior.log_evidence_std_error:.3f}"
+    known = posterior.log_evidence if log_evidence is None else log_evidence
+    error = f"{posterior.log_evidence - known:+.3f} ± {posterior.log_evidence_std_error:.3f}"
     ess = f"{posterior.ess / posterior.diagnostics.num_draws:.1%}"
     return f"{seed:>4} {verdict:>8} {error:>16} {float(largest):>8.2f} {ess:>6} {spent[0]:>9.0f}s {spent[1]:>5.0f}s"
 

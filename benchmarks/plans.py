@@ -86,8 +86,8 @@ def main(options):
             step = jax.jit(lambda state, svi=svi, args=args: svi.update(state, *args)).lower(state).compile()
             planned = plan.num_particles * rules.memory_of_particle(plan, Structure.of(model, args, {}))
             print(
-                f"{elements:8}  {num_values:6}  {name:10} {1000 * clock.seconds / options.steps:10.1f} {evidence - exact:10.2f} "
-                f"{ess:7.1%} {temp_size(step) / 2**20:12.2f} {planned / 2**20:10.2f}",
+                f"{elements:8}  {num_values:6}  {name:10} {1000 * clock.seconds / options.steps:10.1f} "
+                f"{evidence - exact:10.2f} {ess:7.1%} {temp_size(step) / 2**20:12.2f} {planned / 2**20:10.2f}",
                 flush=True,
             )
 
