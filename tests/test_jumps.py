@@ -172,6 +172,22 @@ def test_comparisons_inside_of_densities_of_numpyro_are_no_reason_for_a_warning(
         jax.jit(lambda x: objective.loss(random.key(0), params, model, guide, x))(X)
 
 
+def test_what_a_guide_draws_after_a_latent_is_no_reason_to_look():
+    """The guide draws levels by the values of ``loc``; the density is that at given levels."""
+
+    def model(x):
+        loc = numpyro.sample("loc", dist.Normal(0.0, 3.0))
+        with numpyro.plate("datum", len(x)):
+            level = numpyro.sample("level", dist.Categorical(jnp.ones(4) / 4))
+            numpyro.sample("x", dist.Normal(loc + level, 1.0), obs=x)
+
+    objective, guide = VIMCOStar(num_particles=4), AutoMixed(model)
+    params = initial_params(lambda: guide(X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # with traced data a reason to look is a warning
+        jax.jit(lambda x: objective.loss(random.key(0), params, model, guide, x))(X)
+
+
 def test_an_observation_that_may_leave_its_support_makes_a_jump():
     def model():
         high = numpyro.sample("high", dist.Exponential(0.1))

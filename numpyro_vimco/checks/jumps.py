@@ -159,21 +159,19 @@ def jumps(log_density: Callable[[Array], Float[Array, ""]], first: Array, second
         return jnp.where(found > floor, found, floor)
 
     values = jnp.where(values > floor, values, floor)
-    begin = ends[:-1], ends[1:], values[:-1], values[1:]
+    begin = jnp.stack([ends[:-1], values[:-1], ends[1:], values[1:]])
 
-    def bisect(state: tuple, _: None) -> tuple[tuple, Array]:
-        low, high, of_low, of_high = state
+    def bisect(part: Array, _: None) -> tuple[Array, Array]:
+        low, of_low, high, of_high = part
         middle = (low + high) / 2
         of_middle = evaluate(middle)
         is_left = jnp.abs(of_middle - of_low) > jnp.abs(of_high - of_middle)
-        state = (
-            jnp.where(is_left, low, middle),
-            jnp.where(is_left, middle, high),
-            jnp.where(is_left, of_low, of_middle),
-            jnp.where(is_left, of_middle, of_high),
-        )
-        return state, jnp.abs(state[3] - state[2])
+        # One selection: XLA may compute what several of them share once for each, with other roundings and, near a tie,
+        # with other answers. A point would then have the value of another one.
+        left, right = jnp.stack([low, of_low, middle, of_middle]), jnp.stack([middle, of_middle, high, of_high])
+        part = jnp.where(is_left, left, right)
+        return part, jnp.abs(part[3] - part[1])
 
-    (_, _, of_low, of_high), differences = jax.lax.scan(bisect, begin, length=BISECTIONS)
+    (_, of_low, _, of_high), differences = jax.lax.scan(bisect, begin, length=BISECTIONS)
     size = LEAST + ROUNDING * (jnp.abs(of_low) + jnp.abs(of_high))
     return jnp.any((differences[-1] > size) & (differences[-1] > KEPT * differences[-1 - LAST]))

@@ -207,12 +207,18 @@ class Program:
         jax.eval_shape(look, params, rng_key)
         return found[0]
 
-    def path_samples(self, params: dict[str, Any], rng_key: Array) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes of the samples of the guide that gradients flow through."""
+    def samples(
+        self, params: dict[str, Any], rng_key: Array
+    ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+        """The shapes of the samples of the guide: of those that gradients flow through, and of the others."""
 
-        def look(params) -> Values:
+        def look(params) -> tuple[Values, Values]:
             latents = filter(is_latent_site, sample_sites(self._trace_guide(params, self._first(rng_key))))
-            return {s["name"]: s["value"] for s in latents if not self._is_by_score(s) and not is_delta(s)}
+            found: tuple[Values, Values] = {}, {}
+            for site in latents:
+                if not is_delta(site):
+                    found[self._is_by_score(site)][site["name"]] = site["value"]
+            return found
 
         return jax.eval_shape(look, params)
 

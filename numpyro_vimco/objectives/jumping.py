@@ -34,10 +34,11 @@ def jumping_sites(make_program: Callable[[], Program], params: dict[str, Any], i
         compared; a warning then names those at which it may jump.
     """
     program, key = make_program(), jax.random.key(0)
-    samples = program.path_samples(params, key)
+    samples, others = program.samples(params, key)
     if not samples:
         return []
-    found = candidates(partial(_log_density, program, params, key), samples)
+    flows = candidates(partial(_log_density, program, params, key), {**samples, **others})
+    found = {name: operation for name, operation in flows.items() if name in samples}
     if not found:
         return []
     if is_traced:
