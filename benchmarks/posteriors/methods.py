@@ -96,7 +96,11 @@ def flat(posterior):
 
 
 def planned(about, seed, budget, num_steps=2000, improves=False):
-    """`fit(model, ...)` as it is; and where ``improves``, a second row after `improve` for the rest of the budget."""
+    """`fit(model, ...)` as it is; and where ``improves``, a second row after `improve` for the rest of the budget.
+
+    A verdict of chains says nothing of the evidence, which stays that of the weights with their own verdict: the second
+    row is then without it.
+    """
     quantities = Quantities(about)
     fit_key, key = random.split(random.key(seed))
     forget_compiled()
@@ -108,9 +112,10 @@ def planned(about, seed, budget, num_steps=2000, improves=False):
             estimate = mean_asked(quantities, flat(draws))
         diagnostics = posterior.diagnostics
         ess = float(np.min(diagnostics.ess)) / diagnostics.num_draws
+        evidence = quantities.of_evidence(diagnostics.log_evidence) if posterior.mcmc is None else {}
         return {
             "method": method, "seed": seed, "size": num_steps, **clock.columns(),
-            **quantities.error(estimate), **quantities.of_evidence(diagnostics.log_evidence), "relative_ess": ess,
+            **quantities.error(estimate), **evidence, "relative_ess": ess,
             "pareto_k": float(np.max(diagnostics.pareto_k)), "verdict": posterior.verdict,
             "note": "; ".join(posterior.improvements) or posterior.plan.what,
         }  # fmt: skip

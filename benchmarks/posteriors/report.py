@@ -127,8 +127,19 @@ def problem_row(name, runs, budget):
 
 
 def verdicts(results, budget):
-    """How often each method is within 0.1, and among the fastest; how often it says good in the end, and is wrong."""
+    """How often each method is within 0.1, and among the fastest; how often it says good in the end, and is wrong.
+
+    The first two rows are the plan's, whatever the budget: on how many posteriors all seeds are within 0.1.
+    """
     rows = []
+    for name, label in (("planned", "`fit(model, …)`"), ("planned, improved", "… with `improve`, three minutes")):
+        applies = [of[name] for of in results.values() if name in of and of[name].seeds]
+        last = [rows[-1] for of in applies for rows in of.seeds.values()]
+        within = sum(max(float(rows[-1]["error"]) for rows in of.seeds.values()) <= RIGHT for of in applies)
+        good = [row for row in last if row["verdict"] == "good"]
+        wrong = sum(row["right"] == "False" for row in good)
+        counts = [f"{len(applies)} of {len(results)}", within, "–", f"{len(good)} of {len(last)}", wrong]
+        rows.append([label, *counts])
     for name in COMPARED:
         applies = {problem: of[name] for problem, of in results.items() if name in of and of[name].seeds}
         if not applies:
