@@ -29,8 +29,8 @@ JOINT, SHARED, LOCAL, SAMPLES = 64, 8, 8, 16
 # club that may have either name, a start loses the larger mode with probability 0.6: of 8 fits of 4 starts, 3 were
 # wrong and called "good"; of 8 fits of 8 starts, none (`benchmarks/plans.py --starts`).
 MANY_STARTS, MANY_SWITCHES = 8, 10
-# Plates of fewer elements have no particles of their own: their latents are drawn with all others. With 5 to 40 elements
-# particles of the plate have 40 times the ESS of joint ones, at the same time a step; fewer were not measured
+# Plates of fewer elements have no particles of their own: their latents are drawn with all others. With 5 to 40
+# elements particles of the plate have 40 times the ESS of joint ones, at the same time a step; fewer were not measured
 # (`benchmarks/plans.py --values 4 --elements 5 10 20 40`).
 LEAST_ELEMENTS = 5
 # Combinations of values of the summed latents that one density depends on. A sum of S values costs S evaluations for
@@ -222,8 +222,8 @@ def _local(plan: Plan, known: Structure) -> Plan:
 def _local_plates(left: Mapping[str, Latent], known: Structure, summed: Mapping[str, int]) -> dict[str, set[str]]:
     """Plates whose elements are independent given the latents outside of them, each with its latents.
 
-    No site is in two of them: of nested or crossed plates it is the one with more elements of latents. A plate that contains every
-    site needs no particles: each of its elements has a bound of its own.
+    No site is in two of them: of nested or crossed plates it is the one with more elements of latents. A plate that
+    contains every site needs no particles: each of its elements has a bound of its own.
     """
     sizes = {plate: size for about in left.values() for plate, size in about.plates.items()}
     found: dict[str, set[str]] = {}
