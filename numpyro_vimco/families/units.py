@@ -27,6 +27,7 @@ from numpyro.handlers import block, seed, trace
 from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
+from numpyro_vimco.compilation import at_once
 from numpyro_vimco.randomness import split
 from numpyro_vimco.sites import can
 
@@ -147,7 +148,7 @@ def prior_draws(
 
     size = sum(np.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(draw, jax.random.key(0))))
     number = int(np.clip(PRIOR_SIZE // max(size, 1), 20, PRIOR_DRAWS))
-    return jax.vmap(draw)(split(jax.random.key(0), number))
+    return at_once(lambda: jax.vmap(draw)(split(jax.random.key(0), number)))
 
 
 class FromPrior(Messenger):
