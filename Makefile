@@ -1,4 +1,4 @@
-# make demo          variable selection on real data: prints, and saves, what it finds
+# make demo          a population that is counted each year, beside the exact posterior: prints, and saves, what it finds
 # make test          lint, type check and the tests that take seconds: 6 minutes on 2 cores, 4 once programs are compiled
 # make test-long     the others, each with one of its cases: half an hour
 # make test-weekly   all other cases, examples, and pages that take minutes: an hour
@@ -24,8 +24,11 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 .PHONY: demo test test-long test-weekly test-all test-oldest test-nightly pytest slow lint ruff mypy docs publish-docs outputs \
   benchmark posteriors dist check-tag clean
 
-demo: $(INSTALLED)
-	$(BIN)/python examples/variable_selection.py
+# Installs what the example needs, and no more. `make test` adds the rest.
+demo:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -e $(INSTALLED) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable . optax matplotlib
+	$(BIN)/python examples/population.py
 
 test: lint pytest
 
@@ -120,7 +123,7 @@ publish-docs: docs
 	git worktree remove --force .gh-pages
 
 # Of examples that take minutes docs/experiments.md and docs/which_objective.md have the results.
-SHORT := variable_selection coal_mining occupancy turtles cranes signal_and_noise mixture_selection
+SHORT := population variable_selection coal_mining occupancy turtles cranes signal_and_noise mixture_selection
 PAGES := README.md docs/quick_start.md docs/occupancy.md docs/checking_a_fit.md docs/bad_to_good.md
 
 outputs: $(INSTALLED)

@@ -3,7 +3,7 @@
 import arviz as az
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal
+from scipy.stats import beta, multivariate_normal, norm, poisson
 
 from helpers import load_example
 
@@ -24,6 +24,28 @@ def test_variable_selection(tmp_path):
     assert (tmp_path / "variable_selection.png").stat().st_size > 10_000
     posterior = az.from_netcdf(str(tmp_path / "variable_selection.nc"))["posterior"]
     assert posterior["included"].shape == (1, 10_000, 10)
+
+
+@pytest.mark.long
+def test_population(tmp_path):
+    """The fit has the exact log evidence, and the quantiles of each year to one animal in twenty."""
+    posterior, log_evidence, draws, exact = run("population", f"--output={tmp_path}")
+    assert posterior.verdict == "good" and abs(posterior.log_evidence - log_evidence) < 0.1
+    assert (np.abs(draws - exact) <= 1 + 0.05 * exact).all()
+    module = load_example("population")
+    assert (tmp_path / "population.png").stat().st_size > 10_000
+
+
+def test_exact_posterior_of_a_population():
+    """What is seen of a Poisson number is Poisson: of one year the evidence is an integral over two numbers."""
+    module = load_example("population")
+    log_evidence, probability = module.exact_posterior(np.array([12]))
+    logs, shares = np.linspace(0, 6, 601), np.linspace(0, 1, 401)
+    density = norm.pdf(logs, 3, 0.5)[:, None] * beta.pdf(shares, 4, 4)
+    cell = (logs[1] - logs[0]) * (shares[1] - shares[0])
+    exact = (poisson.pmf(12, np.exp(logs)[:, None] * shares) * density).sum() * cell
+    assert abs(log_evidence - np.log(exact)) < 0.01
+    assert abs(probability.sum() - 1) < 1e-9 and probability[0, :12].sum() < 1e-12
 
 
 @pytest.mark.long
