@@ -15,7 +15,7 @@ python benchmarks/chains.py [NAME ...] [--steps-in-time 30] [--samples 1 4 8 16]
 
 Three numbers of each are unknown, of *sites* six. The truth of the first four is a sum over all states, or the Kalman
 filter, at each point of a grid of the three. That of *outliers* and *volatility* is NUTS over all latents; that of
-*sites* is NUTS over the six, with the counts summed out up to 70. Their log evidence is not known.
+*sites* is NUTS over the six, with the counts summed out up to 80. Their log evidence is not known.
 
 For each number K of samples of a step and each seed: the verdict, the error of the log evidence in nats, the largest
 error of the mean of a global latent in posterior standard deviations, the ESS, and seconds of processor and of wall for
@@ -288,7 +288,7 @@ def volatility_data(steps):
     return (np.asarray(returns[:steps], np.float32),)
 
 
-SITES, MOST = 50, 70
+SITES, MOST = 50, 80
 
 
 def of_sites(habitat, winter, effort):

@@ -32,7 +32,6 @@ def test_population(tmp_path):
     posterior, log_evidence, draws, exact = run("population", f"--output={tmp_path}")
     assert posterior.verdict == "good" and abs(posterior.log_evidence - log_evidence) < 0.1
     assert (np.abs(draws - exact) <= 1 + 0.05 * exact).all()
-    module = load_example("population")
     assert (tmp_path / "population.png").stat().st_size > 10_000
 
 
