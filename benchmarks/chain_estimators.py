@@ -15,6 +15,7 @@ the evidence, (sum Z)^2 / sum Z^2 over their number. ``off`` is the log of their
 
 Then the signal-to-noise ratio of one gradient of both estimators, at parameters that VIMCO-⋆ with K = 16 has found: the
 median over the parameters, of 200 gradients. The picture is docs/images/chains.svg, its numbers are in chains.json.
+Another one, paths.svg, has paths through five samples of each year, as wide as their share of the evidence.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from scipy.stats import binom, poisson
 
 from numpyro_vimco import AutoMixed, Posterior, VIMCOStar, fit
 from numpyro_vimco.objectives import control_variates
+from numpyro_vimco.objectives.paths import path_shares
 
 GROWTH, INITIAL, DETECTION = 0.97, 30.0, 0.5
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -203,12 +205,38 @@ def draw(found, steps):
     figure.savefig(IMAGES / "chains.svg")
 
 
+def draw_paths(number=5, steps=8):
+    """Paths through samples of each step, as wide as their share of the evidence."""
+    seen, rng = population_data(steps), np.random.default_rng(3)
+    expected = seen + 14.0  # samples of independent steps, about what was seen and what was not
+    samples = rng.poisson(expected[:, None], (steps, number))
+    log_q = poisson.logpmf(samples, expected[:, None])
+    log_v = np.stack([np.broadcast_to(poisson.logpmf(samples[0], INITIAL)[:, None], (number, number))])
+    moves = poisson.logpmf(samples[1:, :, None], GROWTH * samples[:-1, None, :] + 1.0)  # now, before
+    log_v = np.concatenate([log_v, moves]) + (binom.logpmf(seen[:, None], samples, DETECTION) - log_q)[..., None]
+    share = np.asarray(path_shares(jnp.asarray(np.moveaxis(log_v, 0, 1)), False)[1])  # now, steps, before
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    for t in range(1, steps):
+        for now in range(number):
+            for before in range(number):
+                line = [samples[t - 1, before], samples[t, now]]
+                axes.plot([t, t + 1], line, "0.8", lw=0.6, zorder=1)
+                axes.plot([t, t + 1], line, "C3", lw=8 * share[now, t, before], solid_capstyle="round", zorder=2)
+    through = share.sum(2).T  # steps, now
+    years = np.repeat(np.arange(1, steps + 1), number)
+    axes.scatter(years, samples.ravel(), s=15 + 120 * through.ravel(), color="C3", edgecolor="white", zorder=3)
+    axes.set(xlabel="year", ylabel="animals")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(IMAGES / "paths.svg")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps-in-time", type=int, default=100)
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128])
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
+    draw_paths()
     data = population_data(args.steps_in_time)
     results = {"ess": compare(data, args.samples, args.seeds), "snr": ratios(data, args.samples)}
     (IMAGES / "chains.json").write_text(json.dumps(results, indent=1))

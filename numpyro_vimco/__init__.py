@@ -14,7 +14,7 @@ from numpyro_vimco.mcmc import GuidedMCMC
 from numpyro_vimco.objectives import REINFORCE, VIMCO, ImportanceWeightedELBO, ReweightedWakeSleep, VIMCOStar
 from numpyro_vimco.posterior import Posterior, fit, plots
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "REINFORCE",

@@ -12,6 +12,33 @@ import numpyro_vimco
 from numpyro_vimco import control_variates, plots
 
 
+# Names of other libraries in docstrings. Their inventories would have to be fetched, and are in none of their packages.
+PYRO, JAX = (
+    "https://num.pyro.ai/en/stable/",
+    "https://docs.jax.dev/en/latest/_autosummary/",
+)
+ELSEWHERE = {
+    "numpyro.infer.SVI": f"{PYRO}svi.html#numpyro.infer.svi.SVI",
+    "numpyro.infer.svi.SVIState": f"{PYRO}svi.html#numpyro.infer.svi.SVIState",
+    "numpyro.infer.RenyiELBO": f"{PYRO}svi.html#numpyro.infer.elbo.RenyiELBO",
+    "numpyro.infer.TraceEnum_ELBO": f"{PYRO}svi.html#numpyro.infer.elbo.TraceEnum_ELBO",
+    "numpyro.infer.autoguide.AutoNormal": f"{PYRO}autoguide.html#numpyro.infer.autoguide.AutoNormal",
+    "numpyro.infer.init_to_median": f"{PYRO}utilities.html#numpyro.infer.initialization.init_to_median",
+    "jax.random.key": f"{JAX}jax.random.key.html",
+    "jax.random.PRNGKey": f"{JAX}jax.random.PRNGKey.html",
+}
+
+
+def link_elsewhere(app, env, node: nodes.Element, content: nodes.Element):
+    """The page of another library for a name in a docstring; None for others."""
+    address = ELSEWHERE.get(node["reftarget"])
+    return (
+        nodes.reference("", "", content, internal=False, refuri=address)
+        if address
+        else None
+    )
+
+
 def public_names() -> Iterator[tuple[str, str]]:
     """What a page writes for a name, and the full name under which the page of the API has it."""
     for name in numpyro_vimco.__all__:
@@ -138,6 +165,7 @@ def inside(node: nodes.Node, kinds: tuple[type, ...]) -> bool:
 
 def setup(app) -> dict[str, bool]:
     """Called by Sphinx."""
+    app.connect("missing-reference", link_elsewhere)
     for transform in (LinkNames, EnlargePictures, AnchorErrors, AnchorSources):
         app.add_transform(transform)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
