@@ -142,7 +142,9 @@ def sum_out(model: Callable, names: Collection[str]) -> Callable:
     """
     The model with marks ``infer={"enumerate": "parallel"}`` at some of its latents, inside of `scan` and `cond` too.
 
-    It is what `config_enumerate` of NumPyro does for all latents, and only outside of control flow::
+    It is what `config_enumerate` of NumPyro does for all latents, and only outside of control flow.
+
+    Example, with the model of :func:`~numpyro_vimco.fit`::
 
         model = sum_out(model, {"z"})
         svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5, num_particles=64))

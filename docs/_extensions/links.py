@@ -11,7 +11,6 @@ from sphinx.transforms import SphinxTransform
 import numpyro_vimco
 from numpyro_vimco import control_variates, plots
 
-
 # Names of other libraries in docstrings. Their inventories would have to be fetched, and are in none of their packages.
 PYRO, JAX = (
     "https://num.pyro.ai/en/stable/",

@@ -172,8 +172,9 @@ class AutoMixed(StructuralGuide):
                 slope = numpyro.sample("slope", dist.Normal(0, 1))
             numpyro.sample("y", dist.Normal(x @ (included * slope), 1).to_event(1), obs=y)
 
-        guide = AutoMixed(model)
-        result = fit(SVI(model, guide, optax.adam(0.01), VIMCOStar(0.5)), random.key(0), 4000, x, y)
+        x = random.normal(random.key(1), (50, 3))
+        svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5))
+        posterior = fit(svi, random.key(0), 4000, x, x[:, 0])
     """
 
     def __init__(

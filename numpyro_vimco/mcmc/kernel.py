@@ -60,9 +60,11 @@ class GuidedMCMC(MCMCKernel):
     MCMC that a fit guides. A step is one of another kernel, and a *global step*, whose proposals come from the fit.
 
     Importance weights fail where the guide cannot follow the posterior. MCMC fails where its steps cannot cross between
-    modes. Here each does what the other cannot::
+    modes. Here each does what the other cannot.
 
-        kernel = GuidedMCMC(fit(svi, random.key(0), 2000, x))
+    Example, with the posterior of :func:`~numpyro_vimco.fit`::
+
+        kernel = GuidedMCMC(posterior)
         mcmc = MCMC(kernel, num_warmup=500, num_samples=1000, num_chains=4, chain_method="vectorized")
         mcmc.run(random.key(1), x)
 

@@ -108,6 +108,15 @@ class ImportanceWeightedELBO(ELBO):
     :raises ValueError: if ``alpha`` or ``num_particles`` is out of range, ``chunk_size`` does not divide
         ``num_particles``, or ``particle_sharding`` does not divide the particles that are evaluated at a time.
 
+    Example, of an estimator by its signals, with model and guide of :class:`VIMCOStar`::
+
+        class LeaveOneOut(ImportanceWeightedELBO):
+            def score_signal(self, log_weights):
+                return control_variates.vimco_arithmetic_signal(log_weights, self.alpha)
+
+        svi = SVI(model, guide, optax.adam(0.05), LeaveOneOut(num_particles=16))
+        result = svi.run(random.key(0), 1000, 1.4)
+
     **References**
 
     1. Daudel et al. 2023, *Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders*,
@@ -390,6 +399,11 @@ class VIMCO(ImportanceWeightedELBO):
         particle j's weight.
     :raises ValueError: also for an unknown baseline.
 
+    Example, with model and guide of :class:`VIMCOStar`::
+
+        svi = SVI(model, guide, optax.adam(0.05), VIMCO(num_particles=16, baseline="arithmetic"))
+        result = svi.run(random.key(0), 1000, 1.4)
+
     **References**
 
     1. *Variational Inference for Monte Carlo Objectives*, Andriy Mnih, Danilo J. Rezende, arXiv 1602.06725
@@ -437,6 +451,11 @@ class REINFORCE(ImportanceWeightedELBO):
     the bound. Unbiased and very noisy: a yardstick.
 
     The parameters are those of :class:`ImportanceWeightedELBO`.
+
+    Example, with model and guide of :class:`VIMCOStar`::
+
+        svi = SVI(model, guide, optax.adam(0.01), REINFORCE(num_particles=16))
+        result = svi.run(random.key(0), 1000, 1.4)
     """
 
     def score_signal(self, log_weights: LogWeights) -> PerParticle:
@@ -457,6 +476,11 @@ class ReweightedWakeSleep(ImportanceWeightedELBO):
 
     The parameters are those of :class:`ImportanceWeightedELBO` without ``alpha``, ``doubly_reparameterized`` and
     ``score_sites``.
+
+    Example, with model and guide of :class:`VIMCOStar`::
+
+        svi = SVI(model, guide, optax.adam(0.05), ReweightedWakeSleep(num_particles=16))
+        result = svi.run(random.key(0), 1000, 1.4)
 
     **References**
 

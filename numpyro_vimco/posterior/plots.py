@@ -4,6 +4,11 @@
 """Pictures of a :class:`~numpyro_vimco.Posterior`, in Matplotlib. Each takes an axes and returns it.
 
 Lines differ in style as well as in colour. Pictures of the latents are ArviZ's.
+
+Example, of a posterior of :func:`~numpyro_vimco.fit`::
+
+    plots.plot_bound(posterior)
+    plots.plot_agreement(posterior)
 """
 
 from typing import TYPE_CHECKING

@@ -68,10 +68,20 @@ def fit(
     **kwargs,
 ) -> "Posterior":
     r"""
-    Fit a model several times at once, from starts of their own, with a tempered likelihood::
+    Fit a model several times at once, from starts of their own, with a tempered likelihood.
 
+    Example::
+
+        def model(x):
+            loc = numpyro.sample("loc", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+            with numpyro.plate("data", len(x)):
+                z = numpyro.sample("z", dist.Bernoulli(0.3))
+                numpyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+        x = jnp.array([4.1, -0.3, 0.2, 3.8, 0.5, -0.1])
         posterior = fit(model, random.key(0), 2000, x)
         print(posterior)
+        tree = posterior.to_arviz()
 
     **The plan.** `fit` reads from the model which latents to sum out, and which have particles of their own in a plate
     or in a chain. It chooses the guide, the objective and the learning rate (``docs/which_objective.md`` has the
@@ -212,9 +222,14 @@ class Posterior:
     """
     A fitted posterior: draws with importance weights, whether to trust them, and the way to ArviZ.
 
-    :func:`~numpyro_vimco.fit` returns one. This makes one from another fit::
+    :func:`~numpyro_vimco.fit` returns one. This makes one from another fit.
 
+    Example, with model and data of :func:`~numpyro_vimco.fit`::
+
+        svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(0.5, num_particles=16))
         posterior = Posterior(svi, svi.run(random.key(0), 2000, x), x)
+        print(posterior.verdict, posterior.log_evidence)
+        draws = posterior.sample(random.key(1), (4000,))
 
     What is expensive is computed when it is first asked for, with a progress bar, and kept. Keys come from that of the
     fit, unless one is given. So two calls without a key have the same draws.
