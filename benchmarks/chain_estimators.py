@@ -1,6 +1,6 @@
 """Estimates of the evidence of a time series by K samples of each step: what fits reach, and what filters reach.
 
-    python benchmarks/chain_estimators.py [--steps-in-time 100] [--samples 4 8 16 32 64 128] [--seeds 1]
+    python benchmarks/chain_estimators.py [--methods guided bootstrap …] [--samples 4 8 16 32 64 128] [--seeds 1]
 
 The open population of `chains.py` with its three numbers known, 0.97, 30 and 0.5. ESS: of independent estimates Z of
 the evidence, (sum Z)^2 / sum Z^2 over their number. ``off`` is the log of their mean, less the exact log evidence.
@@ -43,7 +43,8 @@ from numpyro_vimco.objectives.paths import path_shares
 
 GROWTH, INITIAL, DETECTION = 0.97, 30.0, 0.5
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-RUNS = 1000
+RESULTS = IMAGES / "chains.json"
+RUNS, STEPS = 1000, 2000
 
 
 def series(seen):
@@ -75,8 +76,9 @@ def with_signal(name):
 
 def fitted(objective, chains, seed, seen):
     begin = {} if chains else {"init_loc_fn": init_to_value(values={"count": 2 * seen + 1})}
-    svi = SVI(series, AutoMixed(series, chains=chains, **begin), optax.adam(0.03), objective)
-    return fit(svi, random.key(seed), 2000, seen, num_starts=1, progress_bar=False)
+    rate = optax.warmup_cosine_decay_schedule(0.03, 0.03, STEPS // 2, STEPS)  # held while the likelihood is tempered
+    svi = SVI(series, AutoMixed(series, chains=chains, **begin), optax.adam(rate), objective)
+    return fit(svi, random.key(seed), STEPS, seen, num_starts=1, progress_bar=False)
 
 
 def log_weights(posterior, number):
@@ -146,13 +148,14 @@ def relative_ess(log_z):
     return float(z.sum() ** 2 / max((z**2).sum(), 1e-300) / len(z))
 
 
-def compare(seen, samples, seeds):
+def compare(seen, methods, samples, seeds):
     """ESS of each method, number of samples and seed."""
     exact = float(of_population(seen, GROWTH, INITIAL, np.array([DETECTION]))[0])
     print(f"{len(seen)} steps in time, exact log evidence {exact:.3f} nats; of {RUNS} estimates")
     print(f"{'method':>10} {'K':>4} {'ESS':>20} {'off':>8} {'seconds':>8}")
     found = {}
-    for method, estimates in METHODS.items():
+    for method in methods:
+        estimates = METHODS[method]
         found[method] = {}
         for number in samples:
             begin, ess, off = time.process_time(), [], []
@@ -179,7 +182,7 @@ def ratios(seen, samples):
             svi = SVI(series, AutoMixed(series, chains={"count"}), optax.adam(0.03), objective)
             with with_signal(name):
                 snr = Posterior(svi, at.params, seen).gradient_snr(random.key(1), 200, progress_bar=False)
-            found[name][number] = float(np.median(np.concatenate([np.ravel(about.snr) for about in snr.values()])))
+            found[name][str(number)] = float(np.median(np.concatenate([np.ravel(about.snr) for about in snr.values()])))
         print(f"{name:>10} {' '.join(f'{snr:>8.3f}' for snr in found[name].values())}", flush=True)
     return found
 
@@ -235,9 +238,14 @@ if __name__ == "__main__":
     parser.add_argument("--steps-in-time", type=int, default=100)
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="others are as in chains.json")
     args = parser.parse_args()
     draw_paths()
     data = population_data(args.steps_in_time)
-    results = {"ess": compare(data, args.samples, args.seeds), "snr": ratios(data, args.samples)}
-    (IMAGES / "chains.json").write_text(json.dumps(results, indent=1))
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"ess": {}, "snr": {}}
+    found = compare(data, args.methods, args.samples, args.seeds)
+    results["ess"] |= {method: {str(number): ess for number, ess in of.items()} for method, of in found.items()}
+    if SIGNALS.keys() <= set(args.methods):
+        results["snr"] = ratios(data, args.samples)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, args.steps_in_time)
