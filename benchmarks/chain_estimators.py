@@ -190,10 +190,10 @@ def ratios(seen, samples):
 def draw(found, steps):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 2), layout="constrained")
     for method, by_number in found["ess"].items():
-        ess = [100 * float(np.median(values)) for values in by_number.values()]
+        ess, numbers = [100 * float(np.median(values)) for values in by_number.values()], [int(k) for k in by_number]
         style = {"color": {"VIMCO-⋆": "C3", "VIMCO": "C0"}.get(method, "0.5")}
         marker = {"guided": "^", "bootstrap": "v", "joint": "x"}.get(method, "o")
-        left.plot([int(k) for k in by_number], ess, marker=marker, label=method, **style)
+        left.plot(numbers, ess, marker=marker, label=method, **style)
     left.set(xscale="log", xlabel="K, samples of each step", ylabel="ESS of the evidence, %", ylim=(0, 102))
     left.set_title(f"{steps} years of counts", fontsize=10)
     for name, by_number in found["snr"].items():
