@@ -6,7 +6,7 @@ The open population of `chains.py` with its three numbers known, 0.97, 30 and 0.
 the evidence, (sum Z)^2 / sum Z^2 over their number. ``off`` is the log of their mean, less the exact log evidence.
 
 - *VIMCO-⋆*, *VIMCO*: two particles of K samples of each step, of which all paths count; 2,000 steps of one start at
-  α = 0. VIMCO (not in the library) replaces what a sample contributes by the mean of the other samples of its step.
+  α = 0, without tempering. VIMCO (not in the library) replaces what a sample contributes by the mean of the other samples of its step.
 - *joint*: K particles that are whole paths, by VIMCO-⋆, with a guide that is autoregressive over time and
   begins at twice what was seen. Where it finds no possible path, that counts as an ESS of zero.
 - *bootstrap*: a particle filter of K particles that move by the model and are resampled at each step.
@@ -76,9 +76,9 @@ def with_signal(name):
 
 def fitted(objective, chains, seed, seen):
     begin = {} if chains else {"init_loc_fn": init_to_value(values={"count": 2 * seen + 1})}
-    rate = optax.warmup_cosine_decay_schedule(0.03, 0.03, STEPS // 2, STEPS)  # held while the likelihood is tempered
+    rate = optax.cosine_decay_schedule(0.03, STEPS)
     svi = SVI(series, AutoMixed(series, chains=chains, **begin), optax.adam(rate), objective)
-    return fit(svi, random.key(seed), STEPS, seen, num_starts=1, progress_bar=False)
+    return fit(svi, random.key(seed), STEPS, seen, num_starts=1, tempering=0, progress_bar=False)
 
 
 def log_weights(posterior, number):

@@ -34,9 +34,10 @@ LEAST, ROUNDING, LAST, KEPT = 1e-3, 2e-5, 6, 0.5
 # Log-densities count down to so many nats below the largest: zero beside what is possible is a jump.
 RANGE = 1e4
 
-# Code that computes densities: NumPyro's and our own, which keeps those that are zero; and NumPyro's of supports.
-OWN = Path(__file__).parents[1] / "densities" / "zero_weights.py"
-DENSITIES, SUPPORTS = (str(Path(dist.__file__).parent), str(OWN)), dist.constraints.__file__
+# Code that computes densities: NumPyro's, and our own, which keeps those that are zero and sums them; and NumPyro's of
+# supports.
+OWN = [Path(__file__).parents[1] / "densities" / name for name in ("zero_weights.py", "enumeration.py")]
+DENSITIES, SUPPORTS = (str(Path(dist.__file__).parent), *map(str, OWN)), dist.constraints.__file__
 
 COMPARISONS = {"lt", "le", "gt", "ge", "lt_to", "le_to"}
 ROUNDINGS = {"floor", "ceil", "round", "sign", "argmax", "argmin", "rem", "nextafter", "top_k"}
