@@ -6,7 +6,8 @@ The open population of `chains.py` with its three numbers known, 0.97, 30 and 0.
 the evidence, (sum Z)^2 / sum Z^2 over their number. ``off`` is the log of their mean, less the exact log evidence.
 
 - *VIMCO-⋆*, *VIMCO*: two particles of K samples of each step, of which all paths count; 2,000 steps of one start at
-  α = 0, without tempering. VIMCO (not in the library) replaces what a sample contributes by the mean of the other samples of its step.
+  α = 0, without tempering. VIMCO (not in the library) replaces what a sample contributes by the mean of the other
+  samples of its step.
 - *joint*: K particles that are whole paths, by VIMCO-⋆, with a guide that is autoregressive over time and
   begins at twice what was seen. Where it finds no possible path, that counts as an ESS of zero.
 - *bootstrap*: a particle filter of K particles that move by the model and are resampled at each step.

@@ -19,6 +19,7 @@ from scipy import stats
 
 from helpers import initial_params
 from numpyro_vimco import AutoMixed, VIMCOStar, fit
+from numpyro_vimco.objectives import jumping
 
 
 def program(mean):
@@ -186,6 +187,19 @@ def test_what_a_guide_draws_after_a_latent_is_no_reason_to_look():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # with traced data a reason to look is a warning
         jax.jit(lambda x: objective.loss(random.key(0), params, model, guide, x))(X)
+
+
+def test_sums_and_observations_that_may_be_impossible_are_no_reason_to_look(monkeypatch):
+    """Sums have a floor for log-densities of -inf, and a Binomial is evaluated twice, by values that are stopped."""
+
+    def model():
+        share = numpyro.sample("share", dist.Beta(2.0, 2.0))
+        with numpyro.plate("datum", 15):
+            z = numpyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+            numpyro.sample("x", dist.Binomial(20, z * share), obs=jnp.arange(15.0))
+
+    monkeypatch.setattr(jumping, "_are_jumps", lambda *_: pytest.fail("it looks"))
+    assert found(model, AutoMixed(model)) == set()
 
 
 def test_an_observation_that_may_leave_its_support_makes_a_jump():

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool
 import numpyro.distributions as dist
 
 from numpyro_vimco.compilation import map_arrays
+from numpyro_vimco.private.of_numpyro import without_validation
 from numpyro_vimco.sites import WRAPPERS, is_real, support_of, unwrapped
 
 # Where no difference is made between a tiny density and none; NumPyro has the smallest number for log 0 at times.
@@ -43,7 +44,7 @@ def safe_log_prob(log_prob: Callable[[dict], Array], site: dict, kept: frozenset
     shared = [i for i in range(value.ndim) if i - value.ndim not in kept]
     impossible = jnp.any(value < FLOOR, axis=shared, keepdims=True)
     # The same density once more, which the compiler merges with the first: the derivative is that of this one.
-    stopped = _stopped(_without_zeros(fn), impossible)
+    stopped = without_validation(_stopped(_without_zeros(fn), impossible))  # the first one looked at the value
     again = {**site, "fn": stopped, "value": _stop(impossible, site["value"], fn.event_dim)}
     return jnp.where(impossible, stop_gradient(value), log_prob(again))
 
