@@ -3,8 +3,8 @@
     python examples/signal_and_noise.py    # half a minute
 
 The posterior is Normal of variance 0.8, the guide Normal(0.5, 1), whose samples are taken to carry no gradient. The
-log-weights and score are known, so that an estimator is its signal and nothing else: the gradient is a sum over particles of
-signal × score.
+log-weights and score are known, so that an estimator is its signal and nothing else: the gradient is a sum over
+particles of signal × score.
 """
 
 import argparse

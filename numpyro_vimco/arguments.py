@@ -15,6 +15,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 
 # Whose lines are not the user's.
@@ -44,7 +45,8 @@ def check_integer(argument: str, number: Any, least: int, why: str) -> int:
     except TypeError:
         integer = None
     if integer is None or integer < least:
-        raise ValueError(f"`{argument}` is {number!r}, but must be an integer of at least {least}: {why}.")
+        given = f"an array of shape {np.shape(number)}" if np.ndim(number) else repr(number)
+        raise ValueError(f"`{argument}` is {given}, but must be an integer of at least {least}: {why}.")
     return integer
 
 

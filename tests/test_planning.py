@@ -510,6 +510,14 @@ def test_steps_of_improve(monkeypatch, after, options, done, verdict):
     monkeypatch.setattr("numpyro_vimco.posterior.improving.perf_counter", lambda: clock[0])
     begun = Tried(**{"verdict": "bad", "after": after, "clock": clock, **options})
     best, improvements = improve(begun, random.key(0), 180.0, WAYS, False)
+    if verdict != "good" and "interrupted" not in done[-1]:
+        *improvements, why = improvements
+        left = 180 - clock[0]
+        assert why == (
+            f"stopped: no other step fits into the {left:.0f} s that are left"
+            if left > 0
+            else "stopped: the time is over"
+        )
     assert list(improvements) == done
     assert best.verdict == verdict
 

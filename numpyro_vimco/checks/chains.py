@@ -16,6 +16,11 @@ def unknown_chain_error(name: str, known: Iterable[str], in_loop: bool) -> Value
             "of `numpyro.contrib.control_flow.scan`: write the loop as a scan whose body draws it. Latents inside of "
             f"`scan`: {listed(known)}."
         )
+    if not known:
+        return ValueError(
+            f"`chain_particles` names '{name}', but the guide samples no latent inside of `scan`. Leave it out, or "
+            "write the series as a `numpyro.contrib.control_flow.scan`."
+        )
     return ValueError(
         f"`chain_particles` names '{name}', but the latents that the guide samples inside of `scan` are "
         f"{listed(known)}. Name one of these, without the number of the step."

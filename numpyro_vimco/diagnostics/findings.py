@@ -208,10 +208,11 @@ def _uncertain_evidence(facts: Facts) -> Finding | None:
             {"std_error": facts.std_error},
         )
     more = facts.num_draws * int(np.ceil((facts.std_error / MOST_ERROR) ** 2))
-    remedy = f"posterior.diagnose({more})" if more <= 10**6 else None
+    remedy = f"posterior.diagnose({more})" if more <= 10**6 and facts.ess >= LEAST_ESS else None
     return Finding(
         "uncertain-evidence",
-        f"The log evidence has a standard error of {facts.std_error:.2f} nats: take more draws.",
+        f"The log evidence has a standard error of {facts.std_error:.2f} nats"
+        + (": take more draws." if remedy else ", as the guide is far from the posterior."),
         {"std_error": facts.std_error},
         remedy,
     )
@@ -254,7 +255,7 @@ def _several_humps(facts: Facts) -> Finding | None:
         "several-humps",
         f"{found}The guide of '{facts.humps}' holds one hump, and the posterior may have several.",
         {"latent": facts.humps},
-        f"AutoMixed(model, num_components={{'{facts.humps.partition('[')[0]}': 2}})",
+        f"AutoMixed(posterior.svi.model, num_components={{'{facts.humps.partition('[')[0]}': 2}})",
     )
 
 
@@ -290,7 +291,7 @@ def _what_helps(facts: Facts) -> Finding | None:
     approx, plate = facts.approx, facts.joint_plate
     found = ["a guide that begins where the data are possible (`init_loc_fn`)"] if impossible else []
     found += [_for_plate(approx, plate)] if plate else []
-    structured = 'AutoMixed(model, structure="autoregressive")'
+    structured = 'AutoMixed(posterior.svi.model, structure="autoregressive")'
     remedy = _particles(plate) if plate else None
     if _has(approx, discrete=True) and _richer_guide(approx) != "one by hand":
         found.append(f"a structured guide (`{structured}`)")
@@ -352,7 +353,7 @@ def _joint_path(facts: Facts) -> Finding | None:
     return Finding(
         "joint-path",
         f"One weight is a product over all steps of '{chain}' in its `scan`, and hardly a draw holds all of it: give "
-        f"each step samples of its own, with the guide AutoMixed(model, chains={{'{chain}'}}).",
+        f"each step samples of its own, with the guide AutoMixed(posterior.svi.model, chains={{'{chain}'}}).",
         {"chain": chain},
         f"VIMCOStar(0.5, num_particles=8, chain_particles={{'{chain}': 16}})",
     )
@@ -525,7 +526,7 @@ def _correlated_guide(approx: Approximation) -> str | None:
         return None
     if not _has(approx, discrete=True) and not approx.summed:
         return "AutoMultivariateNormal(model)"
-    return None if _is_autoregressive(approx) else "AutoMixed(model, continuous=AutoMultivariateNormal)"
+    return None if _is_autoregressive(approx) else "AutoMixed(posterior.svi.model, continuous=AutoMultivariateNormal)"
 
 
 def _richer_guide(approx: Approximation) -> str:
@@ -535,7 +536,7 @@ def _richer_guide(approx: Approximation) -> str:
         return "a flow, or one by hand" if joint else "AutoMultivariateNormal(model), a flow, or one by hand"
     if _is_autoregressive(approx):
         return "one by hand"
-    return 'AutoMixed(model, structure="autoregressive"), or one by hand'
+    return 'AutoMixed(posterior.svi.model, structure="autoregressive"), or one by hand'
 
 
 def _correlation(values: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -151,8 +151,8 @@ def _checked(svi: SVI, rng_key: Array, args: tuple, kwargs: dict, settings: Sett
     sites = [*sample_sites(approx.model_trace), *sample_sites(approx.guide_trace)]
     if not any(site["is_observed"] for site in sites):
         warn(
-            "The model has no observed site, so that its posterior is the prior. Pass the data: "
-            "`fit(svi, rng_key, num_steps, x)`.",
+            "The model has no observed site, so that its posterior is the prior. Pass the data behind the number of "
+            "steps: `fit(model, rng_key, 2000, x)`.",
         )
     if settings.start_sharding is not None:
         _check_start_sharding(settings.start_sharding, num_starts)

@@ -132,6 +132,11 @@ class StructuralGuide(PrototypeGuide):
         latents = [name for name, site in self.prototype_trace.items() if is_latent_site(site) and name in scans]
         self.homes = {}
         for chain in sorted(self.chains):
+            if not latents:
+                raise ValueError(
+                    f"`chains` names '{chain}', but the model draws no latent inside of `scan`. Leave it out, or write "
+                    "the series as a `numpyro.contrib.control_flow.scan`."
+                )
             if chain not in latents:
                 raise ValueError(
                     f"`chains` names '{chain}', but the latents that the model draws inside of `scan` are "

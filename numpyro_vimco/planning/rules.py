@@ -96,6 +96,9 @@ def plans(
     first = Plan(num_steps, marked=marked, given=given, alpha=alpha, arguments=arguments)
     loss = given.get("loss")
     sums = _sums(known, sampled, marked) if loss is None or isinstance(loss, OF_SUMS) else {}
+    if kept := sorted(_sums(known, set(), marked).keys() & sampled):
+        note = f"Not {listed(kept)} summed out: your guide samples it. A guide of `sum_out(model, {kept})` does not."
+        first = replace(first, notes=(note,))
     if sums and not find_spec("funsor"):
         note = f"Not {listed(sums)} summed out: that needs the package funsor (`pip install funsor`)."
         first, sums = replace(first, notes=(note,)), {}

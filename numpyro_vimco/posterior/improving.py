@@ -44,10 +44,12 @@ class Tries:
     """Steps that are tried, and the best posterior so far.
 
     :ivar done: what was done, in words.
+    :ivar was_interrupted: whether the user ended it.
     """
 
     def __init__(self, posterior: Any, seconds: float, progress_bar: bool):
         self.best, self.done = posterior, list(posterior.improvements)
+        self.was_interrupted = False
         self._began, self._seconds, self._progress_bar = perf_counter(), seconds, progress_bar
 
     @property
@@ -57,7 +59,7 @@ class Tries:
 
     @property
     def is_over(self) -> bool:
-        return self.best.verdict == "good" or self.left <= 0
+        return self.best.verdict == "good" or self.left <= 0 or self.was_interrupted
 
     def take(self, what: str, step: Callable[[], Any]) -> tuple[Any, float]:
         """Take a step, and keep what it makes if that is no worse; return it, and how many seconds it took.
@@ -70,7 +72,7 @@ class Tries:
             verdict = found.verdict
         except KeyboardInterrupt:
             self.done.append(f"{what}: interrupted")
-            self._seconds = 0.0
+            self.was_interrupted = True
             return None, inf
         except Exception as error:  # of memory too: what there is must not be lost
             self.done.append(f"{what}: not possible, {type(error).__name__}: {error}")
@@ -113,4 +115,7 @@ def improve(
             tries.take("chains (refine)", lambda: ways.refined(more, keys[2], DRAWS))
     if not tries.is_over and "loss" not in given and tries.left > 2 * fitted.seconds:
         tries.take("four times the particles", lambda: ways.more_particles(fitted, particle_key))
+    if tries.best.verdict != "good" and not tries.was_interrupted:
+        left = f"no other step fits into the {tries.left:.0f} s that are left" if tries.left > 0 else "the time is over"
+        tries.done.append(f"stopped: {left}")
     return tries.best, tuple(tries.done)

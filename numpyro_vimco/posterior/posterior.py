@@ -793,7 +793,7 @@ class Posterior:
         try:
             about = tables.rows(self.diagnostics)
             if self._of_chains is not None:
-                evidence = f'{about["log evidence"]}, of weighted draws, whose verdict is "{about["verdict"]}"'
+                evidence = f'{about["log evidence"]}, by weights: "{about["verdict"]}"'
                 about = {"verdict": self.verdict, "log evidence": evidence, **self._of_chains.rows()}
             return {**before, **about}, self.findings
         except (ValueError, NotImplementedError) as error:  # there is no verdict, and the reason is what can be said
