@@ -379,6 +379,19 @@ def test_chunks_have_the_same_loss_and_gradient():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *found)
 
 
+def test_programs_without_a_scan_have_no_chains():
+    def model(x):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    for guide, message in (
+        (AutoMixed(model, chains={"z"}), "`chains` names 'z', but the model draws no latent inside of `scan`"),
+        (AutoMixed(model), "`chain_particles` names 'w', but the guide samples no latent inside of `scan`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SVI(model, guide, optax.adam(0.01), VIMCOStar(chain_particles={"w": 3})).run(random.key(0), 1, 1.0)
+
+
 def test_least_values_of_counts():
     """What was seen is the least that there was; other latents and the last step, which has no data, have no bound."""
     seen = np.array([3, 0, 12, 7])

@@ -209,6 +209,14 @@ def test_many_discrete_elements_that_are_drawn_together_have_more_starts(model, 
     assert ("num_starts=" in plan.code()) == (number != 4)
 
 
+def test_a_guide_that_undoes_a_sum_is_said():
+    (plan, *_) = plans(mixture, (MANY,), {}, 2000, 4, {"guide": AutoMixed(mixture)}, memory=1e9)
+    assert not plan.summed
+    assert "Not 'z' summed out: your guide samples it. A guide of `sum_out(model, ['z'])` does not." in plan.notes
+    (plan, *_) = plans(mixture, (MANY,), {}, 2000, 4, {"guide": AutoMixed(sum_out(mixture, ["z"]))}, memory=1e9)
+    assert plan.summed == {"z": 2} and not plan.notes
+
+
 def test_a_few_elements_are_drawn_together():
     assert not first(counted, FEW[:4]).plate_particles
 
