@@ -77,7 +77,7 @@ def draw(path, draws, exact):
         axes.errorbar(years + shift, middle, (middle - low, high - middle), fmt="o", ms=4, color=color, label=label)
     axes.plot(years, SEEN, "k_", ms=14, label="seen")
     axes.set(xlabel="year", ylabel="animals", ylim=(0, None))
-    axes.legend(frameon=False, ncols=3)
+    axes.legend(frameon=False, ncols=3, loc="lower left")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
