@@ -20,16 +20,18 @@ filter, at each point of a grid of the three. That of *outliers* and *volatility
 For each number K of samples of a step and each seed: the verdict, the error of the log evidence in nats, the largest
 error of the mean of a global latent in posterior standard deviations, the ESS, and seconds of processor and of wall for
 `fit` with its verdict and 4,000 draws, compilation counted. K = 1 is a fit without `chain_particles`: a path is one
-particle. With ``--planned`` the fits are ``fit(model, key, num_steps, data)`` alone. The last line is the memory of the
-process.
+particle. ``--dynestyx PYTHON`` has the population by a particle filter inside of Metropolis, for comparison. With
+``--planned`` the fits are ``fit(model, key, num_steps, data)`` alone. The last line is the memory of the process.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+import json
 from pathlib import Path
 import resource
+import subprocess
 import time
 
 from common import HEADER, row
@@ -401,6 +403,24 @@ def run(name, steps_in_time, samples, seeds, num_particles, num_steps, planned):
     print(f"memory of the process at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
+def by_dynestyx(python, steps_in_time, seeds):
+    """The population by `dynestyx_filter.py`, in an environment of its own: errors, R-hat, ESS and seconds."""
+    problem = PROBLEMS["population"]
+    seen = problem.simulate(steps_in_time)
+    _, moments = problem.exact(seen)
+    command = [python, str(Path(__file__).parent / "dynestyx_filter.py"), json.dumps(seen.tolist())]
+    for seed in range(seeds):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        run = subprocess.run([*command, "--seed", str(seed)], check=True, stdout=subprocess.PIPE, text=True)
+        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+        draws = {name: np.array(x) for name, x in json.loads(run.stdout.splitlines()[-1]).items()}
+        about = summary(draws)
+        error = max(abs(draws[name].mean() - mean) / sd for name, (mean, sd) in moments.items())
+        r_hat, ess = max(x["r_hat"] for x in about.values()), min(x["n_eff"] for x in about.values())
+        print(f"dynestyx, seed {seed}: largest error {error:.2f}, R-hat {r_hat:.3f}, {ess:.0f} effective draws of "
+              f"{draws['growth'].size:,}, {seconds:.0f}s of the processor", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", default=list(PROBLEMS))
@@ -410,6 +430,10 @@ if __name__ == "__main__":
     parser.add_argument("--num-particles", type=int, default=8)
     parser.add_argument("--num-steps", type=int, default=2000)
     parser.add_argument("--planned", action="store_true", help="`fit(model, ...)` alone")
+    parser.add_argument("--dynestyx", metavar="PYTHON", help="only the population, by the dynestyx of this Python")
     args = vars(parser.parse_args())
+    if python := args.pop("dynestyx"):
+        by_dynestyx(python, args["steps_in_time"], args["seeds"])
+        args["problems"] = []
     for problem in args.pop("problems"):
         run(problem, **args)
