@@ -73,7 +73,7 @@ def test_the_remedy_helps(lost):
     """The guide that the finding names holds both humps in each start."""
     (remedy,) = (finding.remedy for finding in lost.findings if finding.code == "several-humps")
     assert remedy == "AutoMixed(posterior.svi.model, num_components={'m': 2})"
-    guide = eval(remedy, {"AutoMixed": AutoMixed, "model": two_humps})
+    guide = eval(remedy, {"AutoMixed": AutoMixed, "posterior": lost})
     schedule = optax.warmup_cosine_decay_schedule(0.02, 0.02, 500, 1000)
     svi = SVI(two_humps, guide, optax.adam(schedule), VIMCOStar(0.5, num_particles=32))
     posterior = fit(svi, random.key(0), 1000, progress_bar=False)
