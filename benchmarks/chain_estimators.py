@@ -16,7 +16,7 @@ the evidence, (sum Z)^2 / sum Z^2 over their number. ``off`` is the log of their
 
 Then the signal-to-noise ratio of one gradient of both estimators, at parameters that VIMCO-⋆ with K = 16 has found: the
 root of the mean square over the parameters, of 200 gradients. The picture is docs/images/chains.svg, its numbers are in
-chains.json. Another one, paths.svg, has paths through five samples of each year, as wide as their share of the evidence.
+chains.json. Another one, paths.svg, has paths through five samples of each year.
 """
 
 import argparse
