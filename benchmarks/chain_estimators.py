@@ -198,13 +198,14 @@ def draw(found, steps):
         ess, numbers = [100 * float(np.median(values)) for values in by_number.values()], [int(k) for k in by_number]
         style = {"color": {"VIMCO-⋆": "C3", "VIMCO": "C0"}.get(method, "0.5")}
         marker = {"guided": "^", "bootstrap": "v", "joint": "x"}.get(method, "o")
-        left.plot(numbers, ess, marker=marker, label=method, **style)
+        label = f"{method} filter" if method in ("guided", "bootstrap") else method
+        left.plot(numbers, ess, marker=marker, label=label, **style)
     left.set(xscale="log", xlabel="K, samples of each step", ylabel="ESS of the evidence, %", ylim=(0, 102))
     left.set_title(f"{steps} years of counts", fontsize=10)
     for name, by_number in found["snr"].items():
         numbers = [int(k) for k in by_number]
         right.plot(numbers, list(by_number.values()), "o-", color={"VIMCO-⋆": "C3", "VIMCO": "C0"}[name], label=name)
-    right.set(xscale="log", yscale="log", xlabel="K", ylabel="SNR of one gradient")
+    right.set(xscale="log", xlabel="K", ylabel="SNR of one gradient")
     for axes in (left, right):
         axes.set_xticks(numbers, [str(k) for k in numbers])
         axes.minorticks_off()
