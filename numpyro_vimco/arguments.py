@@ -7,9 +7,9 @@ Each message names the argument, and says what it must be and why.
 """
 
 from collections.abc import Iterable
+import inspect
 import operator
 from pathlib import Path
-import sys
 from typing import Any
 import warnings
 
@@ -24,8 +24,8 @@ LIBRARIES = tuple(str(Path(path).parent) for path in (__file__, numpyro.__file__
 
 def warn(message: str) -> None:
     """A ``UserWarning`` at the line of the user that led to it."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_code.co_filename.startswith(LIBRARIES):
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_code.co_filename.startswith(LIBRARIES):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
