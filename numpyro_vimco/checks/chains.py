@@ -3,12 +3,12 @@
 
 """Errors of programs that are no chains: see :mod:`numpyro_vimco.densities.chains`."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from numpyro_vimco.arguments import listed
 
 
-def unknown_chain_error(name: str, known: Iterable[str], in_loop: bool) -> ValueError:
+def unknown_chain_error(name: str, known: Collection[str], in_loop: bool) -> ValueError:
     """A name that is no latent inside of `scan`."""
     if in_loop:
         return ValueError(

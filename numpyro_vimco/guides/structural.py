@@ -167,15 +167,15 @@ class StructuralGuide(PrototypeGuide):
 
         def structure() -> Trace:
             tr = trace(model).get_trace(*args, **kwargs)
-            for name, value in series.items():
+            given = {name: jnp.asarray(value) for name, value in series.items()}
+            for name, value in given.items():
                 if jnp.shape(value) != jnp.shape(tr[name]["value"]):
                     raise ValueError(
                         f"`init_loc_fn` gives site '{name}' a value of shape {jnp.shape(value)}, but its shape is "
                         f"{jnp.shape(tr[name]['value'])}. Pass one value for each element, or one for all; inside of "
                         "`scan` the first dimension is time."
                     )
-            given = {name: jnp.asarray(value) for name, value in series.items()}
-            return trace(Given(model, given)).get_trace(*args, **kwargs) if series else tr
+            return trace(Given(model, given)).get_trace(*args, **kwargs) if given else tr
 
         with block():
             self.prototype_trace = at_once(structure)

@@ -95,15 +95,19 @@ def plans(
     alpha = 1.0 if known.subsampled else 0.5
     first = Plan(num_steps, marked=marked, given=given, alpha=alpha, arguments=arguments)
     loss = given.get("loss")
-    sums = _sums(known, sampled, marked) if loss is None or isinstance(loss, OF_SUMS) else {}
-    if kept := sorted(_sums(known, set(), marked).keys() & sampled):
-        note = f"Not {listed(kept)} summed out: your guide samples it. A guide of `sum_out(model, {kept})` does not."
-        first = replace(first, notes=(note,))
+    sums, notes = {}, []
+    if loss is None or isinstance(loss, OF_SUMS):
+        sums = _sums(known, sampled, marked)
+        if kept := sorted(_sums(known, set(), marked).keys() & sampled):
+            notes.append(
+                f"Not {listed(kept)} summed out: your guide samples it. A guide of `sum_out(model, {kept})` does not."
+            )
     if sums and not find_spec("funsor"):
-        note = f"Not {listed(sums)} summed out: that needs the package funsor (`pip install funsor`)."
-        first, sums = replace(first, notes=(note,)), {}
+        notes.append(f"Not {listed(sums)} summed out: that needs the package funsor (`pip install funsor`).")
+        sums = {}
     if known.latents and not any(about.is_discrete for about in known.latents.values()):
-        first = replace(first, notes=("All latents are continuous. If all have a reparameterised sampler, use NUTS.",))
+        notes.append("All latents are continuous. If all have a reparameterised sampler, use NUTS.")
+    first = replace(first, notes=tuple(notes))
     kinds = [replace(first, summed=sums), first] if sums else [first]
     if loss is not None:
         return [_with_starts(_of_loss(plan, known, loss), known, num_starts) for plan in kinds]
