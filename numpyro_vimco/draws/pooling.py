@@ -169,9 +169,11 @@ class Mixture:
         local = {}
         for name, found in levels.local.items():
             of_start, defensive = self.local_counts(name)
-            counts, log_q = [of_start] * self.num_starts, found["guide"][: self.num_starts]
+            # A guide's steps are independent: the density of a sample is the same for all samples of the step before.
+            of_guide = found["guide"][:, :, :, :1] if name in self.approx.chains else found["guide"]
+            counts, log_q = [of_start] * self.num_starts, of_guide[: self.num_starts]
             if defensive:
-                other = found["guide"][-1:] if name in self.approx.chains else found["prior"][:1]
+                other = of_guide[-1:] if name in self.approx.chains else found["prior"][:1]
                 counts, log_q = [*counts, defensive], jnp.concatenate([log_q, other])
             shares = jnp.log(np.array(counts) / sum(counts)).reshape(-1, *(1,) * (log_q.ndim - 1))
             local[name] = found["model"][0], shares + log_q

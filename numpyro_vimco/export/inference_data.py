@@ -22,7 +22,7 @@ from numpyro_vimco.draws.observed import imputed_name, observed_sites, whole
 from numpyro_vimco.draws.proposals import plate_names, squeezed, structure_of
 from numpyro_vimco.export.log_likelihoods import find_elements, local_evidence
 from numpyro_vimco.export.posterior_draws import PosteriorDraws
-from numpyro_vimco.randomness import split, split_by_name
+from numpyro_vimco.randomness import split, split_by_name, split_into
 from numpyro_vimco.sites import can, is_latent_site, log_prob_at_value
 
 GROUPS = ("posterior_predictive", "log_likelihood", "log_likelihood_given_latents", "prior")
@@ -105,7 +105,7 @@ def _groups(
         progress=progress("posterior"),
     )
     found["sample_stats"] = stats | draws.extra
-    for about, key in zip(elements, split(keys["elements"], max(len(elements), 1))):
+    for about, key in zip(elements, split_into(keys["elements"], max(len(elements), 1))):
         if about.plate is None:
             values = squeezed(draws.log_evidence, structure.dims, structure)
             values = np.repeat(values, draws.num_draws, axis=0)

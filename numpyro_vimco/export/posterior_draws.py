@@ -17,7 +17,7 @@ from numpyro_vimco.draws.approximation import Approximation
 from numpyro_vimco.draws.pooling import in_pool, propose_pooled
 from numpyro_vimco.draws.proposals import WeightedDraw, fixed, propose, take
 from numpyro_vimco.export.summed import draw_summed
-from numpyro_vimco.randomness import split, split_by_name
+from numpyro_vimco.randomness import split_by_name, split_into
 
 Arrays = dict[str, np.ndarray]
 
@@ -91,7 +91,7 @@ def draw_posterior(
     is_fixed = bool(fixed(approx))
     chains = [
         weighed(drawn, approx, is_fixed, key, num_samples if resample else None)
-        for drawn, key in zip(proposals, split(keys["resampling"], len(proposals)))
+        for drawn, key in zip(proposals, split_into(keys["resampling"], len(proposals)))
     ]
     start = np.repeat(np.arange(len(proposals)) if not pool else [0], num_samples)
     del proposals  # they are large

@@ -185,8 +185,9 @@ def gated(
     for site, by in pairs:
         has_effect = []
         assert isinstance(by.family, Boolean | Interval)
+        present = values[by.name]
         for value in range(by.family.low, by.family.low + by.family.num_values):
-            switched = {**values, by.name: jnp.full_like(values[by.name], value)}
+            switched = {**values, by.name: jnp.asarray(np.full(present.shape, value, present.dtype))}
             before, after = evaluate(switched), evaluate({**switched, site.name: other[site.name]})
             has_effect.append(any(_differ(before[name], after[name]) for name in after if name != site.name))
         if not all(has_effect):

@@ -61,49 +61,42 @@ class Path(NamedTuple):
 
 
 def draw_path(rng_key: Array, log_v: Table, reverse: bool) -> Path:
-    r"""Backward sampling: sample l of step t - 1 given k in proportion to :math:`v_{tkl} \, \alpha_{t-1,l}`.
-
-    One is drawn for each k on the way forward; the path follows them back from a sample of the last step.
-    """
+    r"""Backward sampling: sample l of step t - 1 given k in proportion to :math:`v_{tkl} \, \alpha_{t-1,l}`."""
     tables = jnp.moveaxis(log_v, 1, 0)
-    uniform = jax.random.uniform(rng_key, (len(tables) + 1, *tables.shape[2:]), tables.dtype)
+    uniform = jax.random.uniform(rng_key, (len(tables) + 1, *tables.shape[3:]), tables.dtype)
 
-    def step(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
-        log_alpha, log_path = carry
-        table, uniform = inputs
-        before, log_mean = _drawn(table + log_alpha, uniform[:, None], axis=1)
-        log_path = _selected(table, before, axis=1) + _selected(jnp.broadcast_to(log_path, table.shape), before, axis=1)
-        return (log_mean, log_path), before
+    def step(log_alpha: Array, table: Array) -> tuple[Array, Array]:
+        return _log_mean_exp(table + log_alpha, axis=1), log_alpha
 
-    start = jnp.zeros(tables.shape[2:], tables.dtype)
-    (log_alpha, log_path), before = jax.lax.scan(step, (start, start), (tables, uniform[1:]), reverse=reverse)
-    last, log_mean = _drawn(log_alpha, uniform[0, :1], axis=0)
+    log_alpha, before = jax.lax.scan(step, jnp.zeros(tables.shape[2:], tables.dtype), tables, reverse=reverse)
+    last = _drawn(log_alpha, uniform[0])
 
-    def back(chosen: Array, before: Array) -> tuple[Array, Array]:
-        return _selected(before, chosen, axis=0), chosen
+    def back(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
+        chosen, log_path = carry
+        table, log_alpha, uniform = inputs
+        row = _selected(table, chosen)
+        earlier = _drawn(row + log_alpha, uniform)
+        return (earlier, log_path + _selected(row, earlier)), chosen
 
-    samples = jax.lax.scan(back, last, before, reverse=not reverse)[1]
-    return Path(log_mean, samples, _selected(log_path, last, axis=0))
-
-
-def _drawn(log_weight: Array, uniform: Array, axis: int) -> tuple[Array, Array]:
-    """An index along an axis in proportion to weights, and the logarithm of their mean."""
-    largest = jnp.max(log_weight, axis, keepdims=True)
-    largest = jnp.where(jnp.isneginf(largest), 0, largest)
-    total = jnp.cumsum(jnp.exp(log_weight - largest), axis)
-    number = log_weight.shape[axis]
-    last = jax.lax.slice_in_dim(total, number - 1, number, axis=axis)
-    index = jnp.minimum(jnp.sum(total <= uniform * last, axis), number - 1)
-    return index, jnp.squeeze(jnp.log(last / number) + largest, axis)
+    start = last, jnp.zeros(tables.shape[3:], tables.dtype)
+    (_, log_path), samples = jax.lax.scan(back, start, (tables, before, uniform[1:]), reverse=not reverse)
+    return Path(_log_mean_exp(log_alpha, axis=0), samples, log_path)
 
 
-def _selected(x: Array, index: Array, axis: int) -> Array:
-    """Entries at an index along an axis, by a sum: many times as fast as a gather for each draw.
+def _drawn(log_weight: Array, uniform: Array) -> Array:
+    """An index along the first axis in proportion to weights."""
+    largest = jnp.max(log_weight, 0)
+    total = jnp.cumsum(jnp.exp(log_weight - jnp.where(jnp.isneginf(largest), 0, largest)), 0)
+    return jnp.minimum(jnp.sum(total <= uniform * total[-1], 0), len(log_weight) - 1)
 
-    :param index: of the shape of ``x`` without the axis.
+
+def _selected(x: Array, index: Array) -> Array:
+    """Entries at an index along the first axis, by a sum: many times as fast as a gather for each draw.
+
+    :param index: of the shape of ``x`` without the first axis, or without more of the first ones.
     """
-    number = jnp.arange(x.shape[axis]).reshape(-1, *(1,) * (x.ndim - 1 - axis))
-    return jnp.sum(jnp.where(jnp.expand_dims(index, axis) == number, x, 0), axis)
+    number = jnp.arange(len(x)).reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.sum(jnp.where(index == number, x, 0), 0)
 
 
 def _log_mean_exp(x: Array, axis: int) -> Array:
