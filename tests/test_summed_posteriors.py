@@ -10,11 +10,13 @@ import numpy as np
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 import pytest
+from scipy.stats import beta, lognorm, poisson
 
 pytest.importorskip("funsor")
 from numpyro.contrib.funsor import enum
 from numpyro.contrib.funsor import log_density as enumerated_log_density
 
+from benchmarks.posteriors import cranes
 from helpers import of_two_lengths
 
 # At which parameters, in the order of the grid's axes.
@@ -61,3 +63,29 @@ def test_terms_of_elements_are_those_of_the_model(name):
         joint = log_density(module.model, args, {}, {**draw, **discrete})[0]
         np.testing.assert_allclose(joint, summed + np.take_along_axis(shares, np.asarray(chosen)[None], 0).sum())
         np.testing.assert_allclose(enumerated(module, args, draw), summed)
+
+
+def by_force(model, args, parameters, latents):
+    """Log joint of parameters and data: that of the model, summed over each row of values of the discrete latents.
+
+    :param latents: by name, values of shape (rows, *shape).
+    """
+    joint = lambda latents: log_density(model, args, {}, {**parameters, **latents})[0]  # noqa: E731
+    return jax.scipy.special.logsumexp(jax.jit(jax.vmap(joint))(latents)).item()
+
+
+def all_values(*ranges):
+    """Rows with one of each."""
+    return jnp.stack(jnp.meshgrid(*map(jnp.arange, ranges), indexing="ij"), -1).reshape(-1, len(ranges))
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support values")
+def test_numbers_alive_are_summed():
+    growth, found, first = 1.1, 0.9, 2.5
+    with jax.enable_x64(True):
+        seen, alive = jnp.array([2.0, 1.0, 3.0]), 1 + all_values(30, 30, 30)
+        parameters = {"growth": growth, "found": found, "first": first}
+        known = by_force(cranes.model, (seen,), parameters, {"alive": alive})
+    log_likelihood, _ = cranes.given_growth(growth, np.array([found]), poisson.pmf(np.arange(31), first), seen)
+    log_prior = lognorm(0.2).logpdf(growth) + beta(38, 2).logpdf(found) + lognorm(0.5, scale=np.e**3).logpdf(first)
+    np.testing.assert_allclose(log_likelihood.item() + log_prior, known, rtol=1e-9)

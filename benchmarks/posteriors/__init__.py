@@ -53,6 +53,7 @@ PROBLEMS = (
     "old_faithful",
     "galaxies",
     "trees",
+    "cranes",
 )
 
 
