@@ -10,13 +10,14 @@ import numpy as np
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 import pytest
+from scipy.special import logit
 from scipy.stats import beta, lognorm, poisson
 
 pytest.importorskip("funsor")
 from numpyro.contrib.funsor import enum
 from numpyro.contrib.funsor import log_density as enumerated_log_density
 
-from benchmarks.posteriors import cranes
+from benchmarks.posteriors import cranes, epidemic
 from helpers import of_two_lengths
 
 # At which parameters, in the order of the grid's axes.
@@ -89,3 +90,17 @@ def test_numbers_alive_are_summed():
     log_likelihood, _ = cranes.given_growth(growth, np.array([found]), poisson.pmf(np.arange(31), first), seen)
     log_prior = lognorm(0.2).logpdf(growth) + beta(38, 2).logpdf(found) + lognorm(0.5, scale=np.e**3).logpdf(first)
     np.testing.assert_allclose(log_likelihood.item() + log_prior, known, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size, seen", [(3, 1), (2, 0), (5, 4)])
+@pytest.mark.filterwarnings("ignore:Out-of-support values")
+def test_chains_of_a_household_are_summed(size, seen):
+    parameters = {"outside": 0.2, "contact": 0.3, "found": 0.7}
+    with jax.enable_x64(True):
+        rows = all_values(*[size + 1] * 5)
+        rows = rows[rows.sum(1) <= size]
+        chains = {"first": rows[:, :1], "new": rows[:, 1:, None]}
+        known = by_force(epidemic.model, (jnp.array([size]), jnp.array([seen])), parameters, chains)
+    log_joint, _ = epidemic.on_grid([logit([p]) for p in parameters.values()], [size], [seen])
+    log_volume = sum(np.log(p * (1 - p)) for p in parameters.values())  # of a probability by its logit
+    np.testing.assert_allclose(log_joint.item(), known + log_volume, rtol=1e-9)

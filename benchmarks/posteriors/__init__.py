@@ -54,6 +54,7 @@ PROBLEMS = (
     "galaxies",
     "trees",
     "cranes",
+    "epidemic",
 )
 
 
