@@ -11,13 +11,13 @@ from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 import pytest
 from scipy.special import logit
-from scipy.stats import beta, lognorm, poisson
+from scipy.stats import beta, halfnorm, lognorm, multivariate_normal, poisson
 
 pytest.importorskip("funsor")
 from numpyro.contrib.funsor import enum
 from numpyro.contrib.funsor import log_density as enumerated_log_density
 
-from benchmarks.posteriors import cranes, epidemic
+from benchmarks.posteriors import cranes, epidemic, threshold
 from helpers import of_two_lengths
 
 # At which parameters, in the order of the grid's axes.
@@ -104,3 +104,20 @@ def test_chains_of_a_household_are_summed(size, seen):
     log_joint, _ = epidemic.on_grid([logit([p]) for p in parameters.values()], [size], [seen])
     log_volume = sum(np.log(p * (1 - p)) for p in parameters.values())  # of a probability by its logit
     np.testing.assert_allclose(log_joint.item(), known + log_volume, rtol=1e-9)
+
+
+def test_coefficients_of_regimes_are_integrated_out():
+    """The joint over the posterior of the coefficients, at any of them, is the evidence given the rest."""
+    delay, at, noise = 1, 40, np.array([0.3, 0.6])
+    coefficients = np.array([[0.3, 1.0, -0.1], [0.1, 1.2, -0.7]])
+    with jax.enable_x64(True):
+        args = tuple(map(in_double_precision, threshold.data()))
+        parameters = {"delay": delay, "threshold": at, "coefficients": jnp.array(coefficients), "noise": noise}
+        joint = log_density(threshold.model, args, {}, parameters)[0].item()
+        lagged, before = map(np.asarray, threshold.regressors(args[0]))
+    above, now = lagged[delay] > np.asarray(args[1])[at], np.asarray(args[0])[threshold.DELAYS :]
+    known = -np.log(threshold.DELAYS * len(args[1])) + halfnorm.logpdf(noise).sum()
+    for i, of_regime in enumerate((~above, above)):
+        found, mean, covariance = threshold.given_noise(noise[i : i + 1], before[of_regime], now[of_regime])
+        known += found[0] + multivariate_normal(mean[0], covariance[0]).logpdf(coefficients[i])
+    np.testing.assert_allclose(joint, known, rtol=1e-9)

@@ -55,6 +55,7 @@ PROBLEMS = (
     "trees",
     "cranes",
     "epidemic",
+    "threshold",
 )
 
 
