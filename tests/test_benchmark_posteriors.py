@@ -12,8 +12,10 @@ from numpyro.contrib.funsor import log_density as enumerated_log_density
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 import pytest
+from scipy.special import gammaln, logsumexp
+from scipy.stats import gamma, lognorm, norm
 
-from benchmarks.posteriors import PROBLEMS, problem, trees
+from benchmarks.posteriors import PROBLEMS, problem, restaurant, trees
 from benchmarks.posteriors.measuring import Clock
 from benchmarks.posteriors.report import Runs
 from benchmarks.posteriors.results import Results, read
@@ -121,6 +123,33 @@ def test_likelihood_of_a_tree(places):
     probability = np.einsum(*operands, *tips, [14], optimize=True) / 4
     known = np.log(probability) @ np.asarray(counts)
     np.testing.assert_allclose(trees.log_likelihood(tree, jnp.asarray(lengths), columns, counts), known, rtol=1e-5)
+
+
+def test_each_partition_is_summed_once():
+    """Stirling's numbers of 5, and Bell's number of the 12 countries."""
+    np.testing.assert_array_equal(restaurant.sums_over_partitions(np.ones(2**5))[-1], [0, 1, 15, 25, 10, 1])
+    assert restaurant.sums_over_partitions(np.ones(2**12))[-1].sum() == 4_213_597
+
+
+def test_restaurant_sums_the_model():
+    """Over all tables of four countries; means are integrated out: their density given the tables divides the joint."""
+    noise, concentration, names = 0.4, 0.7, [f"table_of_{name}" for name in restaurant.COUNTRIES[1:4]]
+    with jax.enable_x64(True):
+        x = np.asarray(restaurant.data()[0], float)[:4]
+        values = {"noise": noise, "concentration": concentration, "mean": np.linspace(-1, 1, 8).reshape(4, 2)}
+        terms = []
+        for tables in itertools.product(range(2), range(3), range(4)):
+            at_table = np.eye(4)[[0, *tables]].T
+            precision = restaurant.MEAN_SCALE**-2 + at_table.sum(1, keepdims=True) / noise**2
+            posterior = norm(at_table @ x / noise**2 / precision, precision**-0.5)
+            draw = {**values, **dict(zip(names, tables))}
+            joint, _ = log_density(restaurant.model, (x,), {}, draw)
+            terms.append(float(joint) - posterior.logpdf(values["mean"]).sum())
+    sums = restaurant.sums_over_partitions(restaurant.part_weights(x, np.array([noise])))[-1, :, 0]
+    log_prior = gamma(2, scale=1 / 2).logpdf(concentration) + lognorm(0.5, scale=0.5).logpdf(noise)
+    log_prior += gammaln(concentration) - gammaln(concentration + 4)
+    known = log_prior + np.log(sums @ concentration ** np.arange(5))
+    np.testing.assert_allclose(logsumexp(terms), known, rtol=1e-9)
 
 
 def test_rows_replace_older_ones(tmp_path):

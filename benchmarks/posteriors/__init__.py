@@ -56,6 +56,7 @@ PROBLEMS = (
     "cranes",
     "epidemic",
     "threshold",
+    "restaurant",
 )
 
 
