@@ -13,9 +13,9 @@ from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 import pytest
 from scipy.special import gammaln, logsumexp
-from scipy.stats import gamma, lognorm, norm
+from scipy.stats import dirichlet, gamma, lognorm, norm
 
-from benchmarks.posteriors import PROBLEMS, problem, restaurant, trees
+from benchmarks.posteriors import PROBLEMS, problem, restaurant, topics, trees
 from benchmarks.posteriors.measuring import Clock
 from benchmarks.posteriors.report import Runs
 from benchmarks.posteriors.results import Results, read
@@ -150,6 +150,31 @@ def test_restaurant_sums_the_model():
     log_prior += gammaln(concentration) - gammaln(concentration + 4)
     known = log_prior + np.log(sums @ concentration ** np.arange(5))
     np.testing.assert_allclose(logsumexp(terms), known, rtol=1e-9)
+
+
+def test_counts_of_topics_sum_the_model():
+    """Over all topics of the nine words of four titles; shares are integrated out: their density divides the joint."""
+    word, length = topics.NUMBERS[-9:], np.array([1, 2, 3, 3])
+    shares = {"words_of_topic": np.full((2, 12), 1 / 12), "topics_of_title": np.tile([0.4, 0.6], (4, 1))}
+    every_topic = np.array(list(itertools.product(range(2), repeat=9)))
+    with jax.enable_x64(True):
+        args, at = jax.tree.map(jnp.asarray, ((word, length), shares))
+        joint_at = lambda topic: log_density(topics.model, args, {}, {**at, "topic": topic})[0]  # noqa: E731
+        log_joint = np.asarray(jax.vmap(joint_at)(jnp.asarray(every_topic)))
+    in_topic = np.eye(2)[every_topic]  # (512, words, topics)
+    after = {
+        "words_of_topic": 0.3 + np.einsum("zit,iv->ztv", in_topic, np.eye(12)[word]),
+        "topics_of_title": 0.5 + np.einsum("zit,id->zdt", in_topic, np.eye(4)[np.repeat(range(4), length)]),
+    }
+    for name, share in shares.items():
+        log_joint = log_joint - np.sum([[dirichlet(a).logpdf(x) for a, x in zip(z, share)] for z in after[name]], 1)
+    joint, known = topics.joint_of_counts(word, length), np.exp(log_joint)
+    np.testing.assert_allclose(joint.sum(), known.sum())
+    in_first = topics.joint_of_counts(word, length, (0, 6)).sum()
+    np.testing.assert_allclose(in_first, known[(every_topic[:, [0, 6]] == 0).all(1)].sum())
+    of_words, of_title = (x / x.sum(-1, keepdims=True) for x in after.values())
+    next_word = known @ np.einsum("zt,ztv->zv", of_title[:, -1], of_words) / known.sum()
+    np.testing.assert_allclose(topics.next_word(joint / joint.sum())[0], next_word)
 
 
 def test_rows_replace_older_ones(tmp_path):

@@ -57,6 +57,7 @@ PROBLEMS = (
     "epidemic",
     "threshold",
     "restaurant",
+    "topics",
 )
 
 
