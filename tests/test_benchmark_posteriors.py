@@ -12,10 +12,10 @@ from numpyro.contrib.funsor import log_density as enumerated_log_density
 from numpyro.handlers import seed, trace
 from numpyro.infer.util import log_density
 import pytest
-from scipy.special import gammaln, logsumexp
-from scipy.stats import dirichlet, gamma, lognorm, norm
+from scipy.special import gammaln, logsumexp, softmax
+from scipy.stats import beta, dirichlet, gamma, lognorm, multivariate_normal, norm
 
-from benchmarks.posteriors import PROBLEMS, problem, restaurant, topics, trees
+from benchmarks.posteriors import PROBLEMS, binary_factors, problem, restaurant, topics, trees
 from benchmarks.posteriors.measuring import Clock
 from benchmarks.posteriors.report import Runs
 from benchmarks.posteriors.results import Results, read
@@ -150,6 +150,30 @@ def test_restaurant_sums_the_model():
     log_prior += gammaln(concentration) - gammaln(concentration + 4)
     known = log_prior + np.log(sums @ concentration ** np.arange(5))
     np.testing.assert_allclose(logsumexp(terms), known, rtol=1e-9)
+
+
+def test_presences_of_sources_sum_the_model():
+    """Over both sources in three samples; the rest is integrated out: its density given these divides the joint."""
+    noise, share, terms, of_terms = 0.6, np.array([[0.3], [0.6]]), [], []
+    prior_precision, coefficients = np.diag([1, 1.5**-2, 1.5**-2]), np.linspace(-1, 1, 24).reshape(3, 8)
+    with jax.enable_x64(True):
+        x = np.asarray(binary_factors.data()[0], float)[:3]
+        for present in np.array(list(itertools.product(range(2), repeat=6))).reshape(-1, 2, 3):
+            design = np.column_stack([np.ones(3), *present])
+            covariance = np.linalg.inv(prior_precision + design.T @ design / noise**2)
+            means, number = covariance @ design.T @ x / noise**2, present.sum(1, keepdims=True)
+            draw = {"level": coefficients[0], "effect": coefficients[1:, None], "share": share, "noise": noise}
+            joint, _ = log_density(binary_factors.model, (x,), {}, {**draw, "present": jnp.asarray(present)})
+            given = [multivariate_normal(m, covariance).logpdf(c) for m, c in zip(means.T, coefficients.T)]
+            terms.append(float(joint) - sum(given) - beta(1 + number, 4 - number).logpdf(share).sum())
+            expected, variance = design @ means[:, binary_factors.ASKED], np.diag(design @ covariance @ design.T)
+            differ = (present[:, [0, 0, 1]] != present[:, [1, 2, 2]]).sum(0)
+            of_terms.append((differ, differ**2, expected, expected**2 + variance[:, None]))
+    log_joint, moments = binary_factors.Presences(x).moments(noise)
+    np.testing.assert_allclose(log_joint + lognorm(0.5, scale=0.5).logpdf(noise), logsumexp(terms))
+    averages = [np.tensordot(softmax(terms), np.array(x), 1) for x in zip(*of_terms)]
+    for name, mean, square in zip(("differ", "expected"), averages[::2], averages[1::2]):
+        np.testing.assert_allclose(moments[name], (mean, square - mean**2))
 
 
 def test_counts_of_topics_sum_the_model():

@@ -58,6 +58,7 @@ PROBLEMS = (
     "threshold",
     "restaurant",
     "topics",
+    "binary_factors",
 )
 
 
