@@ -49,7 +49,7 @@ def test_quadrature_sums_the_model(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["lsat6", "dawid_skene", "old_faithful"])
+@pytest.mark.parametrize("name", ["lsat6", "dawid_skene", "item_response", "old_faithful"])
 def test_terms_of_elements_are_those_of_the_model(name):
     module = import_module(f"benchmarks.posteriors.{name}")
     with jax.enable_x64(True):
@@ -58,11 +58,12 @@ def test_terms_of_elements_are_those_of_the_model(name):
         latents = (site for site in sites.values() if site["type"] == "sample" and not site["is_observed"])
         draw = {site["name"]: site["value"] for site in latents}
         discrete = module.draw_latents(random.key(2), draw, *args)
-        (chosen,) = discrete.values()
-        shares = np.asarray(jax.nn.log_softmax(module.log_terms(draw, *args), axis=0))
+        terms = module.log_terms(draw, *args)  # (*states of each discrete latent, elements)
+        shares = np.asarray(jax.nn.log_softmax(terms, axis=tuple(range(len(discrete)))))
+        chosen = shares[(*discrete.values(), np.arange(terms.shape[-1]))]
         summed = log_density(module.summed, args, {}, draw)[0]
         joint = log_density(module.model, args, {}, {**draw, **discrete})[0]
-        np.testing.assert_allclose(joint, summed + np.take_along_axis(shares, np.asarray(chosen)[None], 0).sum())
+        np.testing.assert_allclose(joint, summed + chosen.sum())
         np.testing.assert_allclose(enumerated(module, args, draw), summed)
 
 

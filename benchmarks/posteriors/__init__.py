@@ -59,6 +59,7 @@ PROBLEMS = (
     "restaurant",
     "topics",
     "binary_factors",
+    "item_response",
 )
 
 
