@@ -11,7 +11,7 @@ import numpy as np
 import numpyro
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
-from numpyro.handlers import condition, mask
+from numpyro.handlers import condition, mask, seed
 from numpyro.infer import SVI
 import optax
 import pytest
@@ -671,3 +671,83 @@ def test_signals_of_a_sample_that_has_nearly_all_weight(gap):
     log_rest = np.logaddexp(-np.logaddexp(gap, 0.0), -80 - of_other)  # log(1 - W V) of the heavy sample
     share = np.exp(-np.logaddexp(-gap, 0.0)) / (1 + np.exp(-80 - of_other))
     np.testing.assert_allclose(weights.local["z"].signal[0, 0, 0, 0], -log_rest - share, rtol=1e-5)
+
+
+# Plates inside of `scan`.
+
+
+def sums_of_all_steps_before(x):
+    """A series in each of two elements, and one latent of both; the carry is no chain of first order. Log evidence."""
+    elements = numpyro.plate("element", 2)
+
+    def model(x):
+        g = bernoulli("g", 0.2)
+        with elements:
+            first = bernoulli("first", g - 0.3)
+
+        def step(total, x):
+            with elements:
+                z = bernoulli("z", 0.8 * total - 1)
+                numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            return total + z, None
+
+        scan(step, first, x)
+
+    def of_element(g, seen):
+        terms = []
+        for first, *z in itertools.product((0.0, 1.0), repeat=1 + len(seen)):
+            total = first + np.cumsum([0.0, *z[:-1]])
+            log_p = log_bernoulli(g - 0.3, first) + log_bernoulli(0.8 * total - 1, np.array(z)).sum()
+            terms.append(log_p + log_normal(np.array(z), seen).sum())
+        return logsumexp(jnp.array(terms))
+
+    of_both = [log_bernoulli(0.2, g) + of_element(g, x[:, 0]) + of_element(g, x[:, 1]) for g in (0.0, 1.0)]
+    return model, logsumexp(jnp.array(of_both))
+
+
+def normal_steps(x):
+    """The same with Normal steps: what is seen is Normal."""
+
+    def model(x):
+        def step(before, x):
+            with numpyro.plate("element", 2):
+                u = numpyro.sample("u", dist.Normal(0.5 * before, 1.0))
+                numpyro.sample("x", dist.Normal(u, 1.0), obs=x)
+            return u, None
+
+        scan(step, jnp.zeros(2), x)
+
+    steps = np.tril(0.5 ** (np.arange(len(x))[:, None] - np.arange(len(x))))
+    covariance = steps @ steps.T + np.eye(len(x))
+    return model, stats.multivariate_normal(np.zeros(len(x)), covariance).logpdf(x.T).sum()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "make, chains", [(sums_of_all_steps_before, ()), (sums_of_all_steps_before, "z"), (normal_steps, ())]
+)
+def test_a_plate_inside_of_scan_is_drawn_as_a_whole(make, chains):
+    """Log evidence of the plain objective within 5 standard errors, which are 0.03 nats at most."""
+    x = np.array([[0.7, -1.2], [1.3, 0.4], [0.2, 1.9]])
+    model, log_evidence = make(x)
+    svi = SVI(model, AutoMixed(model, chains=chains), optax.adam(0.03), VIMCOStar(0.5, 8))
+    posterior = fit(svi, random.key(0), 200, x, num_starts=2, progress_bar=False)
+    assert posterior.log_evidence_std_error < 0.03
+    assert abs(posterior.log_evidence - log_evidence) < 5 * posterior.log_evidence_std_error
+
+
+def test_a_subsampled_plate_inside_of_scan():
+    def model():
+        elements = numpyro.plate("element", 4, subsample_size=2)
+        with elements:
+            numpyro.sample("first", dist.Normal(0.0, 1.0))
+
+        def step(_, x):
+            with elements:
+                numpyro.sample("x", dist.Normal(bernoulli("z", 0.0), 1.0), obs=x)
+            return None, None
+
+        scan(step, None, X)
+
+    with pytest.raises(ValueError, match="latent site 'z' is inside of `scan` in the plate 'element'"):
+        seed(AutoMixed(model), 0)()

@@ -13,10 +13,12 @@ import numpyro
 from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.handlers import seed, trace
+from numpyro.infer import SVI
+import optax
 import pytest
 
 from helpers import ScoreNormal, assert_unbiased_over_outcomes, initial_params, of_two_lengths
-from numpyro_vimco import VIMCOStar
+from numpyro_vimco import AutoMixed, VIMCOStar
 from numpyro_vimco.control_variates import local_vimco_star_signal, log_one_minus_share, normalized_weights
 from numpyro_vimco.densities.plates import plate_structure
 
@@ -409,3 +411,19 @@ def test_subsampling_of_two_plates_of_a_named_one_multiplies():
     structure = plate_structure(*traces, {"group": 2}, frozenset(), linear=True)
     assert structure.local_scale("group") == structure.level_scale("group") == 6
     assert structure.scale == 1
+
+
+@pytest.mark.long
+def test_elements_that_a_guide_draws_one_after_another_given_a_path_latent():
+    """Their loop closes over two derivatives, in which JAX 0.10 fails."""
+
+    def model(x):
+        effect = numpyro.sample("effect", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        with numpyro.plate("data", 3, dim=-1):
+            with numpyro.plate("source", 2, dim=-2):
+                present = bernoulli("present", 0.0)
+            numpyro.sample("x", dist.Normal(effect @ present, 1.0), obs=x)
+
+    svi = SVI(model, AutoMixed(model), optax.adam(0.01), VIMCOStar(num_particles=2, plate_particles={"data": 2}))
+    result = svi.run(random.key(0), 2, jnp.array([0.7, -1.2, 1.9]), progress_bar=False)
+    assert np.isfinite(result.losses).all()

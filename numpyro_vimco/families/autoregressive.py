@@ -227,9 +227,13 @@ class AutoregressiveDiscrete(dist.Distribution):
         return self._sample(key, self.elements.gather(value), self.elements.gather(kept))
 
     def _sample(self, key: Array, value: Array | int = 0, kept: Array | bool = False) -> Array:
+        # No draw has a derivative. JAX 0.10 fails in the second derivative of a loop that closes over parameters.
+        of_pass, held = jax.closure_convert(lambda values: self.conditional(values).sample(key), self.start)
+        held = lax.stop_gradient(held)
+
         def improve(state):
             values, _, passes = state
-            new = jnp.where(kept, value, lax.stop_gradient(self.conditional(values).sample(key)))
+            new = jnp.where(kept, value, of_pass(values, *held))
             return new, jnp.any(new != values), passes + 1
 
         def is_unfinished(state):

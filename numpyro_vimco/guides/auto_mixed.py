@@ -252,7 +252,7 @@ class AutoMixed(StructuralGuide):
             if any_discrete:
                 model = mask(block(Given(model, discrete), hide_fn=_is_beside_continuous), mask=False)
             scale = {"init_scale": self.init_scale} if self.continuous is AutoNormal else {}
-            from_prior = self.continuous is AutoNormal and (any_discrete or self.homes)
+            from_prior = self.continuous is AutoNormal and (any_discrete or self.homes or self.plates_in_scan)
             make = AutoNormalFromPrior if from_prior else self.continuous
             guide = make(model, **scale, **arguments)
             is_alone = not any_discrete and self.structure != "autoregressive"

@@ -24,7 +24,7 @@ from numpyro.infer.util import transform_fn
 from numpyro.primitives import Messenger
 
 from numpyro_vimco.compilation import at_once
-from numpyro_vimco.control_flow import Given
+from numpyro_vimco.control_flow import Given, Scans
 from numpyro_vimco.private.of_jax import trace_state_clean
 from numpyro_vimco.private.of_numpyro import PrototypeGuide, setup_prototype, without_tracers
 from numpyro_vimco.randomness import split
@@ -191,8 +191,11 @@ class _FromPrior(AutoGuide):
         # Values inside of `scan` go by `Given`: `substitute` would take those of a reverse one from the wrong end.
         model = Given(seed(self.model, numpyro.prng_key()), given)
         model = substitute(model, substitute_fn=lambda site: None if site["name"] in given else init(site))
+        scans = Scans(model)
         with block():
-            self.prototype_trace = at_once(lambda: trace(model).get_trace(*args, **kwargs))
+            self.prototype_trace = at_once(lambda: trace(scans).get_trace(*args, **kwargs))
+        for name in scans.found.keys() & self.prototype_trace.keys():  # these elements are in no plate of the guide
+            self.prototype_trace[name] = {**self.prototype_trace[name], "cond_indep_stack": []}
         latents = {name: site for name, site in self.prototype_trace.items() if is_latent_site(site)}
         transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
         self._init_locs = at_once(lambda: {name: transforms[name].inv(site["value"]) for name, site in latents.items()})
@@ -201,8 +204,6 @@ class _FromPrior(AutoGuide):
             if name in latents:
                 frames = {frame.name: frame for frame in site["cond_indep_stack"]}
                 self._prototype_frames.update(frames)
-                for frame in frames.values():  # a plate inside of `scan` is whole, and no site of the trace
-                    self._prototype_frame_full_sizes.setdefault(frame.name, frame.size)
             elif site["type"] == "plate":
                 self._prototype_frame_full_sizes[name] = site["args"][0]
 

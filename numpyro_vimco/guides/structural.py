@@ -86,6 +86,7 @@ class StructuralGuide(PrototypeGuide):
 
     def _set_unknown(self) -> None:
         self.homes: dict[str, str] = {}
+        self.plates_in_scan = False  # of latents that are in no chain
         # Supports that depend on latents; and of discrete latents the supports to propose from, draws of priors that
         # are ones given other latents, the least values of counts in chains that the data admit, and values above the
         # least where other counts begin.
@@ -183,19 +184,22 @@ class StructuralGuide(PrototypeGuide):
         sites = self.prototype_trace.values()
         for site in filter(is_latent_site, sites):
             check_draws(site)
-        frames = [frame for site in sites if is_latent_site(site) for frame in site["cond_indep_stack"]]
         full_sizes = {site["name"]: site["args"][0] for site in sites if site["type"] == "plate"}
-        # Plates inside of the `scan` of a chain are whole, and the guide has them outside.
-        in_chains = {f.name: f.size for name in self.homes for f in self.prototype_trace[name]["cond_indep_stack"]}
-        full_sizes = in_chains | full_sizes
-        for frame in frames:
-            if frame.name not in full_sizes:
-                # NumPyro's automatic guides do not reach it either.
-                raise ValueError(
-                    f"Latent sites are in the plate '{frame.name}' inside of `scan`, which automatic guides cannot "
-                    "reach. Name one of these sites as a chain, `AutoMixed(model, chains={'…'})`, move the plate "
-                    "outside of `scan`, or write a guide by hand for these sites."
-                )
+        for name in scans.found.keys() & self.prototype_trace.keys():
+            site = self.prototype_trace[name]
+            for frame in site["cond_indep_stack"]:
+                # A plate that is inside only is whole: no trace of the model has one that is not.
+                if full_sizes.setdefault(frame.name, frame.size) != frame.size and is_latent_site(site):
+                    raise ValueError(
+                        f"The latent site '{name}' is inside of `scan` in the plate '{frame.name}', which is "
+                        "subsampled: automatic guides draw all elements of a series. Do not subsample this plate, or "
+                        "write a guide by hand for these sites."
+                    )
+            if site["cond_indep_stack"] and name not in self.homes:  # to the guide, a vector at each step
+                self.prototype_trace[name] = {**site, "cond_indep_stack": []}
+                self.plates_in_scan = True
+        latents = filter(is_latent_site, self.prototype_trace.values())
+        frames = [frame for site in latents for frame in site["cond_indep_stack"]]
         self._set_frames({frame.name: frame for frame in frames}, full_sizes)
         self._prototype_arguments, self.begun = (args, kwargs), frozenset(begun)
         self._find_supports(*args, **kwargs)
@@ -319,7 +323,7 @@ class StructuralGuide(PrototypeGuide):
                 )
 
     def _draw_in_guide(self, sampler: Sampler, *args, **kwargs) -> Samples:
-        return sampler.run(InGuide(self._plates_of_call(*args, **kwargs)))
+        return sampler.run(InGuide(self._plates_of_call(*args, **kwargs), self.homes))
 
     def _draw_at_params(self, sampler: Sampler, rng_key: Array, params: Samples, sample_shape: tuple) -> Samples:
         def draw(rng_key: Array) -> Samples:

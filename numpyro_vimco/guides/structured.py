@@ -10,7 +10,7 @@ outside of a local plate has size 1 there, and broadcasts over the plate's eleme
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +39,7 @@ from numpyro_vimco.families.components import Components
 from numpyro_vimco.families.distributions import InsideSimplex
 from numpyro_vimco.families.families import Count, CountMixture, Family, jitter
 from numpyro_vimco.families.units import RealInUnits
+from numpyro_vimco.randomness import CHAIN
 
 Samples = dict[str, Array]
 
@@ -70,10 +71,13 @@ class Statements(Protocol):
 
 
 class InGuide:
-    """NumPyro's statements, in the plates of one call of a guide."""
+    """NumPyro's statements, in the plates of one call of a guide.
 
-    def __init__(self, plates: dict[str, numpyro.plate]):
-        self._plates = plates
+    :param homes: the chain of each latent in one.
+    """
+
+    def __init__(self, plates: dict[str, numpyro.plate], homes: Mapping[str, str]):
+        self._plates, self._homes = plates, homes
 
     def plates(self, site: dict) -> ExitStack:
         """A context of a site's plates."""
@@ -89,7 +93,8 @@ class InGuide:
 
     def sample(self, name: str, fn: dist.Distribution) -> Array:
         """A draw."""
-        return numpyro.sample(name, fn)
+        # The steps of a chain are a dimension that no plate explains.
+        return numpyro.sample(name, fn, infer={CHAIN: self._homes[name]} if name in self._homes else None)
 
     def constant(self, value: Array, event_dim: int) -> Array:
         """A constant of full plates, for the subsample of this call."""

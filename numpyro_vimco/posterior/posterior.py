@@ -189,7 +189,13 @@ def fit(
     else:
         candidates = plans(model, args, kwargs, num_steps, num_starts, given, memory)
         plan, begun = first_possible(candidates, model, begin)
-    posterior = Posterior._of(run.run(begun, num_steps, progress_bar), progress_bar, plan)
+    try:
+        fitted = run.run(begun, num_steps, progress_bar)
+    except ValueError as error:
+        if plan is not None:
+            error.add_note(f"What was fitted:\n{plan}")
+        raise
+    posterior = Posterior._of(fitted, progress_bar, plan)
     posterior.seconds = perf_counter() - began
     return posterior
 
