@@ -7,7 +7,7 @@ import jax
 from jax import random
 import jax.numpy as jnp
 import numpy as np
-from numpyro.handlers import seed, trace
+from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import log_density
 import pytest
 from scipy.special import logit
@@ -17,7 +17,7 @@ pytest.importorskip("funsor")
 from numpyro.contrib.funsor import enum
 from numpyro.contrib.funsor import log_density as enumerated_log_density
 
-from benchmarks.posteriors import cranes, epidemic, threshold
+from benchmarks.posteriors import cranes, epidemic, stochastic_volatility, threshold
 from helpers import of_two_lengths
 
 # At which parameters, in the order of the grid's axes.
@@ -122,3 +122,35 @@ def test_coefficients_of_regimes_are_integrated_out():
         found, mean, covariance = threshold.given_noise(noise[i : i + 1], before[of_regime], now[of_regime])
         known += found[0] + multivariate_normal(mean[0], covariance[0]).logpdf(coefficients[i])
     np.testing.assert_allclose(joint, known, rtol=1e-9)
+
+
+def test_delays_and_thresholds_are_summed():
+    with jax.enable_x64(True):
+        args = tuple(map(in_double_precision, threshold.data()))
+        parameters = {"coefficients": jnp.array([[0.3, 1.0, -0.1], [0.1, 1.2, -0.7]]), "noise": jnp.array([0.3, 0.6])}
+        rows = all_values(threshold.DELAYS, len(args[1]))
+        known = by_force(threshold.model, args, parameters, {"delay": rows[:, 0], "threshold": rows[:, 1]})
+        np.testing.assert_allclose(enumerated(threshold, args, parameters), known, rtol=1e-9)
+
+
+def test_jumps_are_summed():
+    """Of both forms that NUTS samples, and of the particle filter's days."""
+    about = stochastic_volatility
+    with jax.enable_x64(True):
+        (returns,) = map(in_double_precision, about.data())
+        parameters = {"level": 0.2, "memory": 0.9, "noise": 0.3, "rare": 0.03, "size": 5.0}
+        parameters = {name: jnp.array(x) for name, x in parameters.items()}
+        innovations = random.normal(random.key(0), returns.shape)
+        non_centred = substitute(about.non_centred, {**parameters, "innovations": innovations})
+        draw = {**parameters, "h": trace(non_centred).get_trace(returns)["h"]["value"]}
+        known = enumerated(about, (returns,), draw).item()
+        of_h = log_density(about.centred, (returns,), {}, draw)[0]
+        of_innovations = log_density(about.non_centred, (returns,), {}, {**parameters, "innovations": innovations})[0]
+        of_innovations -= len(returns) * jnp.log(parameters["noise"])
+        assert [of_h.item(), of_innovations.item()] == pytest.approx([known, known], rel=1e-9)
+        days = about.log_density_of_return(*(np.asarray(x) for x in (returns, draw["h"], draw["rare"], draw["size"])))
+        np.testing.assert_allclose(days.sum(), about.log_likelihood(draw, returns), rtol=1e-9)
+        jump = about.given_others(random.key(1), draw, returns)["jump"]
+        shares = jax.nn.log_softmax(about.log_terms(draw, returns), axis=0)
+        joint = log_density(about.model, (returns,), {}, {**draw, "jump": jump})[0]
+        np.testing.assert_allclose(joint, known + jnp.take_along_axis(shares, jump[None], 0).sum(), rtol=1e-9)

@@ -60,6 +60,7 @@ PROBLEMS = (
     "topics",
     "binary_factors",
     "item_response",
+    "stochastic_volatility",
 )
 
 
