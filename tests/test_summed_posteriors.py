@@ -17,7 +17,7 @@ pytest.importorskip("funsor")
 from numpyro.contrib.funsor import enum
 from numpyro.contrib.funsor import log_density as enumerated_log_density
 
-from benchmarks.posteriors import cranes, epidemic, stochastic_volatility, threshold
+from benchmarks.posteriors import cranes, epidemic, latent_multinomial, stochastic_volatility, threshold
 from helpers import of_two_lengths
 
 # At which parameters, in the order of the grid's axes.
@@ -131,6 +131,22 @@ def test_delays_and_thresholds_are_summed():
         rows = all_values(threshold.DELAYS, len(args[1]))
         known = by_force(threshold.model, args, parameters, {"delay": rows[:, 0], "threshold": rows[:, 1]})
         np.testing.assert_allclose(enumerated(threshold, args, parameters), known, rtol=1e-9)
+
+
+def test_haplotypes_of_a_pool_are_summed():
+    of_m, s_with_m, s_with_n = points = 0.6, 0.5, 0.1
+    frequency = np.array([of_m * s_with_m, of_m * (1 - s_with_m), (1 - of_m) * s_with_n, (1 - of_m) * (1 - s_with_n)])
+    with jax.enable_x64(True):
+        reads, depth = (x[:, :1] for x in latent_multinomial.data())
+        counts = all_values(*[latent_multinomial.CHROMOSOMES + 1] * 3)
+        rest = latent_multinomial.CHROMOSOMES - counts.sum(1, keepdims=True)
+        counts = jnp.concatenate([counts, rest], 1)[rest[:, 0] >= 0, None]
+        args = reads.astype(float), depth
+        known = by_force(latent_multinomial.model, args, {"frequency": frequency}, {"haplotypes": counts})
+    log_joint, _ = latent_multinomial.on_grid([logit([p]) for p in points], reads, depth)
+    # Of the four frequencies by the three probabilities, and of these by their logits.
+    log_volume = np.log(of_m * (1 - of_m)) + sum(np.log(p * (1 - p)) for p in points)
+    np.testing.assert_allclose(log_joint.item(), known + log_volume, rtol=1e-9)
 
 
 def test_jumps_are_summed():

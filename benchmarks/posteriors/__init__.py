@@ -61,6 +61,7 @@ PROBLEMS = (
     "binary_factors",
     "item_response",
     "stochastic_volatility",
+    "latent_multinomial",
 )
 
 
