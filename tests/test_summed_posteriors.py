@@ -107,6 +107,7 @@ def test_chains_of_a_household_are_summed(size, seen):
     np.testing.assert_allclose(log_joint.item(), known + log_volume, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_coefficients_of_regimes_are_integrated_out():
     """The joint over the posterior of the coefficients, at any of them, is the evidence given the rest."""
     delay, at, noise = 1, 40, np.array([0.3, 0.6])
@@ -124,6 +125,7 @@ def test_coefficients_of_regimes_are_integrated_out():
     np.testing.assert_allclose(joint, known, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_delays_and_thresholds_are_summed():
     with jax.enable_x64(True):
         args = tuple(map(in_double_precision, threshold.data()))
@@ -149,6 +151,7 @@ def test_haplotypes_of_a_pool_are_summed():
     np.testing.assert_allclose(log_joint.item(), known + log_volume, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_jumps_are_summed():
     """Of both forms that NUTS samples, and of the particle filter's days."""
     about = stochastic_volatility
