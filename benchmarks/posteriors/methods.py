@@ -125,8 +125,9 @@ def planned(about, seed, budget, num_steps=2000, improves=False):
         verdict = posterior.verdict
     yield row("planned", posterior)
     if improves:
-        with clock:
-            posterior = posterior.improve(key, budget - clock.total) if verdict != "good" else posterior
+        if verdict != "good" and clock.total < budget:
+            with clock:
+                posterior = posterior.improve(key, budget - clock.total)
         yield row("planned, improved", posterior)
 
 
