@@ -49,7 +49,7 @@ def test_quadrature_sums_the_model(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["lsat6", "dawid_skene", "item_response", "old_faithful"])
+@pytest.mark.parametrize("name", ["lsat6", "dawid_skene", "item_response", "old_faithful", "stick_breaking"])
 def test_terms_of_elements_are_those_of_the_model(name):
     module = import_module(f"benchmarks.posteriors.{name}")
     with jax.enable_x64(True):

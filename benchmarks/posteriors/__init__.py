@@ -62,6 +62,7 @@ PROBLEMS = (
     "item_response",
     "stochastic_volatility",
     "latent_multinomial",
+    "stick_breaking",
 )
 
 
