@@ -809,3 +809,20 @@ def test_a_guide_that_draws_what_data_rule_out_is_named():
         warnings.filterwarnings("error", message="In .* steps")
         # As the message says.
         assert np.isfinite(fitted(init_loc_fn=init_to_value(values={"count": seen + 1})).losses).mean() > 0.9
+
+
+@pytest.mark.long
+def test_a_nan_density_at_all_starts_names_the_site():
+    """Of draws that are impossible, after which a number of trials is negative."""
+
+    def model(seen):
+        def step(susceptible, seen):
+            new = numpyro.sample("new", dist.Binomial(susceptible, 0.5))
+            numpyro.sample("seen", dist.Normal(new, 1.0), obs=seen)
+            return susceptible - new, None
+
+        scan(step, 3, seen)
+
+    with pytest.raises(ValueError, match="log-density of the site 'new' of the model is NaN in .*% of draws") as caught:
+        fit(model, random.key(0), 5, jnp.array([2.0, 1.0, 0.0]), progress_bar=False)
+    assert "Not 16 samples of each step" in caught.value.__notes__[0]  # why the better plan was not possible

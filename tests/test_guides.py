@@ -152,6 +152,15 @@ def test_counts_with_a_sum(name, structure):
     assert (draws.max(0) >= 4).all()
 
 
+def test_counts_with_one_sum_for_all_elements_of_a_plate():
+    def model():
+        with numpyro.plate("pool", 3):
+            z = numpyro.sample("z", dist.Multinomial(5, jnp.ones(2) / 2))
+            numpyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=2.0)
+
+    assert (seed(AutoDiscrete(model), 0)()["z"].sum(-1) == 5).all()
+
+
 class Switches(dist.constraints.Constraint):
     is_discrete, event_dim = True, 1
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_vimco project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Why steps broke down: gradients that are NaN, and data that rule out all draws."""
+"""Why steps broke down: densities and gradients that are NaN, and data that rule out all draws."""
 
 from typing import Any
 
@@ -41,6 +41,19 @@ def sites_with_nan_gradients(svi: SVI, params: Params, rng_key: Array, args: tup
 
     found = at_once(jax.vmap(look), split(rng_key, DRAWS))
     return [name for name, is_nan in found.items() if is_nan.any()]
+
+
+def sites_with_nan_densities(
+    svi: SVI, params: Params, rng_key: Array, args: tuple, kwargs: dict
+) -> list[tuple[str, float]]:
+    """Names of the sites of the model whose log-density is NaN at some draw, and at which share of them."""
+
+    def look(rng_key: Array) -> dict[str, Array]:
+        sites = sample_sites(_model_trace(svi, params, rng_key, args, kwargs))
+        return {site["name"]: jnp.isnan(log_prob_at_value(site)).any() for site in sites}
+
+    found = at_once(jax.vmap(look), split(rng_key, DRAWS))
+    return [(name, float(np.mean(is_nan))) for name, is_nan in found.items() if is_nan.any()]
 
 
 def ruled_out(svi: SVI, params: Params, rng_key: Array, args: tuple, kwargs: dict) -> str:

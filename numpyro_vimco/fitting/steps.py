@@ -22,7 +22,7 @@ from numpyro_vimco.arguments import warn
 from numpyro_vimco.compilation import Compiled
 from numpyro_vimco.draws.approximation import one_start
 from numpyro_vimco.families.units import RealInUnits
-from numpyro_vimco.fitting.breakdowns import ruled_out, sites_with_nan_gradients
+from numpyro_vimco.fitting.breakdowns import NAMED, ruled_out, sites_with_nan_densities, sites_with_nan_gradients
 from numpyro_vimco.fitting.renewing import in_renewed_units
 from numpyro_vimco.fitting.state import FitState
 from numpyro_vimco.fitting.tempering import TemperedModel
@@ -162,6 +162,19 @@ class Steps:
             nan.append(jnp.array([(leaf != leaf).any() for leaf in jax.tree.leaves(param)]).any())
         return svi_state, loss, jnp.stack(nan)
 
+    def _of_loss(self, state: FitState, start: int) -> str:
+        """What to say where a loss was NaN, after which all gradients are."""
+        found = self._looked_at(sites_with_nan_densities, state, start)
+        if not found:
+            return OF_LOSS
+        name, share = found[0]
+        return (
+            f"The log-density of the site '{name}' of the model is NaN in {share:.0%} of draws of the guide: there a "
+            "parameter of its distribution is outside of its range. Keep it inside, `jnp.maximum(total_count, 0)` for "
+            "a number of trials, say. (Draws that are impossible count for nothing, but what follows from them must "
+            "be a number.)"
+        )
+
     def _of_gradient(self, state: FitState, start: int) -> str:
         """What to say where losses were finite, and a gradient was NaN: then the model is the cause."""
         found = self._looked_at(sites_with_nan_gradients, state, start) or []
@@ -208,9 +221,11 @@ class Steps:
         failed = np.asarray(state.failed)
         culprits = ["the loss", *(f"the parameter '{name}'" for name in self._names(state))]
         for i in np.flatnonzero(record.nan.any(1)):
-            step, where = record.failed_at[i], ", ".join(np.array(culprits)[record.nan[i]])
+            of_loss = record.nan[i, 0]
+            step, names = record.failed_at[i], [name for name, is_nan in zip(culprits, record.nan[i]) if is_nan]
+            where = ", ".join(names[:NAMED]) + (f", and {len(names) - NAMED} more" if len(names) > NAMED else "")
             if failed.all():
-                advice = OF_LOSS if record.nan[i, 0] else self._of_gradient(state, int(i))
+                advice = self._of_loss(state, int(i)) if of_loss else self._of_gradient(state, int(i))
                 raise ValueError(
                     f"All {len(failed)} starts failed, the last of them in step {step}: NaN came up in {where}. "
                     f"{advice}"

@@ -231,7 +231,8 @@ class StructuralGuide(PrototypeGuide):
         draws = prior_draws(self.model, args, kwargs, latents)
         self.prior_draws = {name: draws[name] for name in named}
         if totals:  # to which draws of NumPyro (0.22) do not always add up
-            sums = prior_draws(self.model, args, kwargs, totals, lambda site: total_of(site["fn"].support))
+            total = lambda site: jnp.broadcast_to(total_of(site["fn"].support), site["fn"].batch_shape)  # noqa: E731
+            sums = prior_draws(self.model, args, kwargs, totals, total)
             for name in totals:
                 share = sums[name] / jnp.maximum(draws[name].sum(-1), 1)
                 self.prior_draws[name] = jnp.round(draws[name] * share[..., None]).astype(draws[name].dtype)
