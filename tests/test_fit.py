@@ -823,6 +823,8 @@ def test_a_nan_density_at_all_starts_names_the_site():
 
         scan(step, 3, seen)
 
-    with pytest.raises(ValueError, match="log-density of the site 'new' of the model is NaN in .*% of draws") as caught:
+    with pytest.raises(
+        ValueError, match=r"log-density of the site 'new' of the model is NaN in .*% of draws"
+    ) as caught:
         fit(model, random.key(0), 5, jnp.array([2.0, 1.0, 0.0]), progress_bar=False)
     assert "Not 16 samples of each step" in caught.value.__notes__[0]  # why the better plan was not possible

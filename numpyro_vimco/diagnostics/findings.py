@@ -469,9 +469,9 @@ def _relabelled(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         "labels-switched",
         f"Label switching: elements {first} and {second} can change places (in {together}). Start {start} has them in "
-        f"one order, which holds {about.share:.0%} of the posterior, and the pooled draws have both. This does not touch "
-        "what does not depend on the order; for the rest, say in the model which element is which, by a prior or an ordered "
-        "vector.",
+        f"one order, which holds {about.share:.0%} of the posterior, and the pooled draws have both. What does not "
+        "depend on the order is not touched by this; for the rest, say in the model which element is which, by a prior "
+        "or an ordered vector.",
         {"starts": list(facts.relabelled), "share": about.share},
     )
 
