@@ -104,7 +104,7 @@ def problem_tables(results, budget):
     lines = []
     for problem, methods in results.items():
         rows = [problem_row(name, methods[name], budget) for name in (*FORMS, *COMPARED[1:]) if name in methods]
-        lines += [f"### {problem}", "", table(header, rows), ""]
+        lines += [f"### {problem}", "", table(header, rows), ""] if rows else []
     return "\n".join(lines).strip()
 
 
@@ -163,13 +163,15 @@ def _is_fastest(methods, runs, clock, budget, factor=1.5):
 def plans(results, budget=180):
     """`fit(model, ...)` alone and with `improve`: the worst error of all seeds, verdicts, and seconds of the longest.
 
-    The last row has how many are within 0.1, however long they took, and how many "good" are wrong. A star marks those
-    that took longer than the budget.
+    The last row has how many are within 0.1, however long they took, and how many "good" are wrong; an error is neither.
+    A star marks those that took longer than the budget.
     """
     names = ("planned", "planned, improved")
     rows, right, wrong, good = [], [0, 0], [0, 0], [0, 0]
     for problem, methods in results.items():
         if not all(name in methods and methods[name].seeds for name in names):
+            if "improved" in methods:  # it ended in an error
+                rows.append([problem, *["–", "an error", ""] * 2])
             continue
         cells = []
         for i, name in enumerate(names):

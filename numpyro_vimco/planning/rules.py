@@ -19,7 +19,7 @@ from numpyro_vimco.fitting.run import Fit
 from numpyro_vimco.guides.automatic import Call, recorded_calls
 from numpyro_vimco.objectives import ImportanceWeightedELBO
 from numpyro_vimco.planning.plan import STARTS, Plan
-from numpyro_vimco.planning.structure import Latent, Structure
+from numpyro_vimco.planning.structure import Latent, Structure, first_sentence
 from numpyro_vimco.sites import is_latent_site, sample_sites
 
 # Particles where all latents are drawn together: `benchmarks/posteriors`. If some have particles of their own, 8 × 8
@@ -58,7 +58,7 @@ def first_possible(candidates: list[Plan], model: Callable, begin: Callable[[SVI
         try:
             return _begun(plan, notes, begin(plan.svi(model), plan.num_starts))
         except Exception as error:  # programs that were not written for sums fail in many ways
-            notes.append(f"Not {plan.what}: {str(error).partition('. ')[0].rstrip('.')}.")
+            notes.append(f"Not {plan.what}: {first_sentence(error)}.")
     return _begun(last, notes, begin(last.svi(model), last.num_starts))
 
 
@@ -107,6 +107,7 @@ def plans(
         sums = {}
     if known.latents and not any(about.is_discrete for about in known.latents.values()):
         notes.append("All latents are continuous. If all have a reparameterised sampler, use NUTS.")
+    notes += [f"Not {SAMPLES} samples of each step of '{name}': {why}." for name, why in known.no_chains.items()]
     first = replace(first, notes=tuple(notes))
     kinds = [replace(first, summed=sums), first] if sums else [first]
     if loss is not None:
@@ -210,7 +211,7 @@ def _local(plan: Plan, known: Structure) -> Plan:
     in_chains = {name for latents in local.values() for name in latents}
     plates = {}
     for plate, inside in _local_plates(left, known, {**plan.summed, **plan.marked}).items():
-        if not inside & in_chains:
+        if not inside & in_chains and plate not in known.plates_in_scan:
             plates[plate] = LOCAL
             local[plate] = tuple(name for name in left if name in inside)
     if not local:

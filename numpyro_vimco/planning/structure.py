@@ -53,15 +53,19 @@ class Structure:
     :ivar sizes: number of elements of the largest array of each sample site: its value, its log-density, or a
         parameter of its distribution.
     :ivar subsampled: whether a plate is.
+    :ivar plates_in_scan: names of the plates that sites inside of `scan` are in.
     :ivar first_order: numbers of the `scan` whose steps depend on the one before only.
+    :ivar no_chains: a latent of each other `scan`, and why not.
     """
 
     latents: Mapping[str, Latent]
     plates: Mapping[str, frozenset[str]]
     factors: Mapping[str, frozenset[str]]
     sizes: Mapping[str, int]
+    plates_in_scan: frozenset[str]
     subsampled: bool
     first_order: frozenset[int]
+    no_chains: Mapping[str, str]
 
     @classmethod
     def of(cls, model: Callable, args: tuple, kwargs: dict) -> "Structure":
@@ -77,14 +81,17 @@ class Structure:
         values = {name: site["value"] for name, site in sites.items() if is_latent_site(site)}
         moving = moving_supports(supports_of(model, args, kwargs), values) if values else {}
         latents = {name: _latent(sites[name], scans.found.get(name), name in moving) for name in values}
+        first_order, no_chains = _first_order(model, args, kwargs, latents)
         graph = Graph.of(log_densities(model, args, kwargs), values) if values else Graph({})
         return cls(
             latents,
             {name: frozenset(_plates(site)) for name, site in sites.items()},
             {name: frozenset(factor) for name, factor in graph.factors.items()},
             {name: _size(site) for name, site in sites.items()},
+            frozenset(plate for name in scans.found.keys() & sites.keys() for plate in _plates(sites[name])),
             any(len(site["value"]) != site["args"][0] for site in tr.values() if site["type"] == "plate"),
-            frozenset(_first_order(model, args, kwargs, latents)),
+            frozenset(first_order),
+            no_chains,
         )
 
 
@@ -111,14 +118,22 @@ def _plates(site: dict) -> dict[str, int]:
     return {frame.name: frame.size for frame in site["cond_indep_stack"] if frame.size > 1}
 
 
-def _first_order(model: Callable, args: tuple, kwargs: dict[str, Any], latents: Mapping[str, Latent]) -> list[int]:
-    """The `scan` that can be chains."""
-    found = []
+def _first_order(
+    model: Callable, args: tuple, kwargs: dict[str, Any], latents: Mapping[str, Latent]
+) -> tuple[list[int], dict[str, str]]:
+    """The `scan` that can be chains, and why others cannot."""
+    found, others = [], {}
     for scan in sorted({about.scan for about in latents.values() if about.scan is not None}):
         name = next(name for name, about in latents.items() if about.scan == scan)
         try:
             find_chains(model, model, args, kwargs, {name: 2})
-        except ValueError:
+        except ValueError as error:
+            others[name] = first_sentence(error)
             continue
         found.append(scan)
-    return found
+    return found, others
+
+
+def first_sentence(error: Exception) -> str:
+    """The first sentence of an error, without its point."""
+    return str(error).partition(". ")[0].rstrip(".")
