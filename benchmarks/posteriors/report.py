@@ -163,8 +163,8 @@ def _is_fastest(methods, runs, clock, budget, factor=1.5):
 def plans(results, budget=180):
     """`fit(model, ...)` alone and with `improve`: the worst error of all seeds, verdicts, and seconds of the longest.
 
-    The last row has how many are within 0.1, however long they took, and how many "good" are wrong; an error is neither.
-    A star marks those that took longer than the budget.
+    The last row has how many are within 0.1, however long they took, and how many "good" are wrong; errors are
+    neither. A star marks those that took longer than the budget.
     """
     names = ("planned", "planned, improved")
     rows, right, wrong, good = [], [0, 0], [0, 0], [0, 0]
