@@ -751,3 +751,24 @@ def test_a_subsampled_plate_inside_of_scan():
 
     with pytest.raises(ValueError, match="latent site 'z' is inside of `scan` in the plate 'element'"):
         seed(AutoMixed(model), 0)()
+
+
+@pytest.mark.long
+def test_elements_of_a_chain_are_not_coupled():
+    """A guide that couples elements which data hold apart fails the check of the pool, once parameters have moved."""
+
+    def model(x):
+        g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+
+        def step(before, x):
+            with numpyro.plate("element", 2):
+                z = bernoulli("z", before + g)
+                numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            return 1.0 * z, None
+
+        scan(step, jnp.zeros(2), x)
+
+    objective = VIMCOStar(0.5, 2, chain_particles={"z": 2})
+    svi = SVI(model, AutoMixed(model, chains={"z"}), optax.adam(0.05), objective)
+    posterior = fit(svi, random.key(0), 20, np.array([[0.7, -1.2], [1.3, 0.4]]), num_starts=2, progress_bar=False)
+    assert np.isfinite(posterior.log_evidence)

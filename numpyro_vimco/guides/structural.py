@@ -195,7 +195,8 @@ class StructuralGuide(PrototypeGuide):
                         "subsampled: automatic guides draw all elements of a series. Do not subsample this plate, or "
                         "write a guide by hand for these sites."
                     )
-            if site["cond_indep_stack"] and name not in self.homes:  # to the guide, a vector at each step
+            if is_latent_site(site) and site["cond_indep_stack"] and name not in self.homes:
+                # To the guide, a vector at each step. Data keep their plates, by which elements are independent.
                 self.prototype_trace[name] = {**site, "cond_indep_stack": []}
                 self.plates_in_scan = True
         latents = filter(is_latent_site, self.prototype_trace.values())
