@@ -678,7 +678,7 @@ def test_conditional_that_changes_nothing_is_said(model, why):
         seed(AutoMixed(model, structure="conditional"), 0)()
 
 
-def test_plates_inside_of_scan_are_refused():
+def test_plates_inside_of_scan_are_drawn_as_a_whole():
     def model():
         def step(carry, _):
             with numpyro.plate("inner", 3):
@@ -687,8 +687,8 @@ def test_plates_inside_of_scan_are_refused():
 
         scan(step, 0, None, length=4)
 
-    with pytest.raises(ValueError, match="the plate 'inner' inside of `scan`"):
-        seed(AutoDiscrete(model), 0)()
+    site = trace(seed(AutoDiscrete(model), 0)).get_trace()["z"]
+    assert site["value"].shape == (4, 3) and not site["cond_indep_stack"]
 
 
 def test_bounds_that_differ_within_a_subsample_are_refused():
