@@ -6,7 +6,7 @@
 Each message names the argument, and says what it must be and why.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import inspect
 import operator
 from pathlib import Path
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 
+# So many parts of a list are named.
+NAMED = 5
 # Whose lines are not the user's.
 LIBRARIES = tuple(str(Path(path).parent) for path in (__file__, numpyro.__file__, jax.__file__))
 
@@ -33,6 +35,12 @@ def warn(message: str) -> None:
 def listed(names: Iterable[str]) -> str:
     """Names for a message."""
     return ", ".join(map(repr, names)) or "there are none"
+
+
+def first_of(parts: Sequence[str]) -> str:
+    """The first parts of a list for a message, and how many more there are."""
+    more = len(parts) - NAMED
+    return ", ".join(parts[:NAMED]) + (f", and {more} more" if more > 0 else "")
 
 
 def check_integer(argument: str, number: Any, least: int, why: str) -> int:

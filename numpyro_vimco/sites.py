@@ -11,7 +11,7 @@ A private part of NumPyro's distributions is read, in :func:`mask_of` only; it w
 is admitted, and in 0.22.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import copy
 from typing import Any
 
@@ -52,6 +52,11 @@ def is_discrete(site: dict) -> bool:
     """Whether a site is discrete; True for a distribution that does not know its support."""
     support = support_of(site["fn"])
     return True if support is None else support.is_discrete
+
+
+def without_plates(tr: Trace, names: Collection[str]) -> Trace:
+    """A trace in which some sites are in no plate: their elements are those of a vector."""
+    return {name: {**site, "cond_indep_stack": []} if name in names else site for name, site in tr.items()}
 
 
 def states(fn: dist.Distribution) -> np.ndarray:

@@ -3,6 +3,7 @@
 
 """Why steps broke down: densities and gradients that are NaN, and data that rule out all draws."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 
+from numpyro_vimco.arguments import first_of
 from numpyro_vimco.compilation import at_once
 from numpyro_vimco.control_flow import Given
 from numpyro_vimco.randomness import split
@@ -19,8 +21,6 @@ from numpyro_vimco.sites import Trace, is_latent_site, log_prob_at_value, sample
 
 # Draws of the guide that are looked at.
 DRAWS = 256
-# So many elements are named.
-NAMED = 5
 
 Params = dict[str, Any]
 
@@ -43,37 +43,40 @@ def sites_with_nan_gradients(svi: SVI, params: Params, rng_key: Array, args: tup
     return [name for name, is_nan in found.items() if is_nan.any()]
 
 
-def sites_with_nan_densities(
+def site_with_nan_density(
     svi: SVI, params: Params, rng_key: Array, args: tuple, kwargs: dict
-) -> list[tuple[str, float]]:
-    """Names of the sites of the model whose log-density is NaN at some draw, and at which share of them."""
-
-    def look(rng_key: Array) -> dict[str, Array]:
-        sites = sample_sites(_model_trace(svi, params, rng_key, args, kwargs))
-        return {site["name"]: jnp.isnan(log_prob_at_value(site)).any() for site in sites}
-
-    found = at_once(jax.vmap(look), split(rng_key, DRAWS))
-    return [(name, float(np.mean(is_nan))) for name, is_nan in found.items() if is_nan.any()]
+) -> tuple[str, float] | None:
+    """The first site of the model whose log-density is NaN at some draw, and at which share of them."""
+    shares = _shares(lambda site: jnp.isnan(log_prob_at_value(site)).any(), svi, params, rng_key, args, kwargs)
+    return next(((name, float(share)) for name, share in shares.items() if share > 0), None)
 
 
 def ruled_out(svi: SVI, params: Params, rng_key: Array, args: tuple, kwargs: dict) -> str:
     """A sentence on the data that rule out draws of the guide."""
 
-    def look(rng_key: Array) -> dict[str, Array]:
-        sites = sample_sites(_model_trace(svi, params, rng_key, args, kwargs))
-        return {site["name"]: jnp.isneginf(log_prob_at_value(site)) for site in sites if site["is_observed"]}
+    def is_ruled_out(site: dict) -> Array:
+        return jnp.isneginf(log_prob_at_value(site)) & site["is_observed"]
 
-    shares = {name: np.mean(found, axis=0) for name, found in at_once(jax.vmap(look), split(rng_key, DRAWS)).items()}
+    shares = _shares(is_ruled_out, svi, params, rng_key, args, kwargs)
     name = max(shares, key=lambda name: shares[name].max(initial=0), default=None)
     if name is None or not shares[name].any():
         return "No observed site alone rules out a draw: look at the supports of model and guide."
     share = shares[name]
     if not share.ndim:
         return f"The datum of site '{name}' is impossible in {share:.0%} of draws of the guide."
-    worst = np.argsort(-share, axis=None, kind="stable")[: min(NAMED, (share == share.max()).sum())]
-    where = ", ".join(str([int(i) for i in index]) for index in np.transpose(np.unravel_index(worst, share.shape)))
-    more = f", and {(share == share.max()).sum() - NAMED} more" if (share == share.max()).sum() > NAMED else ""
-    return f"Data of site '{name}' are impossible in {share.max():.0%} of draws of the guide, at {where}{more}."
+    where = first_of([str(index) for index in np.argwhere(share == share.max()).tolist()])
+    return f"Data of site '{name}' are impossible in {share.max():.0%} of draws of the guide, at {where}."
+
+
+def _shares(
+    is_so: Callable[[dict], Array], svi: SVI, params: Params, rng_key: Array, args: tuple, kwargs: dict
+) -> dict[str, np.ndarray]:
+    """For each site of the model, at which share of draws of the guide something holds, by element."""
+
+    def look(rng_key: Array) -> dict[str, Array]:
+        return {s["name"]: is_so(s) for s in sample_sites(_model_trace(svi, params, rng_key, args, kwargs))}
+
+    return {name: np.mean(found, axis=0) for name, found in at_once(jax.vmap(look), split(rng_key, DRAWS)).items()}
 
 
 def _model_trace(svi: SVI, params: Params, rng_key: Array, args: tuple, kwargs: dict) -> Trace:

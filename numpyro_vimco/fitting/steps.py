@@ -18,11 +18,11 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 import tqdm
 
-from numpyro_vimco.arguments import warn
+from numpyro_vimco.arguments import first_of, warn
 from numpyro_vimco.compilation import Compiled
 from numpyro_vimco.draws.approximation import one_start
 from numpyro_vimco.families.units import RealInUnits
-from numpyro_vimco.fitting.breakdowns import NAMED, ruled_out, sites_with_nan_densities, sites_with_nan_gradients
+from numpyro_vimco.fitting.breakdowns import ruled_out, site_with_nan_density, sites_with_nan_gradients
 from numpyro_vimco.fitting.renewing import in_renewed_units
 from numpyro_vimco.fitting.state import FitState
 from numpyro_vimco.fitting.tempering import TemperedModel
@@ -164,10 +164,10 @@ class Steps:
 
     def _of_loss(self, state: FitState, start: int) -> str:
         """What to say where a loss was NaN, after which all gradients are."""
-        found = self._looked_at(sites_with_nan_densities, state, start)
+        found = self._looked_at(site_with_nan_density, state, start)
         if not found:
             return OF_LOSS
-        name, share = found[0]
+        name, share = found
         return (
             f"The log-density of the site '{name}' of the model is NaN in {share:.0%} of draws of the guide: there a "
             "parameter of its distribution is outside of its range. Keep it inside, `jnp.maximum(total_count, 0)` for "
@@ -222,8 +222,7 @@ class Steps:
         culprits = ["the loss", *(f"the parameter '{name}'" for name in self._names(state))]
         for i in np.flatnonzero(record.nan.any(1)):
             of_loss = record.nan[i, 0]
-            step, names = record.failed_at[i], [name for name, is_nan in zip(culprits, record.nan[i]) if is_nan]
-            where = ", ".join(names[:NAMED]) + (f", and {len(names) - NAMED} more" if len(names) > NAMED else "")
+            step, where = record.failed_at[i], first_of(np.array(culprits)[record.nan[i]].tolist())
             if failed.all():
                 advice = self._of_loss(state, int(i)) if of_loss else self._of_gradient(state, int(i))
                 raise ValueError(

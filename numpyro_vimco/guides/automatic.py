@@ -28,7 +28,7 @@ from numpyro_vimco.control_flow import Given, Scans
 from numpyro_vimco.private.of_jax import trace_state_clean
 from numpyro_vimco.private.of_numpyro import PrototypeGuide, setup_prototype, without_tracers
 from numpyro_vimco.randomness import split
-from numpyro_vimco.sites import is_latent_site
+from numpyro_vimco.sites import is_latent_site, without_plates
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,8 @@ class _FromPrior(AutoGuide):
         model = substitute(model, substitute_fn=lambda site: None if site["name"] in given else init(site))
         scans = Scans(model)
         with block():
-            self.prototype_trace = at_once(lambda: trace(scans).get_trace(*args, **kwargs))
-        for name in scans.found.keys() & self.prototype_trace.keys():  # these elements are in no plate of the guide
-            self.prototype_trace[name] = {**self.prototype_trace[name], "cond_indep_stack": []}
+            tr = at_once(lambda: trace(scans).get_trace(*args, **kwargs))
+        self.prototype_trace = without_plates(tr, scans.found)
         latents = {name: site for name, site in self.prototype_trace.items() if is_latent_site(site)}
         transforms = {name: biject_to(site["fn"].support) for name, site in latents.items()}
         self._init_locs = at_once(lambda: {name: transforms[name].inv(site["value"]) for name, site in latents.items()})

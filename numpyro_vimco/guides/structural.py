@@ -39,7 +39,7 @@ from numpyro_vimco.guides.plan import autoregressive, gated, steps_of
 from numpyro_vimco.guides.structured import FromParams, InGuide, Sampler, Samples, Site
 from numpyro_vimco.private.of_numpyro import PrototypeGuide
 from numpyro_vimco.randomness import split, split_by_name
-from numpyro_vimco.sites import Trace, base_support, is_count, is_discrete, is_latent_site, is_marked
+from numpyro_vimco.sites import Trace, base_support, is_count, is_discrete, is_latent_site, is_marked, without_plates
 
 
 class WithoutMarked(Messenger):
@@ -185,6 +185,7 @@ class StructuralGuide(PrototypeGuide):
         for site in filter(is_latent_site, sites):
             check_draws(site)
         full_sizes = {site["name"]: site["args"][0] for site in sites if site["type"] == "plate"}
+        vectors = []
         for name in scans.found.keys() & self.prototype_trace.keys():
             site = self.prototype_trace[name]
             for frame in site["cond_indep_stack"]:
@@ -196,9 +197,9 @@ class StructuralGuide(PrototypeGuide):
                         "write a guide by hand for these sites."
                     )
             if is_latent_site(site) and site["cond_indep_stack"] and name not in self.homes:
-                # To the guide, a vector at each step. Data keep their plates, by which elements are independent.
-                self.prototype_trace[name] = {**site, "cond_indep_stack": []}
-                self.plates_in_scan = True
+                vectors.append(name)  # data keep their plates, by which elements are independent
+        self.plates_in_scan = bool(vectors)
+        self.prototype_trace = without_plates(self.prototype_trace, vectors)
         latents = filter(is_latent_site, self.prototype_trace.values())
         frames = [frame for site in latents for frame in site["cond_indep_stack"]]
         self._set_frames({frame.name: frame for frame in frames}, full_sizes)

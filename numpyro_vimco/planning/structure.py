@@ -54,8 +54,7 @@ class Structure:
         parameter of its distribution.
     :ivar subsampled: whether a plate is.
     :ivar plates_in_scan: names of the plates that sites inside of `scan` are in.
-    :ivar first_order: numbers of the `scan` whose steps depend on the one before only.
-    :ivar no_chains: a latent of each other `scan`, and why not.
+    :ivar no_chains: a latent of each `scan` whose steps do not depend on the one before only, and why.
     """
 
     latents: Mapping[str, Latent]
@@ -64,7 +63,6 @@ class Structure:
     sizes: Mapping[str, int]
     plates_in_scan: frozenset[str]
     subsampled: bool
-    first_order: frozenset[int]
     no_chains: Mapping[str, str]
 
     @classmethod
@@ -81,7 +79,6 @@ class Structure:
         values = {name: site["value"] for name, site in sites.items() if is_latent_site(site)}
         moving = moving_supports(supports_of(model, args, kwargs), values) if values else {}
         latents = {name: _latent(sites[name], scans.found.get(name), name in moving) for name in values}
-        first_order, no_chains = _first_order(model, args, kwargs, latents)
         graph = Graph.of(log_densities(model, args, kwargs), values) if values else Graph({})
         return cls(
             latents,
@@ -90,9 +87,13 @@ class Structure:
             {name: _size(site) for name, site in sites.items()},
             frozenset(plate for name in scans.found.keys() & sites.keys() for plate in _plates(sites[name])),
             any(len(site["value"]) != site["args"][0] for site in tr.values() if site["type"] == "plate"),
-            frozenset(first_order),
-            no_chains,
+            _no_chains(model, args, kwargs, latents),
         )
+
+    @property
+    def first_order(self) -> set[int]:
+        """Numbers of the `scan` whose steps depend on the one before only."""
+        return _scans(self.latents) - {self.latents[name].scan for name in self.no_chains}
 
 
 def _latent(site: dict, scan: int | None, is_moving: bool) -> Latent:
@@ -118,20 +119,20 @@ def _plates(site: dict) -> dict[str, int]:
     return {frame.name: frame.size for frame in site["cond_indep_stack"] if frame.size > 1}
 
 
-def _first_order(
-    model: Callable, args: tuple, kwargs: dict[str, Any], latents: Mapping[str, Latent]
-) -> tuple[list[int], dict[str, str]]:
-    """The `scan` that can be chains, and why others cannot."""
-    found, others = [], {}
-    for scan in sorted({about.scan for about in latents.values() if about.scan is not None}):
+def _scans(latents: Mapping[str, Latent]) -> set[int]:
+    return {about.scan for about in latents.values() if about.scan is not None}
+
+
+def _no_chains(model: Callable, args: tuple, kwargs: dict[str, Any], latents: Mapping[str, Latent]) -> dict[str, str]:
+    """The first latent of each `scan` that is no chain, and why."""
+    found = {}
+    for scan in sorted(_scans(latents)):
         name = next(name for name, about in latents.items() if about.scan == scan)
         try:
             find_chains(model, model, args, kwargs, {name: 2})
         except ValueError as error:
-            others[name] = first_sentence(error)
-            continue
-        found.append(scan)
-    return found, others
+            found[name] = first_sentence(error)
+    return found
 
 
 def first_sentence(error: Exception) -> str:
