@@ -48,11 +48,11 @@ RESULTS = IMAGES / "chains.json"
 RUNS, STEPS = 1000, 2000
 
 
-def series(seen):
+def series(seen, growth=GROWTH):
     def year(expected, seen):
         count = numpyro.sample("count", dist.Poisson(expected))
         numpyro.sample("seen", dist.Binomial(count, DETECTION), obs=seen)
-        return GROWTH * count + 1.0, None
+        return growth * count + 1.0, None
 
     scan(year, INITIAL, seen)
 

@@ -1,6 +1,6 @@
 """Time series: chains of samples beside exact posteriors, or beside a long run of NUTS.
 
-python benchmarks/chains.py [NAME ...] [--steps-in-time 30] [--samples 1 4 8 16] [--seeds 3] [--planned]
+python benchmarks/chains.py [NAME ...] [--steps-in-time 30] [--samples 1 4 8 16] [--seeds 3] [--planned] [--sites 50]
 
 - *population*: N_1 ~ Poisson(initial), N_t ~ Poisson(growth N_{t-1} + 1), y_t ~ Binomial(N_t, detection).
 - *survivors*: S_t ~ Binomial(N_{t-1}, survival), R_t ~ Poisson(gain), N_t = S_t + R_t, y_t ~ Binomial(N_t, detection):
@@ -26,7 +26,8 @@ particle. ``--dynestyx PYTHON`` has the population by a particle filter inside o
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 import json
 from pathlib import Path
@@ -335,9 +336,9 @@ def sites_summed(seen, habitat, winter, effort):
     numpyro.factor("data", jax.vmap(of_site, (1, 0, 1, 1))(seen, initial, growth, detection).sum())
 
 
-def sites_data(steps):
+def sites_data(steps, number=SITES):
     rng = np.random.default_rng(5)
-    habitat, winter, effort = rng.normal(size=SITES), rng.normal(size=(steps, SITES)), rng.normal(size=(steps, SITES))
+    habitat, winter, effort = (rng.normal(size=shape) for shape in (number, (steps, number), (steps, number)))
     count, seen = rng.poisson(np.exp(2.3 + 0.4 * habitat)), []
     for t in range(steps):
         seen.append(rng.binomial(count, expit(0.2 + 0.4 * effort[t])))
@@ -429,9 +430,11 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-particles", type=int, default=8)
     parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--sites", type=int, default=SITES, help="number of *sites*")
     parser.add_argument("--planned", action="store_true", help="`fit(model, ...)` alone")
     parser.add_argument("--dynestyx", metavar="PYTHON", help="only the population, by the dynestyx of this Python")
     args = vars(parser.parse_args())
+    PROBLEMS["sites"] = replace(PROBLEMS["sites"], simulate=partial(sites_data, number=args.pop("sites")))
     if python := args.pop("dynestyx"):
         by_dynestyx(python, args["steps_in_time"], args["seeds"])
         args["problems"] = []

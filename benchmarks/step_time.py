@@ -19,6 +19,8 @@ import argparse
 from functools import partial
 import time
 
+from chain_estimators import DETECTION, GROWTH, INITIAL, series
+from chains import population_data
 from common import (
     HIDDEN,
     belief_network,
@@ -39,7 +41,6 @@ import jax.numpy as jnp
 from jax.scipy.special import gammaln
 import numpy as np
 import numpyro
-from numpyro.contrib.control_flow import scan
 import numpyro.distributions as dist
 from numpyro.infer import RenyiELBO, TraceGraph_ELBO
 import optax
@@ -114,22 +115,12 @@ def mixture_guide(x):
         numpyro.sample("cluster_of", dist.Categorical(logits=logits))
 
 
-SEEN, GROWTH, FIRST, DETECTION = jnp.array([14.0, 17, 15, 12, 16, 13, 15, 11, 14, 12]), 0.97, 30.0, 0.5
-
-
 def population(seen):
-    growth = numpyro.param("growth", GROWTH)
-
-    def year(expected, seen):
-        count = numpyro.sample("count", dist.Poisson(expected))
-        numpyro.sample("seen", dist.Binomial(count, DETECTION), obs=seen)
-        return growth * count + 1.0, None
-
-    scan(year, FIRST, seen)
+    series(seen, numpyro.param("growth", GROWTH))
 
 
 def population_guide(seen):
-    numpyro.sample("count", dist.Poisson(jnp.exp(numpyro.param("log_rate", jnp.full(len(seen), np.log(30.0))))))
+    numpyro.sample("count", dist.Poisson(jnp.exp(numpyro.param("log_rate", jnp.full(len(seen), np.log(INITIAL))))))
 
 
 def chain_by_hand(num_particles, num_samples, seen, has_keys=False):
@@ -156,9 +147,10 @@ def chain_by_hand(num_particles, num_samples, seen, has_keys=False):
             count = random.poisson(key, rate, (num_particles, len(seen), num_samples)).astype(float)
         log_q = poisson(rate, count)
         unseen = count - seen[:, None]
-        log_seen = gammaln(count + 1) - gammaln(seen + 1)[:, None] - gammaln(unseen + 1) + count * np.log(0.5)
+        log_seen = gammaln(count + 1) - gammaln(seen + 1)[:, None] - gammaln(unseen + 1)
+        log_seen += seen[:, None] * np.log(DETECTION) + unseen * np.log(1 - DETECTION)
         log_seen = jnp.where(unseen >= 0, log_seen, -jnp.inf)
-        expected = jnp.roll(params["growth"] * count + 1.0, 1, axis=1).at[:, 0].set(FIRST)
+        expected = jnp.roll(params["growth"] * count + 1.0, 1, axis=1).at[:, 0].set(INITIAL)
         table = poisson(expected[:, :, None, :], count[..., None]) + log_seen[..., None]
         log_z, pull = jax.vjp(jax.vmap(log_mean_path), stop_gradient(table - log_q[..., None]))
         (share,) = pull(jax.nn.softmax(log_z))
@@ -175,14 +167,14 @@ def chain_by_hand(num_particles, num_samples, seen, has_keys=False):
         updates, adam_state = adam.update(gradient, adam_state)
         return (optax.apply_updates(params, updates), adam_state, key), value
 
-    params = {"growth": jnp.array(GROWTH), "log_rate": jnp.full(len(seen), jnp.log(30.0))}
+    params = {"growth": jnp.array(GROWTH), "log_rate": jnp.full(len(seen), jnp.log(INITIAL))}
     args = ((params, adam.init(params), random.key(0)),)
     return jax.jit(step).lower(*args).compile(), args
 
 
 def compare_chains(rounds):
     for length, number in ((30, 16), (100, 16), (100, 32), (100, 64)):
-        seen = jnp.resize(SEEN, length)
+        seen = jnp.asarray(population_data(length), jnp.float32)
         objective = VIMCOStar(0.0, 8, chain_particles={"count": number})
         steps = {
             "by hand in JAX": chain_by_hand(8, number, seen),
