@@ -3,18 +3,20 @@
 from functools import partial
 from typing import NamedTuple
 
+import arviz as az
+import jax
 from jax import random
 import numpy as np
-from numpyro.infer import SVI
+from numpyro.infer import MCMC, SVI
 import optax
 
 from benchmarks.common import elbo
 from benchmarks.posteriors import recommended as learning_rate
 from benchmarks.posteriors.grid import elbos, grid
-from benchmarks.posteriors.markov_chains import CHUNK, discrete_hmc_gibbs, enumerated_nuts, mixed_hmc, of_draws
-from benchmarks.posteriors.measuring import Clock, Mapped, Quantities, forget_compiled, mean_asked
+from benchmarks.posteriors.markov_chains import discrete_hmc_gibbs, enumerated_nuts, mixed_hmc
+from benchmarks.posteriors.measuring import Clock, Quantities, forget_compiled, mean_asked
 from benchmarks.posteriors.pymc_steps import compound_step
-from numpyro_vimco import AutoMixed, VIMCOStar, fit
+from numpyro_vimco import AutoMixed, GuidedMCMC, VIMCOStar, fit
 
 PARTICLES, PROPOSALS, MOST_STEPS = 64, 40_000, 50_000
 LOCAL_PARTICLES = 8  # and as many global ones
@@ -132,30 +134,61 @@ def planned(about, seed, budget, num_steps=2000, improves=False):
 
 
 def refined(about, seed, budget, num_steps=2000):
-    """`fit` and then `refine`, as they are by default: one row. Latents of few states are summed out where they can be.
+    """`fit(model, ...)` and `refine`, as they are by default, and the two parts of it alone: three rows.
 
-    The budget is not used: 1,500 steps of four chains are what they are.
+    The parts are the weighted draws of the fit, and the inner kernel from the same places, with as many steps. The time
+    of the fit is not counted for the kernel, which could begin elsewhere. The ESS of chains is here the worst of a
+    latent that is sampled. The budget is not used.
     """
-    model = about.model if about.enumerated is None else about.enumerated
-    name = f"refined, {'all sampled' if about.enumerated is None else 'summed out'}"
-    objective = VIMCOStar(0.5, PARTICLES)
-    svi = SVI(model, AutoMixed(model, **about.guide_options), optax.adam(learning_rate(num_steps)), objective)
-    fit_key, chain_key = random.split(random.key(seed))
     quantities = Quantities(about)
+    fit_key, chain_key, inner_key = random.split(random.key(seed), 3)
     forget_compiled()
-    clock = Clock()
+    clock, of_inner = Clock(), Clock()
+
+    def row(method, clock, mcmc):
+        ess, rhat = _ess_and_rhat(mcmc)
+        number = mcmc.num_chains * mcmc.num_samples
+        return {
+            "method": method, "seed": seed, "size": number, **clock.columns(), "relative_ess": ess / number,
+            "ess_per_second": ess / clock.seconds, "rhat": rhat,
+        }  # fmt: skip
+
     with clock:
-        posterior = fit(svi, fit_key, num_steps, *about.args, progress_bar=False)
+        posterior = fit(about.model, fit_key, num_steps, *about.args, progress_bar=False)
+        diagnostics = posterior.diagnostics
+    ess = float(np.min(diagnostics.ess))
+    yield {
+        "method": "refined: weights alone", "seed": seed, "size": diagnostics.num_draws, **clock.columns(),
+        "relative_ess": ess / diagnostics.num_draws, "ess_per_second": ess / clock.seconds,
+        "pareto_k": float(np.max(diagnostics.pareto_k)), "note": f'says "{posterior.verdict}"',
+    }  # fmt: skip
+    with clock:
         mcmc = posterior.refine(chain_key, progress_bar=False)
         found = posterior.diagnose_chains(mcmc)
-        tree = posterior.to_arviz(mcmc, groups=())
-        asked = Mapped(quantities.of, CHUNK)(flat(tree["posterior"])).reshape(mcmc.num_chains, mcmc.num_samples, -1)
-    number = mcmc.num_chains * mcmc.num_samples
-    yield {
-        "method": name, "seed": seed, "size": number, **clock.columns(),
-        **of_draws(quantities, asked, number, clock.seconds), "verdict": found.verdict,
-        "note": f"{found.moved:.0%} of the global steps moved",
-    }  # fmt: skip
+        estimate = mean_asked(quantities, flat(posterior.to_arviz(mcmc, groups=())["posterior"]))
+    note = f"{found.moved:.0%} of the global steps moved"
+    yield {**row("refined", clock, mcmc), **quantities.error(estimate), "verdict": found.verdict, "note": note}
+    kernel = GuidedMCMC(posterior)
+    begin = kernel.prepare(inner_key, mcmc.num_chains, 1)
+    forget_compiled()
+    with of_inner:
+        alone = MCMC(
+            kernel.inner_kernel, num_warmup=mcmc.num_warmup, num_samples=mcmc.num_samples, num_chains=mcmc.num_chains,
+            chain_method=jax.vmap, progress_bar=False,
+        )  # fmt: skip
+        alone.run(random.fold_in(inner_key, 1), *about.args, init_params=begin)
+    yield row("refined: inner kernel alone", of_inner, alone)
+
+
+def _ess_and_rhat(mcmc):
+    """The least bulk ESS and the largest R-hat of an element that moves."""
+    samples = mcmc.get_samples(group_by_chain=True)
+    draws = [np.asarray(x, float).reshape(*x.shape[:2], -1) for x in samples.values()]
+    draws = {str(i): x[..., x.std((0, 1)) > 0] for i, x in enumerate(draws)}
+    draws = az.convert_to_dataset({name: x for name, x in draws.items() if x.size})
+    with np.errstate(all="ignore"):
+        ess, rhat = az.ess(draws, method="bulk"), az.rhat(draws)
+    return float(ess.to_array().min()), float(rhat.to_array().max())
 
 
 def steps_within(runs, seconds):
