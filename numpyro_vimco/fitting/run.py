@@ -26,7 +26,7 @@ from numpyro_vimco.fitting.recovery import LEAST_STEPS, recovered
 from numpyro_vimco.fitting.starts import initial_states
 from numpyro_vimco.fitting.state import FitState, Starts
 from numpyro_vimco.fitting.steps import Steps
-from numpyro_vimco.fitting.tempering import first_inverse_temperature, geometric
+from numpyro_vimco.fitting.tempering import OF_CHAINS, first_inverse_temperature, geometric
 from numpyro_vimco.objectives.elbo import ImportanceWeightedELBO
 from numpyro_vimco.randomness import split_into
 from numpyro_vimco.sites import sample_sites
@@ -101,8 +101,11 @@ def begin(
     states = initial_states(svi, keys_of(rng_key).init, num_starts, args, {"init_params": init_params, **kwargs})
     first = jax.device_put(np.float32(1))
     if tempering_steps.max() > 0:
-        all_kwargs = {**svi.static_kwargs, **kwargs}
-        first = first_inverse_temperature(svi.model, args, all_kwargs, getattr(svi.loss, "joint_plates", ()))
+        if getattr(svi.loss, "chain_particles", {}):
+            first = jax.device_put(np.float32(OF_CHAINS))
+        else:
+            all_kwargs = {**svi.static_kwargs, **kwargs}
+            first = first_inverse_temperature(svi.model, args, all_kwargs, getattr(svi.loss, "joint_plates", ()))
     step = np.zeros((), tempering_steps.dtype)
     counts = jax.device_put((step, tempering_steps, first, np.zeros(num_starts, bool)))
     state = FitState(states, *counts)
