@@ -432,6 +432,7 @@ class Tried:
     given: tuple[str, ...] = ()
     losses = np.zeros((4, 2000))
     diagnostics = SimpleNamespace(num_draws=10_000)
+    mcmc: str | None = None
 
     @property
     def plan(self):
@@ -441,12 +442,12 @@ class Tried:
     def findings(self):
         return [Finding(code, "") for code in self.codes]
 
-    def to(self, step, codes=("poor-guide",)):
+    def to(self, step, codes=("poor-guide",), mcmc=None):
         verdict, seconds = self.after[step]
         self.clock[0] += seconds
         if isinstance(verdict, BaseException):
             raise verdict
-        return replace(self, verdict=verdict, codes=codes)
+        return replace(self, verdict=verdict, codes=codes, mcmc=mcmc)
 
 
 KEYS = []
@@ -461,7 +462,7 @@ def noted(key):
 WAYS = Ways(
     lambda posterior, number: posterior.to("draws"),
     lambda posterior, key: noted(key) or posterior.to("plan"),
-    lambda posterior, key, number: noted(key) or posterior.to(number, ("chains-disagree",)),
+    lambda posterior, key, number: noted(key) or posterior.to(number, ("chains-disagree",), "chains"),
     lambda posterior, number: posterior.to("steps"),
     lambda posterior, key: noted(key) or posterior.to("particles"),
 )
@@ -528,6 +529,25 @@ def test_steps_of_improve(monkeypatch, after, options, done, verdict):
         )
     assert list(improvements) == done
     assert best.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("chains", "steps", "again", "kept"),
+    [
+        # Of the same verdict chains are kept before weights, and of chains the latest.
+        ("usable", "usable", None, "chains"),
+        ("usable", "good", None, None),
+        ("bad", "usable", None, None),
+        ("bad", "bad", "bad", "chains"),
+    ],
+)
+def test_improve_keeps_chains_of_the_same_verdict(monkeypatch, chains, steps, again, kept):
+    clock = [0.0]
+    KEYS.clear()
+    monkeypatch.setattr("numpyro_vimco.posterior.improving.perf_counter", lambda: clock[0])
+    begun = Tried("bad", {1000: (chains, 65), "steps": (steps, 49 if again else 60), "particles": ("bad", 500)}, clock)
+    best, _ = improve(begun, random.key(0), 180.0, WAYS, False)
+    assert best.mcmc == kept
 
 
 @pytest.mark.long

@@ -30,6 +30,8 @@ COMPARED = (
 )
 # A row may be so much later than its mark.
 LATE = 1.03
+# Limits of `refine` in seconds, and the R-hat from which chains are of no use.
+LIMITS, BAD_R_HAT = (60, 120), 1.05
 CLOCKS = ("seconds_with_compilation", "seconds")
 
 
@@ -40,6 +42,7 @@ class Runs:
     """
 
     def __init__(self, rows):
+        self.rows = rows
         self.notes = [row["note"] for row in rows if row["note"]]
         self.seeds = defaultdict(list)
         for row in rows:
@@ -189,6 +192,41 @@ def plans(results, budget=180):
     return table(header, [*rows, ["*within 0.1*", *total]])
 
 
+def refined(results):
+    """`fit(model, ...)` and `refine`: the worst of all seeds, and effective draws a second beside its parts alone.
+
+    A part that fails by its own diagnostics has no number: weights whose verdict is "bad", an R-hat of 1.05 or more.
+    """
+    parts = {
+        "refined": lambda row: True,
+        "refined: weights alone": lambda row: "bad" not in row["note"],
+        "refined: inner kernel alone": lambda row: float(row["rhat"]) < BAD_R_HAT,
+    }
+    rows, within, in_time, ahead, wrong = [], 0, [0] * len(LIMITS), 0, 0
+    for problem, methods in results.items():
+        if "refined" not in methods or not methods["refined"].seeds:
+            continue
+        runs = [seed[-1] for seed in methods["refined"].seeds.values()]
+        error, seconds, rhat = (max(float(row[x]) for row in runs) for x in ("error", CLOCKS[0], "rhat"))
+        speeds = [np.median([_ess_per_second(row, ok) for row in methods[name].rows]) for name, ok in parts.items()]
+        within += error <= RIGHT
+        in_time = [n + (error <= RIGHT and seconds <= LATE * limit) for n, limit in zip(in_time, LIMITS)]
+        ahead += speeds[0] >= max(speeds[1:])
+        wrong += sum(float(row["rhat"]) < 1.01 and float(row["error"]) > RIGHT for row in runs)
+        verdicts = ", ".join(sorted({row["verdict"] for row in runs}))
+        cells = [number(error, 3), verdicts, f"{rhat:.3f}", f"{seconds:.0f}"]
+        rows.append([problem, *cells, *(number(x, 1) if x else "–" for x in speeds)])
+    limits = ", ".join(f"{n} in {limit} s" for n, limit in zip(in_time, LIMITS))
+    total = [f"{within} of {len(rows)}", "", f"{wrong} wrong below 1.01", limits, f"ahead on {ahead}", "", ""]
+    header = ["", "error", "says", "R-hat", "seconds", "ESS / s", "weights alone", "inner kernel alone"]
+    return table(header, [*rows, ["*within 0.1*", *total]])
+
+
+def _ess_per_second(row, is_valid):
+    """Effective draws a second, compilation counted; 0 where diagnostics say that there are none."""
+    return float(row["relative_ess"]) * float(row["size"]) / float(row[CLOCKS[0]]) if is_valid(row) else 0.0
+
+
 def wrong_goods(results):
     """Every row that says "good" and is not right."""
     header = ["problem", "method", "seed", "steps or draws", "seconds", "error", "of"]
@@ -303,6 +341,7 @@ def write_report(folder, budget=60):
     results = collect(folder)
     parts = {
         "plans": plans(results),
+        "refined": refined(results),
         "verdicts": verdicts(results, budget),
         "wrong": wrong_goods(results),
         "others": others_win(results, budget),
