@@ -485,7 +485,7 @@ class Posterior:
         num_chains: int = 4,
         *,
         inner_kernel: MCMCKernel | None = None,
-        num_proposals: int = 40,
+        num_proposals: int | None = None,
         progress_bar: bool | None = None,
     ) -> MCMC:
         """
@@ -501,7 +501,7 @@ class Posterior:
         :param int num_samples: number of draws of each chain. Defaults to 1,000.
         :param int num_chains: number of chains, in one program. Defaults to 4.
         :param MCMCKernel inner_kernel: as of :class:`.GuidedMCMC`.
-        :param int num_proposals: likewise. Defaults to 40.
+        :param int num_proposals: likewise.
         :param bool progress_bar: whether to show one. Defaults to None: as in the fit.
         :return: the ``MCMC`` of NumPyro after its run, for ``az.from_numpyro``, ``get_samples`` and
             ``print_summary``.
