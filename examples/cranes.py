@@ -79,7 +79,9 @@ def plot(alive, forecast, path):
 
 def main(args):
     objective = VIMCOStar(0.5, num_particles=8, chain_particles={"alive": args.num_samples})
-    svi = SVI(model, guide, optax.adam(0.02), objective)
+    # Held while the likelihood is tempered, then a cosine.
+    rate = optax.warmup_cosine_decay_schedule(0.02, 0.02, args.num_steps // 2, args.num_steps)
+    svi = SVI(model, guide, optax.adam(rate), objective)
     posterior = fit(svi, random.key(args.seed), args.num_steps, len(SEEN), jnp.asarray(SEEN), progress_bar=False)
     print(posterior)
     draws = posterior.to_arviz(num_samples=1000, groups=(), progress_bar=False)["posterior"]
@@ -98,7 +100,7 @@ def main(args):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--num-steps", type=int, default=6000)
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output"))
