@@ -24,6 +24,7 @@ from numpyro_vimco.densities.levels import Levels
 from numpyro_vimco.densities.plates import Structure
 from numpyro_vimco.draws.approximation import Approximation, taken
 from numpyro_vimco.draws.pooling import propose_pooled
+from numpyro_vimco.fitting.tempering import OF_CHAINS
 from numpyro_vimco.objectives.gradients import weigh
 from numpyro_vimco.objectives.paths import draw_path, path_shares
 
@@ -540,6 +541,8 @@ def test_posterior_of_a_chain():
     guide = AutoMixed(model, chains={"z"})
     svi = SVI(model, guide, optax.adam(0.03), VIMCOStar(0.5, 8, chain_particles={"z": 8}))
     posterior = fit(svi, random.key(0), 300, x, num_starts=2, progress_bar=False)
+    # At a lower power the steps of the chain would depend on each other as they do in the prior.
+    np.testing.assert_allclose(posterior.starts.inverse_temperature[0, [0, 150]], [OF_CHAINS, 1.0], rtol=1e-5)
     log_evidence, mean, states = exact_regimes(x)
     found = posterior.to_arviz(num_samples=4000, progress_bar=False)
     assert abs(posterior.log_evidence - log_evidence) < 5 * posterior.log_evidence_std_error + 1e-3

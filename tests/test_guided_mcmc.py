@@ -117,6 +117,12 @@ def kernel_of(case, num_proposals=3, **kwargs):
     return GuidedMCMC(posterior, num_proposals=num_proposals, **kwargs), model, outcomes
 
 
+def test_default_number_of_proposals():
+    """Fewer where each proposal draws local particles anew."""
+    numbers = [kernel_of(case, None)[0].num_proposals for case in (joint, common_plate, local_particles, chain)]
+    assert numbers == [40, 40, 4, 4]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", [joint, common_plate, local_particles, chain])
 def test_the_posterior_stays_what_it_is(case):

@@ -96,9 +96,10 @@ def fit(
     **Tempering.** The target is :math:`p(z)\,p(x \mid z)^\beta` [1]: the observed sites of the model, factors among
     them, count with an inverse temperature β that rises geometrically to 1, and stays there. It begins at 0.001, or at
     0.1 divided by the spread of the log-likelihood under the prior, if that is less: there the data hardly count. So a
-    guide is as wide as the prior when they begin to, and narrows around all that they allow. Where sites are summed
-    out, β acts on p(x | z) with z the sampled latents alone. It is an argument of the compiled step. Losses at β < 1
-    are those of another target.
+    guide is as wide as the prior when they begin to, and narrows around all that they allow. With samples of each step
+    of a chain it begins at 0.03, as proposals that are independent over time cannot follow the prior of a path. Where
+    sites are summed out, β acts on p(x | z) with z the sampled latents alone. It is an argument of the compiled step.
+    Losses at β < 1 are those of another target.
 
     **Units.** A step of the optimiser moves a location of an automatic guide of this library by a share of the guide's
     own scale, and of the prior's at most (:mod:`~numpyro_vimco.families.units`). So a program in other units has the
