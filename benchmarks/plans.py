@@ -1,13 +1,16 @@
 """What the rules of `fit(model, ...)` stand on: sums against particles, and the memory of a step.
 
-    taskset -c 0 python benchmarks/plans.py [--values 2 8 32 128] [--elements 5 10 20 100] [--steps 1000] [--starts]
+    taskset -c 0 python benchmarks/plans.py [--values 2 8 32 128] [--elements 5 10 20 100] [--steps 1000]
+    taskset -c 0 python benchmarks/plans.py --starts | --tempering | --proposals
 
 Each datum is a Normal about one of S levels, of an unknown location and scale. The forms are those of the plans: the
 levels summed out, with particles of their own, or drawn with all else. ``off`` is the log evidence less that of the
 sums. Memory is what XLA asks for in one step of one start, beside what a plan takes it to be.
 
 With ``--starts``, in place of these: fits of the karate club that may have either name, by 4 and 8 starts, with eight
-keys.
+keys. With ``--tempering``: planned fits of a hundred counts (`benchmarks/chains.py`) and of cranes, whose likelihood
+counts with a power from several values on. With ``--proposals``: chains that refine the fit of a stochastic volatility,
+by several numbers of proposals of a global step.
 """
 
 import argparse
@@ -24,10 +27,12 @@ import numpyro
 import numpyro.distributions as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.chains import PROBLEMS
 from benchmarks.common import temp_size
 from benchmarks.posteriors import problem
 from benchmarks.posteriors.measuring import Clock, forget_compiled
 from numpyro_vimco import fit
+from numpyro_vimco.fitting import run
 from numpyro_vimco.planning import rules
 from numpyro_vimco.planning.structure import Structure
 
@@ -47,6 +52,38 @@ def forms(args, num_steps):
     return dict(zip(("summed out", "particles", "joint"), found))
 
 
+def tempering():
+    """Where the tempering of chains begins."""
+    population, cranes = PROBLEMS["population"], problem("cranes")
+    series = {"population": (population.model, population.simulate(steps=100)), "cranes": (cranes.model, *cranes.args)}
+    print("series        from  verdict    ESS  seconds")
+    for name, (model, *args) in series.items():
+        for first in (0.001, 0.03, 0.3):
+            forget_compiled()
+            clock = Clock()
+            with clock, mock.patch.object(run, "OF_CHAINS", first):
+                posterior = fit(model, random.key(0), 2000, *args, progress_bar=False)
+                verdict = posterior.verdict
+            ess = posterior.ess / posterior.diagnostics.num_draws
+            print(f"{name:12} {first:5}  {verdict:>7}  {ess:5.1%}  {clock.total:7.0f}", flush=True)
+
+
+def proposals():
+    """How many proposals a global step has where a chain has samples of its own."""
+    about = problem("stochastic_volatility")
+    posterior = fit(about.model, random.key(0), 2000, *about.args, progress_bar=False)
+    print("proposals  verdict  moved  ESS (bulk, tail)  seconds")
+    for number in (4, 12, 40):
+        forget_compiled()
+        clock = Clock()
+        with clock:
+            mcmc = posterior.refine(random.key(1), num_proposals=number, progress_bar=False)
+        found = posterior.diagnose_chains(mcmc)
+        bulk, tail = (min(x.min() for x in ess.values()) for ess in (found.ess_bulk, found.ess_tail))
+        said = f"{found.verdict:>7}  {found.moved:5.1%}  {bulk:7.0f} {tail:8.0f}"
+        print(f"{number:9}  {said}  {clock.total:7.0f}", flush=True)
+
+
 def starts():
     """How often a verdict is "good" where the log evidence is wrong."""
     about = problem("karate_club_either")
@@ -64,8 +101,9 @@ def starts():
 
 
 def main(options):
-    if options.starts:
-        starts()
+    if chosen := [part for part in (starts, tempering, proposals) if getattr(options, part.__name__)]:
+        for part in chosen:
+            part()
         return
     rng = np.random.default_rng(0)
     print("elements  values  form          ms a step      off     ESS    MiB a step   planned")
@@ -98,4 +136,6 @@ if __name__ == "__main__":
     parser.add_argument("--elements", type=int, nargs="+", default=[100])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--starts", action="store_true", help="only fits of several numbers of starts")
+    parser.add_argument("--tempering", action="store_true", help="only fits of chains, by several powers")
+    parser.add_argument("--proposals", action="store_true", help="only chains with several numbers of proposals")
     main(parser.parse_args())

@@ -72,19 +72,28 @@ def of_draws(quantities, draws, num_draws, seconds):
     :param draws: those kept, of shape (chains, draws, quantities).
     :param num_draws: of all chains, also those not kept.
     """
-    # Of what is the same in all draws, and of less than four of them, ArviZ knows nothing, and nobody calls it good.
-    known = np.flatnonzero(quantities.known)
-    asked = [draws[..., i] for i in known if draws.shape[1] >= 4 and draws[..., i].std() > 0]
-    with np.errstate(all="ignore"):
-        ess, rhat = [az.ess(x, method="bulk") for x in asked], [az.rhat(x) for x in asked]
-    ess, rhat = (
-        float(worst(x)) if np.isfinite(x).any() else np.nan for worst, x in ((np.nanmin, ess), (np.nanmax, rhat))
-    )
+    ess, rhat, all_move = ess_and_rhat(draws[..., quantities.known])
     return {
         **quantities.error(draws.astype(float).mean((0, 1))), "relative_ess": ess / num_draws,
         "ess_per_second": ess / seconds, "rhat": rhat,
-        "verdict": "good" if rhat < 1.01 and ess > 400 and len(asked) == len(known) else "bad",
+        "verdict": "good" if rhat < 1.01 and ess > 400 and all_move else "bad",
     }  # fmt: skip
+
+
+def ess_and_rhat(draws):
+    """The least bulk ESS and the largest R-hat of elements that move, NaN where there are none; and whether all move.
+
+    Of what is the same in all draws, and of less than four of them, ArviZ knows nothing, and nobody calls it good.
+
+    :param draws: of shape (chains, draws, elements).
+    """
+    moving = [x for x in np.moveaxis(draws, -1, 0) if draws.shape[1] >= 4 and x.std() > 0]
+    with np.errstate(all="ignore"):
+        ess, rhat = [az.ess(x, method="bulk") for x in moving], [az.rhat(x) for x in moving]
+    ess, rhat = (
+        float(worst(x)) if np.isfinite(x).any() else np.nan for worst, x in ((np.nanmin, ess), (np.nanmax, rhat))
+    )
+    return ess, rhat, len(moving) == draws.shape[-1]
 
 
 def warmed_up(kernel, about, rng_key, budget):

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import NamedTuple
 
-import arviz as az
 import jax
 from jax import random
 import numpy as np
@@ -13,7 +12,7 @@ import optax
 from benchmarks.common import elbo
 from benchmarks.posteriors import recommended as learning_rate
 from benchmarks.posteriors.grid import elbos, grid
-from benchmarks.posteriors.markov_chains import discrete_hmc_gibbs, enumerated_nuts, mixed_hmc
+from benchmarks.posteriors.markov_chains import discrete_hmc_gibbs, enumerated_nuts, ess_and_rhat, mixed_hmc
 from benchmarks.posteriors.measuring import Clock, Quantities, forget_compiled, mean_asked
 from benchmarks.posteriors.pymc_steps import compound_step
 from numpyro_vimco import AutoMixed, GuidedMCMC, VIMCOStar, fit
@@ -146,7 +145,9 @@ def refined(about, seed, budget, num_steps=2000):
     clock, of_inner = Clock(), Clock()
 
     def row(method, clock, mcmc):
-        ess, rhat = _ess_and_rhat(mcmc)
+        samples = mcmc.get_samples(group_by_chain=True).values()
+        elements = [np.asarray(x, float).reshape(*x.shape[:2], -1) for x in samples]
+        ess, rhat, _ = ess_and_rhat(np.concatenate(elements, axis=-1))
         number = mcmc.num_chains * mcmc.num_samples
         return {
             "method": method, "seed": seed, "size": number, **clock.columns(), "relative_ess": ess / number,
@@ -178,17 +179,6 @@ def refined(about, seed, budget, num_steps=2000):
         )  # fmt: skip
         alone.run(random.fold_in(inner_key, 1), *about.args, init_params=begin)
     yield row("refined: inner kernel alone", of_inner, alone)
-
-
-def _ess_and_rhat(mcmc):
-    """The least bulk ESS and the largest R-hat of an element that moves."""
-    samples = mcmc.get_samples(group_by_chain=True)
-    draws = [np.asarray(x, float).reshape(*x.shape[:2], -1) for x in samples.values()]
-    draws = {str(i): x[..., x.std((0, 1)) > 0] for i, x in enumerate(draws)}
-    draws = az.convert_to_dataset({name: x for name, x in draws.items() if x.size})
-    with np.errstate(all="ignore"):
-        ess, rhat = az.ess(draws, method="bulk"), az.rhat(draws)
-    return float(ess.to_array().min()), float(rhat.to_array().max())
 
 
 def steps_within(runs, seconds):

@@ -89,8 +89,7 @@ class GuidedMCMC(MCMCKernel):
         `DiscreteGibbs` for those of finitely many values 0, 1, …; other latents, and discrete ones of plates and chains
         with particles of their own, then move in global steps only. Sites that are summed out stay so.
     :param int num_proposals: number n of proposals of a global step. Defaults to None: 40, or 4 where a plate or a
-        chain has particles of its own, which each proposal draws and weighs anew. (On a year of share prices 4, 12 and
-        40 proposals take 71, 119 and 300 s of one core; 4 have the most effective draws a second.)
+        chain has particles of its own, as each proposal draws and weighs all of these anew.
     :raises ValueError: for a posterior without latents or of a subsampled plate, starts with different parameters of
         the model, guides with a Delta site, an inner kernel from a potential function or of other latents.
     :raises NotImplementedError: for NumPyro before 0.22, and an inner kernel without ``refresh``.

@@ -555,9 +555,8 @@ class Posterior:
         weights that are products over a plate or a chain; chains of MCMC (:meth:`refine`), which mended more of the
         benchmark posteriors than more steps did (``docs/posteriors.md``); longer chains, if these have not mixed; as
         many steps again, and chains from there, if the plan chose the optimiser; a new fit with four times as many
-        particles, if it chose the objective. It returns the posterior with the best verdict; of several, the latest one
-        with chains, or else the latest.
-        Each try is another chance for a wrong "good".
+        particles, if it chose the objective. It returns the posterior with the best verdict. If several have it, it
+        returns the latest of those with chains, or else the latest. Each try is another chance for a wrong "good".
 
         Ctrl-C ends it with the best so far.
 
