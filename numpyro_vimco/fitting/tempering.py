@@ -25,7 +25,7 @@ from numpyro_vimco.sites import log_prob_at_value, sample_sites
 # would move log-weights by more than the second number of nats. The third is the lowest.
 FIRST, SPREAD, LOWEST = 1e-3, 0.1, 1e-9
 # With samples of each step of a chain it begins here. At a small power the steps of a chain depend on each other as in
-# the prior, which proposals that are independent over time cannot follow: `benchmarks/chains.py`, a hundred years.
+# the prior, which proposals that are independent over time cannot follow (`benchmarks/plans.py --tempering`).
 OF_CHAINS = 0.03
 DRAWS = 100  # of the prior
 

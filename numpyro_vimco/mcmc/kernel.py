@@ -25,7 +25,8 @@ from numpyro_vimco.randomness import split
 
 # Proposals of a whole run are made before it up to so many numbers: 256 MiB in single precision.
 MOST = 2**26
-# Proposals of a global step: where all latents are drawn together, and where some have particles of their own.
+# Proposals of a global step: where all latents are drawn together, and where some have particles of their own
+# (`benchmarks/plans.py --proposals`).
 OF_SHARED, OF_LOCAL = 40, 4
 
 Values = dict[str, Array]
